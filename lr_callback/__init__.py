@@ -1,0 +1,36 @@
+"""Low-rank compression of a network while it trains."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lr_callback.allocation import Allocation as Allocation
+from lr_callback.allocation import Factorization as Factorization
+from lr_callback.analysis import Analysis as Analysis
+from lr_callback.analysis import allocate as allocate
+from lr_callback.analysis import analyze as analyze
+from lr_callback.checkpoint import restore_ as restore_
+from lr_callback.layers import FactorizedConv2d as FactorizedConv2d
+from lr_callback.layers import FactorizedLinear as FactorizedLinear
+from lr_callback.methods import ALDS as ALDS
+from lr_callback.methods import EnergyThreshold as EnergyThreshold
+from lr_callback.methods import Method as Method
+from lr_callback.methods import SingularValueThreshold as SingularValueThreshold
+from lr_callback.methods import UniformRank as UniformRank
+from lr_callback.surgery import SurgeryReport as SurgeryReport
+from lr_callback.surgery import densify_ as densify_
+from lr_callback.surgery import factorize_ as factorize_
+
+if TYPE_CHECKING:
+    from lr_callback.callback import LowRankCompression as LowRankCompression
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    """Import the callback on first use: the rest of the package does without Lightning."""
+    if name == "LowRankCompression":
+        from lr_callback.callback import LowRankCompression  # noqa: PLC0415
+
+        return LowRankCompression
+    raise AttributeError(f"module 'lr_callback' has no attribute {name!r}")

@@ -1,0 +1,242 @@
+"""Allocation: what each layer becomes, as plain data that travels between processes, logs, files and people."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lr_callback.folding import FOLDINGS
+from lr_callback.table import align, shorten
+
+VERSION = 1
+"""Version of the written form; a file of a newer version is refused."""
+
+_KERNEL = {
+    "kernel_in_encoder": "encoder",
+    "height_in_decoder": "decoder h",
+    "width_in_decoder": "decoder w",
+    "kernel_in_decoder": "decoder",
+}
+
+
+@dataclass(frozen=True)
+class Factorization:
+    """What one layer becomes.
+
+    Args:
+        folding: which kernel axes go to the decoder.
+        num_slices: ``k``, equal parts of the input channels; groups of the encoder.
+        rank: singular values kept per slice.
+        relative_error: of the layer, in the allocation's measure, 0 to ``sqrt(k)``.
+        cost: of the factorized layer, in the allocation's unit.
+        dense_cost: of the dense layer, in the same unit.
+    """
+
+    folding: str
+    num_slices: int
+    rank: int
+    relative_error: float
+    cost: int
+    dense_cost: int
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What all layers become under one budget. Printed, it is a table.
+
+    Args:
+        layers: layer name -> its factorization; None: the layer stays dense.
+        skipped: name of a layer that was left out -> why.
+        shapes: layer name -> shape of its dense weight, ``(F, C, *kernel)``.
+        cost: of the whole model as allocated, what cannot be factorized included.
+        dense_cost: of the whole model, all layers dense.
+        budget: what ``cost`` had to stay within.
+        keep_ratio: the fraction that was asked for, in (0, 1].
+        unit: of all costs, ``"parameters"`` or ``"multiply_adds"``.
+        error: name of the error measure.
+        method: name and arguments of the method.
+    """
+
+    layers: Mapping[str, Factorization | None]
+    skipped: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, ...]]
+    cost: int
+    dense_cost: int
+    budget: int
+    keep_ratio: float
+    unit: str = "parameters"
+    error: str = "slice"
+    method: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def worst_error(self) -> float:
+        """Largest relative error of a layer; 0 if all stay dense."""
+        return max((layer.relative_error for layer in self.factorized.values()), default=0.0)
+
+    @property
+    def mean_error(self) -> float:
+        """Mean relative error over all layers, those that stay dense with 0."""
+        return sum(layer.relative_error for layer in self.factorized.values()) / max(1, len(self.layers))
+
+    @property
+    def factorized(self) -> dict[str, Factorization]:
+        """The layers that do not stay dense."""
+        return {name: layer for name, layer in self.layers.items() if layer is not None}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the allocation as dicts, lists, strings and numbers (``torch.load(weights_only=True)`` takes it)."""
+        written = asdict(self)
+        written["shapes"] = {name: list(shape) for name, shape in self.shapes.items()}
+        return {"version": VERSION, **written}
+
+    @classmethod
+    def from_dict(cls, written: Mapping[str, Any]) -> Allocation:
+        """Read what :meth:`to_dict` wrote.
+
+        Raises:
+            ValueError: If it is not an allocation, is damaged, or was written by a newer version.
+        """
+        return _read(written)
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """Return the allocation as JSON text, and write it to ``path`` if one is given."""
+        text = json.dumps(self.to_dict(), indent=2)
+        if path is not None:
+            Path(path).write_text(text + "\n", encoding="utf-8")
+        return text
+
+    @classmethod
+    def from_json(cls, source: str | Path) -> Allocation:
+        """Read JSON text, or a file of it.
+
+        Args:
+            source: the text (it begins with a brace) or a path.
+
+        Raises:
+            FileNotFoundError: If the file does not exist.
+            ValueError: If it is not JSON, or not an allocation.
+        """
+        is_text = isinstance(source, str) and source.lstrip().startswith("{")
+        text = str(source) if is_text else Path(source).read_text(encoding="utf-8")
+        where = "Allocation text" if is_text else f"Allocation file {Path(source).name!r}"
+        try:
+            written = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{where}: must be JSON, broken at line {error.lineno}, column {error.colno} ({error.msg}); "
+                "it may be cut off. Write it again with `allocation.to_json(path)`."
+            ) from error
+        return cls.from_dict(written)
+
+    def __str__(self) -> str:
+        """Return the table of all layers, the skipped ones by reason, and one line of totals."""
+        rows = [self._row(name, layer) for name, layer in self.layers.items()]
+        header = ["layer", "shape", "kernel", "slices", "rank", "error", "kept"]
+        lines = [align(header, rows, right=frozenset({3, 4, 5, 6}))]
+        return "\n".join([*lines, *self._skipped_lines(), self.summary()])
+
+    def _row(self, name: str, layer: Factorization | None) -> list[str]:
+        shape = "x".join(map(str, self.shapes[name]))
+        if layer is None:
+            return [shorten(name, 24), shape, "dense", "", "", "", "100.0%"]
+        kept = f"{layer.cost / layer.dense_cost:.1%}"
+        ranks = [str(layer.num_slices), str(layer.rank), f"{layer.relative_error:.3f}"]
+        return [shorten(name, 24), shape, _KERNEL[layer.folding], *ranks, kept]
+
+    def _skipped_lines(self) -> list[str]:
+        reasons: dict[str, list[str]] = {}
+        for name, reason in self.skipped.items():
+            reasons.setdefault(reason, []).append(name)
+        return [f"skipped {', '.join(names)}: {reason}" for reason, names in reasons.items()]
+
+    def summary(self) -> str:
+        """Return one line: the cost before and after, the budget and the worst error."""
+        unit = self.unit.replace("_", "-")
+        return (
+            f"{len(self.factorized)} of {len(self.layers)} layers factorized: "
+            f"{self.dense_cost:,} -> {self.cost:,} {unit} "
+            f"({self.cost / self.dense_cost:.1%} kept, {self.keep_ratio:.1%} asked), "
+            f"worst {self.error} error {self.worst_error:.3f}"
+        )
+
+
+_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "layers": dict,
+    "skipped": dict,
+    "shapes": dict,
+    "cost": int,
+    "dense_cost": int,
+    "budget": int,
+    "keep_ratio": (int, float),
+    "unit": str,
+    "error": str,
+    "method": dict,
+}
+_LAYER_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "folding": str,
+    "num_slices": int,
+    "rank": int,
+    "relative_error": (int, float),
+    "cost": int,
+    "dense_cost": int,
+}
+
+
+def _read(written: object) -> Allocation:
+    """Check each part of a written allocation, then build it."""
+    if not isinstance(written, Mapping) or "version" not in written:
+        raise ValueError(
+            "Allocation: must be a dict with the keys that `Allocation.to_dict()` writes, among them 'version', "
+            f"got {_name_of(written)}."
+        )
+    if not isinstance(written["version"], int) or written["version"] > VERSION:
+        raise ValueError(
+            f"Allocation: version {written['version']!r} is newer than {VERSION}, the newest that this lr_callback "
+            "reads; update lr_callback."
+        )
+    parts = _checked(written, _FIELDS, "Allocation")
+    layers = {name: _read_layer(name, layer) for name, layer in parts["layers"].items()}
+    shapes = {name: tuple(shape) for name, shape in parts["shapes"].items()}
+    if set(shapes) != set(layers):
+        raise ValueError(
+            f"Allocation: `shapes` must name the same layers as `layers`, they differ in "
+            f"{sorted(set(shapes) ^ set(layers))}; the file is damaged, write it again."
+        )
+    return Allocation(**{**parts, "layers": layers, "shapes": shapes})
+
+
+def _read_layer(name: str, written: object) -> Factorization | None:
+    if written is None:
+        return None
+    where = f"Allocation, layer {name!r}"
+    if not isinstance(written, Mapping):
+        raise ValueError(f"{where}: must be a dict or null, got {_name_of(written)}.")
+    layer = Factorization(**_checked(written, _LAYER_FIELDS, where))
+    if layer.folding not in FOLDINGS:
+        raise ValueError(f"{where}: `folding` must be one of {list(FOLDINGS)}, got {layer.folding!r}.")
+    if layer.num_slices < 1 or layer.rank < 1:
+        raise ValueError(f"{where}: `num_slices` and `rank` must be at least 1, got {layer.num_slices}, {layer.rank}.")
+    return layer
+
+
+def _checked(
+    written: Mapping[str, Any], fields: Mapping[str, type | tuple[type, ...]], where: str
+) -> dict[str, Any]:
+    """Return the named fields of a written value; refuse a missing one and one of another type."""
+    for name, kind in fields.items():
+        if name not in written:
+            raise ValueError(f"{where}: `{name}` is missing, found {sorted(written)}; the file is damaged or foreign.")
+        if not isinstance(written[name], kind) or isinstance(written[name], bool):
+            raise ValueError(f"{where}: `{name}` must be {_kinds(kind)}, got {_name_of(written[name])}.")
+    return {name: written[name] for name in fields}
+
+
+def _kinds(kind: type | tuple[type, ...]) -> str:
+    return " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
+
+
+def _name_of(value: object) -> str:
+    return f"{type(value).__name__} {str(value)[:60]!r}"

@@ -1,0 +1,273 @@
+"""Analysis: read a model, compute every layer's candidates, choose under one budget. Nothing is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import floor
+
+from torch import nn
+
+from lr_callback.allocation import Allocation, Factorization
+from lr_callback.candidates import LayerCandidates
+from lr_callback.costs import Call, LayerCost, check_cost
+from lr_callback.find import Found, check_weight, find_layers
+from lr_callback.layers import FactorizedLayer, dense_bias, dense_weight, layer_type
+from lr_callback.methods import ALDS, Choice, Method
+from lr_callback.observe import Observation, observe
+from lr_callback.parallel import workers
+
+Progress = Callable[[int, int, str], None]
+"""Called before each layer with the number done, the number of all, and its name."""
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """Everything that is needed to allocate any budget, in milliseconds.
+
+    Args:
+        method: chooses among the candidates.
+        unit: of all costs.
+        layers: layer name -> its candidates.
+        shapes: layer name -> shape of its dense weight.
+        skipped: name of a layer that is left out -> why.
+        dense_cost: of the whole model with all layers dense.
+    """
+
+    method: Method
+    unit: str
+    layers: Mapping[str, LayerCandidates]
+    shapes: Mapping[str, tuple[int, ...]]
+    skipped: Mapping[str, str]
+    dense_cost: int
+
+    @property
+    def fixed_cost(self) -> int:
+        """Cost of what is not a layer here: it is paid whatever is chosen."""
+        return self.dense_cost - sum(layer.dense_cost for layer in self.layers.values())
+
+    @property
+    def reachable(self) -> tuple[float, float]:
+        """Smallest and largest ``keep_ratio`` that can be met."""
+        return (self.fixed_cost + self.method.smallest_cost(self.layers)) / self.dense_cost, 1.0
+
+    def allocate(self, keep_ratio: float) -> Allocation:
+        """Choose what every layer becomes.
+
+        Args:
+            keep_ratio: fraction of the whole model's dense cost to keep, in (0, 1].
+
+        Raises:
+            ValueError: If the ratio is out of range, or below what can be reached.
+        """
+        check_keep_ratio(keep_ratio)
+        # The epsilon keeps a ratio that was made by division (cost / dense_cost) from losing its last unit.
+        budget = floor(keep_ratio * self.dense_cost * (1 + 1e-12))
+        smallest = self.fixed_cost + self.method.smallest_cost(self.layers)
+        if budget < smallest:
+            raise ValueError(self._out_of_reach(keep_ratio, budget, smallest))
+        choices = self.method.choose(self.layers, budget - self.fixed_cost)
+        chosen = {name: _factorization(self.layers[name], choices[name]) for name in self.layers}
+        saved = sum(one.dense_cost - one.cost for one in chosen.values() if one is not None)
+        return Allocation(
+            layers=chosen,
+            skipped=dict(self.skipped),
+            shapes=dict(self.shapes),
+            cost=self.dense_cost - saved,
+            dense_cost=self.dense_cost,
+            budget=budget,
+            keep_ratio=float(keep_ratio),
+            unit=self.unit,
+            error=self.method.error,
+            method=self.method.to_dict(),
+        )
+
+    def _out_of_reach(self, keep_ratio: float, budget: int, smallest: int) -> str:
+        unit = self.unit.replace("_", "-")
+        return (
+            f"`keep_ratio`={keep_ratio}: the budget must be at least {smallest:,} {unit}, got {budget:,}. "
+            f"{self.fixed_cost:,} are in layers that are not factorized, and the cheapest form of the others takes "
+            f"{smallest - self.fixed_cost:,}. Reachable: keep_ratio from {self.reachable[0]:.4f} to 1."
+        )
+
+
+def _factorization(layer: LayerCandidates, choice: Choice) -> Factorization | None:
+    if choice is None:
+        return None
+    candidate, rank = choice
+    error = float(candidate.errors[rank])
+    cost = candidate.cost(rank)
+    return Factorization(candidate.folding, candidate.num_slices, rank, error, cost, layer.dense_cost)
+
+
+def check_keep_ratio(keep_ratio: object) -> float:
+    """Return the ratio as a float.
+
+    Raises:
+        ValueError: If it is not a number in (0, 1].
+    """
+    if isinstance(keep_ratio, (int, float)) and not isinstance(keep_ratio, bool) and 0 < keep_ratio <= 1:
+        return float(keep_ratio)
+    raise ValueError(f"`keep_ratio` must be a number in (0, 1], the fraction of the model to keep, got {keep_ratio!r}.")
+
+
+def allocate(
+    model: nn.Module,
+    keep_ratio: float = 0.5,
+    *,
+    method: Method | None = None,
+    cost: str = "parameters",
+    include: Sequence[str] | str | None = None,
+    exclude: Sequence[str] | str | None = None,
+    example_input: object = None,
+) -> Allocation:
+    """Choose, for every layer, what it becomes under one budget. Changes nothing.
+
+    Args:
+        model: layers that are factorized already are analysed as the dense layers that they came from.
+        keep_ratio: fraction of the whole model's cost to keep, in (0, 1]; what cannot be factorized counts too.
+        method: how to choose; None: :class:`~lr_callback.methods.ALDS`.
+        cost: ``"parameters"`` or ``"multiply_adds"``.
+        include: glob patterns of layer names, only these are factorized; None: all.
+        exclude: glob patterns of layer names that stay dense.
+        example_input: for ``"multiply_adds"``: a tensor, or a tuple of positional or dict of named arguments of
+            ``model``; the cost is counted on it.
+
+    Returns:
+        The allocation; ``print`` shows it as a table, :func:`~lr_callback.surgery.factorize_` carries it out.
+
+    Raises:
+        ValueError: If an argument is out of range, a pattern matches nothing, there is nothing to factorize, a weight
+            is not finite, or the budget cannot be met (the message states the reachable range).
+
+    Example::
+
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+        >>> allocation = allocate(model, keep_ratio=0.5)
+        >>> allocation.cost <= allocation.budget == 2405
+        True
+    """
+    check_keep_ratio(keep_ratio)
+    check_cost(cost)
+    observation = None
+    if cost == "multiply_adds":
+        observation = observe(model, example_input)
+    analysis = analyze(model, method, observation=observation, include=include, exclude=exclude)
+    return analysis.allocate(keep_ratio)
+
+
+def analyze(
+    model: nn.Module,
+    method: Method | None = None,
+    *,
+    observation: Observation | None = None,
+    include: Sequence[str] | str | None = None,
+    exclude: Sequence[str] | str | None = None,
+    progress: Progress | None = None,
+) -> Analysis:
+    """Compute every layer's candidates, for any budget afterwards.
+
+    Args:
+        model: see :func:`allocate`.
+        method: see :func:`allocate`.
+        observation: of one run of the model; with it costs are multiply-adds, without parameters.
+        include: see :func:`allocate`.
+        exclude: see :func:`allocate`.
+        progress: told of each layer.
+
+    Raises:
+        ValueError: See :func:`allocate`.
+    """
+    method = ALDS() if method is None else method
+    found = find_layers(model, include, exclude)
+    costs = _layer_costs(found, observation)
+    layers: dict[str, LayerCandidates] = {}
+    with workers() as crew:
+        for done, (name, layer_cost) in enumerate(costs.items()):
+            if progress is not None:
+                progress(done, len(costs), name)
+            layers[name] = method.candidates(dense_weight(found.layers[name]), layer_cost, crew)
+    return _analysis(model, method, observation, found, costs, layers)
+
+
+def survey(
+    model: nn.Module,
+    method: Method | None = None,
+    *,
+    observation: Observation | None = None,
+    include: Sequence[str] | str | None = None,
+    exclude: Sequence[str] | str | None = None,
+) -> Analysis:
+    """Find the layers and their prices without looking at a single weight: enough for the reachable range.
+
+    Takes what :func:`analyze` takes and raises what it raises; the errors in the result have no meaning.
+    """
+    method = ALDS() if method is None else method
+    found = find_layers(model, include, exclude)
+    costs = _layer_costs(found, observation)
+    layers = {name: method.priced(layer_cost) for name, layer_cost in costs.items()}
+    return _analysis(model, method, observation, found, costs, layers)
+
+
+def _analysis(
+    model: nn.Module,
+    method: Method,
+    observation: Observation | None,
+    found: Found,
+    costs: Mapping[str, LayerCost],
+    layers: dict[str, LayerCandidates],
+) -> Analysis:
+    """Put an analysis together; layers without a candidate are skipped."""
+    useless = {name for name, layer in layers.items() if not layer.candidates}
+    found.skipped.update(dict.fromkeys(useless, "too small: no rank costs less than the dense layer"))
+    layers = {name: layer for name, layer in layers.items() if name not in useless}
+    if not layers:
+        raise ValueError(_nothing(found))
+    return Analysis(
+        method=method,
+        unit="parameters" if observation is None else "multiply_adds",
+        layers=layers,
+        shapes={name: costs[name].geometry.weight_shape for name in layers},
+        skipped=found.skipped,
+        dense_cost=dense_parameters(model) if observation is None else observation.dense_multiply_adds,
+    )
+
+
+def dense_parameters(model: nn.Module) -> int:
+    """Return the number of parameters of a model with all layers dense; a shared parameter counts once."""
+    own = sum(parameter.numel() for parameter in model.parameters())
+    return own + sum(_saved_parameters(layer) for layer in model.modules() if isinstance(layer, FactorizedLayer))
+
+
+def _saved_parameters(layer: FactorizedLayer) -> int:
+    encoder, decoder = layer.factors
+    return layer.weight.numel() - encoder.numel() - decoder.numel()
+
+
+def _layer_costs(found: Found, observation: Observation | None) -> dict[str, LayerCost]:
+    """Return the cost of each layer; move those that have none, or no error, to the skipped ones."""
+    costs: dict[str, LayerCost] = {}
+    for name, layer in found.layers.items():
+        calls = None if observation is None else observation.calls.get(name, ())
+        reason = check_weight(name, layer)
+        if calls == ():
+            reason = "its forward is not called on the example input"
+        if reason is not None:
+            found.skipped[name] = reason
+            continue
+        costs[name] = _layer_cost(layer, calls)
+    return costs
+
+
+def _layer_cost(layer: nn.Module, calls: tuple[Call, ...] | None) -> LayerCost:
+    kind, bias = layer_type(layer), dense_bias(layer)
+    assert kind is not None
+    return LayerCost(kind.geometry(layer), 0 if bias is None else bias.numel(), calls)
+
+
+def _nothing(found: Found) -> str:
+    reasons = "; ".join(f"{name or '(the model)'}: {reason}" for name, reason in found.skipped.items())
+    return (
+        "Nothing to factorize: the model must have at least one Linear or Conv2d layer that is worth it. "
+        f"Skipped: {reasons or 'no layer with a weight was found'}."
+    )

@@ -1,0 +1,326 @@
+"""Callback: the host side, inside ``Trainer.fit``. It decides when; everything else is done by the floors below."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from torch.optim import Optimizer
+
+from lr_callback.allocation import Allocation
+from lr_callback.analysis import analyze, check_keep_ratio, dense_parameters, survey
+from lr_callback.checkpoint import install_hook
+from lr_callback.costs import check_cost
+from lr_callback.methods import ALDS, Method
+from lr_callback.metrics import compression_metrics
+from lr_callback.observe import Observation, observe
+from lr_callback.optimizers import names_of, rebind
+from lr_callback.probe import Probe
+from lr_callback.report import analysis_progress, is_disabled
+from lr_callback.surgery import SurgeryReport, factorize_
+
+_GROUPS = "lr_callback_optimizer_names"
+
+
+class LowRankCompression(Callback):
+    """Factorize a network's layers in place at chosen epochs of ``Trainer.fit``, and train on.
+
+    At the start of each chosen epoch the errors of all layers are computed, one budget is allocated over them, and each
+    chosen layer is replaced by two smaller ones. Optimizers and schedulers go on as they are; checkpoints can be
+    resumed, tested and restored whether they are from before or after.
+
+    Args:
+        keep_ratio: fraction of all parameters (or of ``cost``) to keep, in (0, 1]; or one for each epoch in ``epochs``.
+        epochs: at the start of which epoch, counted from 0; or several, ascending. Each later one multiplies the
+            factors back and allocates anew.
+        method: how to choose ranks; by default ``ALDS()``.
+        cost: ``parameters``, or ``multiply_adds`` as counted on the first training batch (for epoch 0 on the module's
+            ``example_input_array``).
+        include: glob patterns of layer names; only these are factorized. By default all.
+        exclude: glob patterns of layer names that stay dense.
+        show_table: print the table of all layers at each compression.
+        snapshots: write weights-only checkpoints ``dense.ckpt`` (before the first compression), ``cut.ckpt`` (right
+            after the latest) and ``final.ckpt`` into the folder ``compression`` of the log folder.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        MisconfigurationException: If the Trainer's strategy is not supported.
+
+    Example::
+
+        >>> LowRankCompression(keep_ratio=[0.5, 0.3], epochs=[10, 20]).events
+        {10: 0.5, 20: 0.3}
+    """
+
+    def __init__(
+        self,
+        keep_ratio: float | list[float] = 0.5,
+        epochs: int | list[int] = 1,
+        *,
+        method: Method | None = None,
+        cost: str = "parameters",
+        include: list[str] | None = None,
+        exclude: list[str] | None = None,
+        show_table: bool = True,
+        snapshots: bool = False,
+    ) -> None:
+        super().__init__()
+        check_cost(cost)
+        self.events = _events(keep_ratio, epochs)
+        self.method = ALDS() if method is None else method
+        self.cost, self.include, self.exclude = cost, include, exclude
+        self.show_table, self.snapshots = show_table, snapshots
+        self.allocation: Allocation | None = None
+        self.snapshot_files: dict[str, str] = {}
+        self._applied: list[int] = []
+        self._observation: Observation | None = None
+        self._probe: Probe | None = None
+        self._saved_names: list[list[list[str | None]]] | None = None
+
+    def should_compress(self, trainer: Trainer, pl_module: LightningModule) -> float | None:
+        """Return the fraction to keep if the model is to be compressed at the start of this epoch, else None.
+
+        Override it to compress at other moments. By default: the latest event that is due and was not applied, also
+        where its own epoch was passed in a run without this callback; under ``fast_dev_run`` the first, at once.
+        """
+        if _is_smoke_test(trainer) and not self._applied:
+            return self.events[min(self.events)]
+        due = [event for event in self.events if event <= trainer.current_epoch and event not in self._applied]
+        return self.events[max(due)] if due else None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot work, and let the module take the structure of any checkpoint."""
+        install_hook(pl_module)
+        if stage != "fit":
+            return
+        _check_strategy(trainer)
+        if trainer.current_epoch == 0:
+            self._applied = []
+        limit = trainer.max_epochs
+        late = [epoch for epoch in self.events if limit is not None and 0 <= limit <= epoch]
+        if late and not _is_smoke_test(trainer):
+            rank_zero_warn(
+                f"LowRankCompression: epochs {late} are never reached, max_epochs is {limit} and epochs count from 0."
+            )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the optimizers' parameters in the order of the file, and check that the budgets can be met."""
+        if self._saved_names is not None:
+            rebind(trainer.optimizers, self._saved_names, dict(pl_module.named_parameters()))
+            self._saved_names = None
+        if self.cost == "multiply_adds" and self._observation is None and 0 in self.events:
+            self._observation = _observe_example(pl_module)
+        if self.cost == "parameters" or self._observation is not None:
+            self._check_budgets(pl_module)
+
+    def _check_budgets(self, pl_module: LightningModule) -> None:
+        """Refuse budgets that cannot be met before the training, not in the middle of it."""
+        prices = survey(
+            pl_module,
+            self.method,
+            observation=self._observation if self.cost == "multiply_adds" else None,
+            include=self.include,
+            exclude=self.exclude,
+        )
+        for keep_ratio in self.events.values():
+            prices.allocate(keep_ratio)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compress, if it is time."""
+        keep_ratio = self.should_compress(trainer, pl_module)
+        if keep_ratio is None:
+            return
+        if "dense" not in self.snapshot_files:
+            self._snapshot(trainer, "dense")
+        self.compress(trainer, pl_module, keep_ratio)
+        passed = min(self.events) if _is_smoke_test(trainer) else trainer.current_epoch
+        self._applied = sorted({*self._applied, *(event for event in self.events if event <= passed)})
+        self._snapshot(trainer, "cut")
+
+    def compress(self, trainer: Trainer, pl_module: LightningModule, keep_ratio: float) -> SurgeryReport:
+        """Analyse, allocate, replace the layers and let the optimizers follow; then log and print.
+
+        Args:
+            trainer: whose optimizers are edited.
+            pl_module: whose layers are replaced.
+            keep_ratio: fraction to keep, in (0, 1].
+
+        Raises:
+            ValueError: If the budget cannot be met or a weight is not finite. Nothing was changed.
+        """
+        started = perf_counter()
+        with analysis_progress(trainer.progress_bar_callback) as progress:
+            analysis = analyze(
+                pl_module,
+                self.method,
+                observation=self._observation if self.cost == "multiply_adds" else None,
+                include=self.include,
+                exclude=self.exclude,
+                progress=progress,
+            )
+        allocation = analysis.allocate(keep_ratio)
+        report = factorize_(pl_module, allocation, optimizers=_plain(trainer.optimizers))
+        self.allocation = allocation
+        self._log(trainer, pl_module, allocation, perf_counter() - started)
+        if self.show_table:
+            _show(trainer, f"Low-rank compression at the start of epoch {trainer.current_epoch}\n{allocation}")
+        return report
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
+        """Watch the first batch: how the network is called is not known before."""
+        if self._observation is None and self._probe is None:
+            self._probe = Probe(pl_module)
+            self._probe.start()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
+    ) -> None:
+        """Count the multiply-adds of the first batch."""
+        probe, self._probe = self._probe, None
+        if probe is None:
+            return
+        probe.stop()
+        self._observation = probe.observe()
+        if self.cost == "multiply_adds":
+            self._check_budgets(pl_module)
+        if self.allocation is not None:
+            self._log_multiply_adds(trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave no hooks of ours behind."""
+        if self._probe is not None:
+            self._probe.stop()
+            self._probe = None
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the last snapshot."""
+        if self.allocation is not None:
+            self._snapshot(trainer, "final")
+
+    def _log(self, trainer: Trainer, pl_module: LightningModule, allocation: Allocation, seconds: float) -> None:
+        """Log the metrics of a compression, at this step to the loggers and for this epoch to other callbacks."""
+        parameters = (sum(parameter.numel() for parameter in pl_module.parameters()), dense_parameters(pl_module))
+        metrics = compression_metrics(allocation, parameters, self._multiply_adds(pl_module), seconds)
+        metrics.to(pl_module.device)
+        for name, metric in metrics.items():
+            pl_module.log(name, metric, on_step=False, on_epoch=True, logger=False, metric_attribute=name)
+        self._log_now(trainer, {name: float(value) for name, value in metrics.compute().items()})
+
+    def _log_multiply_adds(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log what could not be counted yet when the first epoch began with a compression."""
+        counted = self._multiply_adds(pl_module)
+        if counted is not None:
+            self._log_now(trainer, {"compression/kept_multiply_adds": counted[0] / counted[1]})
+
+    def _multiply_adds(self, pl_module: LightningModule) -> tuple[int, int] | None:
+        if self._observation is None:
+            return None
+        return self._observation.multiply_adds(pl_module), self._observation.dense_multiply_adds
+
+    def _log_now(self, trainer: Trainer, values: dict[str, float]) -> None:
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step)
+
+    def _snapshot(self, trainer: Trainer, name: str) -> None:
+        """Write the weights of this moment to a file."""
+        if not self.snapshots:
+            return
+        folder = Path(trainer.log_dir or trainer.default_root_dir) / "compression"
+        path = str(folder / f"{name}.ckpt")
+        trainer.save_checkpoint(path, weights_only=True)
+        self.snapshot_files[name] = path
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs, as plain data."""
+        return {
+            "version": 1,
+            "applied": list(self._applied),
+            "allocation": None if self.allocation is None else self.allocation.to_dict(),
+            "observation": None if self._observation is None else self._observation.to_dict(),
+            "snapshot_files": dict(self.snapshot_files),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what :meth:`state_dict` wrote."""
+        allocation, observation = state_dict["allocation"], state_dict["observation"]
+        self._applied = list(state_dict["applied"])
+        self.allocation = None if allocation is None else Allocation.from_dict(allocation)
+        self._observation = None if observation is None else Observation.from_dict(observation)
+        written: dict[str, str] = state_dict["snapshot_files"]
+        self.snapshot_files = {name: path for name, path in written.items() if Path(path).is_file()}
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Write the names of the parameters in each optimizer's groups."""
+        checkpoint[_GROUPS] = names_of(trainer.optimizers, dict(pl_module.named_parameters()))
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Read the names of the parameters in each optimizer's groups."""
+        self._saved_names = checkpoint.get(_GROUPS)
+
+
+def _events(keep_ratio: object, epochs: object) -> dict[int, float]:
+    """Return epoch -> fraction to keep, ascending.
+
+    Raises:
+        ValueError: If a ratio or an epoch is out of range, an epoch is repeated, or the lists differ in length.
+    """
+    listed = [_epoch(epoch) for epoch in (epochs if isinstance(epochs, (list, tuple)) else [epochs])]
+    if not listed or len(set(listed)) < len(listed):
+        raise ValueError(f"`epochs` must name at least one epoch and none twice, got {epochs!r}.")
+    ratios = list(keep_ratio) if isinstance(keep_ratio, (list, tuple)) else [keep_ratio] * len(listed)
+    if len(ratios) != len(listed):
+        raise ValueError(
+            f"`keep_ratio` must be one number, or one for each of the {len(listed)} `epochs` {listed}, "
+            f"got {len(ratios)}: {keep_ratio!r}."
+        )
+    return dict(sorted(zip(listed, map(check_keep_ratio, ratios), strict=True)))
+
+
+def _epoch(epoch: object) -> int:
+    if isinstance(epoch, int) and not isinstance(epoch, bool) and epoch >= 0:
+        return epoch
+    raise ValueError(f"`epochs` must be whole numbers from 0, got {epoch!r}.")
+
+
+def _is_smoke_test(trainer: Trainer) -> bool:
+    """Return whether the run is a ``fast_dev_run``, which never reaches an epoch after the first."""
+    return bool(getattr(trainer, "fast_dev_run", False))
+
+
+def _check_strategy(trainer: Trainer) -> None:
+    """Refuse a run on several processes: replacing layers there needs more than this callback does."""
+    if trainer.world_size > 1:
+        raise MisconfigurationException(
+            f"LowRankCompression: the run must be on one device, got {type(trainer.strategy).__name__} on "
+            f"{trainer.world_size} processes. Train with `devices=1`, or compress before the training: "
+            "`lr_callback.factorize_(model, lr_callback.allocate(model, keep_ratio))`."
+        )
+
+
+def _observe_example(pl_module: LightningModule) -> Observation:
+    """Count on the module's example input, which the first epoch's event needs before any batch is seen."""
+    if pl_module.example_input_array is None:
+        raise MisconfigurationException(
+            "LowRankCompression: cost='multiply_adds' at epoch 0 must know an input before the first batch, and the "
+            "module's `example_input_array` is not set. Set it, or compress at epoch 1 or later."
+        )
+    return observe(pl_module, pl_module.example_input_array)
+
+
+def _plain(optimizers: Sequence[Any]) -> list[Optimizer]:
+    """Return the torch optimizers inside Lightning's wrappers."""
+    return [getattr(one, "optimizer", one) for one in optimizers]
+
+
+def _show(trainer: Trainer, text: str) -> None:
+    """Print above the progress bar, or where there is none, as a message; on rank zero."""
+    bar = trainer.progress_bar_callback
+    if bar is None or is_disabled(bar):
+        rank_zero_info(text)
+    elif trainer.is_global_zero:
+        bar.print(text)

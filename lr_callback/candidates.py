@@ -1,0 +1,148 @@
+"""Candidates: what each layer can become, with its error and its cost, and which of that is worth having."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lr_callback.costs import LayerCost
+from lr_callback.folding import distinct_foldings, slice_counts
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One (folding, num_slices) of a layer, at every rank that costs less than the dense layer.
+
+    Args:
+        folding: which kernel axes go to the decoder.
+        num_slices: ``k``.
+        full_rank: the smaller side of a slice.
+        errors: ``(last + 1,)`` float64: entry ``r`` is the relative error at rank ``r``.
+        fixed: cost at rank 0.
+        per_rank: cost of one rank more.
+    """
+
+    folding: str
+    num_slices: int
+    full_rank: int
+    errors: Tensor
+    fixed: int
+    per_rank: int
+
+    @property
+    def last(self) -> int:
+        """Largest rank that costs less than the dense layer."""
+        return len(self.errors) - 1
+
+    def cost(self, rank: int) -> int:
+        """Return the cost at a rank."""
+        return self.fixed + rank * self.per_rank
+
+
+@dataclass(frozen=True)
+class LayerCandidates:
+    """All candidates of a layer; staying dense is always possible.
+
+    Args:
+        dense_cost: cost of the dense layer.
+        candidates: in the order of preference where cost and error are equal.
+    """
+
+    dense_cost: int
+    candidates: tuple[Candidate, ...]
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """The choices of a layer that no other choice beats: cost rises and error falls, strictly, along it.
+
+    Args:
+        costs: ascending.
+        errors: descending; the last is the smallest that can be had at all.
+        choices: ``(candidate, rank)`` of each; None is the dense layer.
+    """
+
+    costs: list[int]
+    errors: list[float]
+    choices: list[tuple[Candidate, int] | None]
+
+
+Curves = Callable[[str, Mapping[int, int]], dict[int, Tensor]]
+"""From a folding and the largest rank of each number of slices: the relative errors of each number of slices."""
+
+
+def layer_candidates(
+    cost: LayerCost, foldings: Sequence[str], max_slices: int | None, curves: Curves
+) -> LayerCandidates:
+    """List every candidate of a layer.
+
+    Args:
+        cost: of this layer.
+        foldings: names of the foldings to try.
+        max_slices: largest number of slices to try; None: up to ``C``.
+        curves: computes the errors.
+
+    Raises:
+        ValueError: If a folding is unknown.
+    """
+    found: list[Candidate] = []
+    for folding in distinct_foldings(cost.geometry, tuple(foldings)):
+        last = _last_ranks(cost, folding, slice_counts(cost.geometry.in_channels, max_slices))
+        errors = curves(folding, last) if last else {}
+        found += [_candidate(cost, folding, count, curve) for count, curve in errors.items()]
+    return LayerCandidates(cost.dense, tuple(found))
+
+
+def _last_ranks(cost: LayerCost, folding: str, counts: Sequence[int]) -> dict[int, int]:
+    """Return the largest rank below the dense layer's cost for each number of slices that has one."""
+    room = cost.dense - cost.fixed - 1
+    last = {
+        count: min(room // cost.per_rank(folding, count), cost.geometry.full_rank(folding, count)) for count in counts
+    }
+    return {count: rank for count, rank in last.items() if rank >= 1}
+
+
+def _candidate(cost: LayerCost, folding: str, num_slices: int, errors: Tensor) -> Candidate:
+    full_rank = cost.geometry.full_rank(folding, num_slices)
+    return Candidate(folding, num_slices, full_rank, errors, cost.fixed, cost.per_rank(folding, num_slices))
+
+
+def frontier(layer: LayerCandidates, rank_multiple: int = 1) -> Frontier:
+    """Keep the choices of a layer that no other choice beats in cost and error at once.
+
+    Args:
+        layer: its candidates.
+        rank_multiple: ``rank * num_slices`` must be a multiple of it.
+
+    Example::
+
+        >>> errors = torch.tensor([1.0, 0.5, 0.5, 0.1], dtype=torch.float64)
+        >>> layer = LayerCandidates(100, (Candidate("kernel_in_encoder", 1, 4, errors, 0, 20),))
+        >>> edge = frontier(layer)
+        >>> edge.costs, edge.errors
+        ([20, 60, 100], [0.5, 0.1, 0.0])
+    """
+    owners: list[Tensor] = [torch.tensor([[-1, 0]])]
+    costs: list[Tensor] = [torch.tensor([layer.dense_cost])]
+    errors: list[Tensor] = [torch.zeros(1, dtype=torch.float64)]
+    for index, candidate in enumerate(layer.candidates):
+        ranks = torch.arange(1, candidate.last + 1)
+        ranks = ranks[ranks * candidate.num_slices % rank_multiple == 0]
+        owners.append(torch.stack([torch.full_like(ranks, index), ranks], dim=1))
+        costs.append(candidate.fixed + ranks * candidate.per_rank)
+        errors.append(candidate.errors[ranks])
+    return _lower_edge(layer, torch.cat(owners), torch.cat(costs), torch.cat(errors))
+
+
+def _lower_edge(layer: LayerCandidates, owners: Tensor, costs: Tensor, errors: Tensor) -> Frontier:
+    """Sort the choices by cost, and keep each one whose error is below all before it."""
+    by_error = errors.sort(stable=True).indices
+    order = by_error[costs[by_error].sort(stable=True).indices]
+    sorted_errors = errors[order]
+    before = torch.cat([torch.full((1,), torch.inf, dtype=errors.dtype), sorted_errors.cummin(0).values[:-1]])
+    kept = order[sorted_errors < before]
+    choices = [None if index < 0 else (layer.candidates[index], rank) for index, rank in owners[kept].tolist()]
+    return Frontier(costs[kept].tolist(), errors[kept].tolist(), choices)

@@ -1,0 +1,240 @@
+"""Checkpoints: give a model the structure that a file was written with, in both directions, then its weights.
+
+The structure is read from the names and shapes in the state dict itself: ``<layer>.encoder.weight`` where the model has
+a dense ``<layer>`` means factorized, with the number of slices and the rank in the shapes; ``<layer>.weight`` where the
+model has a factorized one means dense. So files that hold weights alone are enough. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lr_callback.allocation import Allocation, Factorization
+from lr_callback.find import find_layers
+from lr_callback.folding import FOLDINGS, Geometry
+from lr_callback.layers import FactorizedLayer, layer_type
+from lr_callback.surgery import dense_skeleton, factorize_, replace_layers, skeleton
+
+
+def restore_(model: nn.Module, source: Allocation | Mapping[str, Any] | str | Path) -> None:
+    """Give a model the structure of a source, in place, and its weights where the source has them.
+
+    Args:
+        model: dense or factorized, on any device; it keeps the device and dtype of each layer.
+        source: an :class:`~lr_callback.allocation.Allocation`, its dict, its JSON text, a path of its JSON file; or a
+            Lightning checkpoint or a state dict, as a path or as the loaded dict. A checkpoint of a LightningModule
+            may be restored into the network inside it. Files are read with ``weights_only=True``.
+
+    Without weights in the source (an allocation) the model's own weights are factorized.
+
+    Raises:
+        FileNotFoundError: If the path does not exist.
+        ValueError: If the source is not one of these, is damaged, or is of another model. Nothing was changed.
+
+    Example::
+
+        >>> from lr_callback.analysis import allocate
+        >>> model = nn.Sequential(nn.Linear(64, 64))
+        >>> _ = factorize_(model, allocate(model, keep_ratio=0.5))
+        >>> fresh = nn.Sequential(nn.Linear(64, 64))
+        >>> restore_(fresh, {"state_dict": model.state_dict()})
+        >>> bool((fresh[0].weight == model[0].weight).all())
+        True
+    """
+    loaded = _load(source)
+    if isinstance(loaded, Allocation):
+        factorize_(model, loaded)
+        return
+    state = _without_prefix(model, _state_dict_of(loaded))
+    _check_weights(model, state)
+    adapt_structure(model, state)
+    model.load_state_dict(state)
+
+
+def _load(source: Allocation | Mapping[str, Any] | str | Path) -> Allocation | Mapping[str, Any]:
+    """Return the allocation, or the dict of a checkpoint, that a source is."""
+    if isinstance(source, Allocation):
+        return source
+    if isinstance(source, Mapping):
+        is_allocation = "version" in source and "layers" in source
+        return Allocation.from_dict(source) if is_allocation else source
+    if isinstance(source, str) and source.lstrip().startswith("{"):
+        return Allocation.from_json(source)
+    path = Path(source)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; `source` must be an allocation, JSON text, a dict or a path.")
+    if path.suffix == ".json":
+        return Allocation.from_json(path)
+    return read_checkpoint(path)
+
+
+def read_checkpoint(path: Path) -> Mapping[str, Any]:
+    """Read a file of ``torch.save`` without unpickling objects, on the CPU.
+
+    Raises:
+        ValueError: If the file is cut off, is not of ``torch.save``, or holds other things than plain data and tensors.
+    """
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises half a dozen types for a damaged file
+        raise ValueError(
+            f"{path.name}: must be a checkpoint that torch.load(weights_only=True) reads; it may be cut off or hold "
+            f"objects other than tensors and plain data ({type(error).__name__}: {str(error).splitlines()[0]}). "
+            "Nothing was changed."
+        ) from error
+    if not isinstance(loaded, Mapping):
+        raise ValueError(f"{path.name}: must hold a dict, found {type(loaded).__name__}. Nothing was changed.")
+    return loaded
+
+
+def _state_dict_of(loaded: Mapping[str, Any]) -> dict[str, Tensor]:
+    state = loaded.get("state_dict", loaded)
+    if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(
+            "`source`: must be an allocation, a Lightning checkpoint or a state dict of tensors, found a dict with the "
+            f"keys {sorted(map(str, loaded))[:6]}. Nothing was changed."
+        )
+    return dict(state)
+
+
+def _without_prefix(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Take off the name under which a larger module held this model, where there is one such name."""
+    wanted = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
+    plain = {name for name in wanted if not _is_of_a_layer(model, name)} or wanted
+    if plain & set(state) or not plain:
+        return state
+    some = min(plain)
+    prefixes = {key[: -len(some)] for key in state if key.endswith(f".{some}")}
+    fitting = [prefix for prefix in sorted(prefixes) if all(prefix + name in state for name in plain)]
+    if len(fitting) != 1:
+        return state
+    return {key.removeprefix(fitting[0]): value for key, value in state.items() if key.startswith(fitting[0])}
+
+
+def _is_of_a_layer(model: nn.Module, name: str) -> bool:
+    """Return whether a name is of a weight that factorizing renames."""
+    parent = model.get_submodule(name.rpartition(".")[0])
+    return layer_type(parent) is not None or isinstance(parent, FactorizedLayer)
+
+
+def structure_hook(
+    module: nn.Module,
+    state_dict: Mapping[str, Tensor],
+    prefix: str,
+    local_metadata: object,
+    strict: bool,
+    missing_keys: object,
+    unexpected_keys: object,
+    error_msgs: object,
+) -> None:
+    """Adapt a module's structure to a state dict that is about to be loaded.
+
+    For ``module.register_load_state_dict_pre_hook``. A function of this file, so that copies of the module and spawned
+    processes can hold it.
+    """
+    adapt_structure(module, state_dict, prefix)
+
+
+def install_hook(module: nn.Module) -> None:
+    """Let a module adapt its structure whenever a state dict is loaded into it; once, however often it is called."""
+    hooks = module._load_state_dict_pre_hooks.values()
+    if not any(getattr(hook, "hook", hook) is structure_hook for hook in hooks):
+        register: Callable[[Callable[..., None]], object] = module.register_load_state_dict_pre_hook
+        register(structure_hook)
+
+
+def adapt_structure(model: nn.Module, state: Mapping[str, Tensor], prefix: str = "") -> None:
+    """Give each layer of a model the structure that a state dict has for it; weights are not set.
+
+    Raises:
+        ValueError: If the factors in the state dict do not fit the layer. Nothing was changed.
+    """
+    made: dict[str, nn.Module] = {}
+    for name, layer in find_layers(model).layers.items():
+        choice = _structure_in(state, f"{prefix}{name}.", name, layer)
+        if choice is None and isinstance(layer, FactorizedLayer) and f"{prefix}{name}.weight" in state:
+            made[name] = dense_skeleton(layer)
+        elif choice is not None and not _is_like(layer, choice):
+            made[name] = skeleton(layer, choice)
+    if made:
+        replace_layers(model, made)
+
+
+def _is_like(layer: nn.Module, choice: Factorization) -> bool:
+    wanted = (choice.folding, choice.num_slices, choice.rank)
+    return isinstance(layer, FactorizedLayer) and (layer.folding, layer.num_slices, layer.rank) == wanted
+
+
+def _structure_in(state: Mapping[str, Tensor], prefix: str, name: str, layer: nn.Module) -> Factorization | None:
+    """Read a layer's structure off the shapes of its factors; None if the state dict has none."""
+    encoder, decoder = state.get(f"{prefix}encoder.weight"), state.get(f"{prefix}decoder.weight")
+    kind = layer_type(layer)
+    if encoder is None or decoder is None or kind is None:
+        return None
+    geometry = kind.geometry(layer)
+    choice = _fitting(geometry, tuple(encoder.shape), tuple(decoder.shape))
+    if choice is None:
+        raise ValueError(
+            f"{name}: the factors in the state dict must multiply to a weight of shape {geometry.weight_shape}, found "
+            f"an encoder of {tuple(encoder.shape)} and a decoder of {tuple(decoder.shape)}; "
+            "the file is of another model, or damaged. Nothing was changed."
+        )
+    return choice
+
+
+def _fitting(geometry: Geometry, encoder: tuple[int, ...], decoder: tuple[int, ...]) -> Factorization | None:
+    """Return the structure whose factors have these shapes, None if there is none."""
+    width = encoder[0]
+    if not width or len(encoder) < 2 or not encoder[1] or geometry.in_channels % encoder[1]:
+        return None
+    num_slices = geometry.in_channels // encoder[1]
+    for folding in FOLDINGS if geometry.kernel else ("kernel_in_encoder",):
+        fits = encoder[2:] == geometry.encoder_kernel(folding) and decoder[2:] == geometry.decoder_kernel(folding)
+        if fits and decoder[:2] == (geometry.out_channels, width) and width % num_slices == 0:
+            return Factorization(folding, num_slices, width // num_slices, 0.0, 0, 0)
+    return None
+
+
+def _check_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Refuse a state dict that would not load after the structure was adapted."""
+    expected: dict[str, tuple[int, ...]] = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    for name, layer in find_layers(model).layers.items():
+        kind = layer_type(layer)
+        assert kind is not None
+        for inner in ("weight", "encoder.weight", "decoder.weight", "bias", "decoder.bias"):
+            expected.pop(f"{name}.{inner}", None)
+        expected.update(_expected_of(state, name, layer, kind.geometry(layer)))
+    found = {name: tuple(value.shape) for name, value in state.items()}
+    if expected != found:
+        raise ValueError(_differences(expected, found))
+
+
+def _expected_of(
+    state: Mapping[str, Tensor], name: str, layer: nn.Module, geometry: Geometry
+) -> dict[str, tuple[int, ...]]:
+    """Return the names and shapes that one layer will have once it has the structure in the state dict."""
+    has_bias = layer.bias is not None
+    choice = _structure_in(state, f"{name}.", name, layer)
+    if choice is None:
+        shapes = {f"{name}.weight": geometry.weight_shape}
+        owner = name
+    else:
+        factors = [f"{name}.encoder.weight", f"{name}.decoder.weight"]
+        shapes = {factor: tuple(state[factor].shape) for factor in factors}
+        owner = f"{name}.decoder"
+    return {**shapes, **({f"{owner}.bias": (geometry.out_channels,)} if has_bias else {})}
+
+
+def _differences(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:
+    names = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    lines = [f"{name}: expected {expected.get(name, 'nothing')}, found {found.get(name, 'nothing')}" for name in names]
+    more = f"; and {len(lines) - 4} more" if len(lines) > 4 else ""
+    return (
+        f"`source`: its weights must be of this model, {len(lines)} of {len(expected)} names or shapes differ: "
+        f"{'; '.join(lines[:4])}{more}. Nothing was changed."
+    )

@@ -1,0 +1,104 @@
+"""Command line: LightningCLI with the callback ready to configure, and a look at a model without training it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from jsonargparse import ArgumentParser
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from torch import nn
+
+from lr_callback.allocation import Allocation
+from lr_callback.analysis import analyze
+from lr_callback.callback import LowRankCompression
+from lr_callback.methods import Method
+from lr_callback.report import comparison
+from lr_callback.stages import measure_stages
+
+
+class CompressionCLI(LightningCLI):
+    """LightningCLI with the callback under ``compress``, and a comparison of a run's stages after ``fit``.
+
+    A configuration may also name the callback in ``trainer.callbacks``, as in any LightningCLI; then that one is used.
+    """
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the arguments of the callback."""
+        parser.add_lightning_class_args(LowRankCompression, "compress")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:  # noqa: ANN401  LightningCLI's own signature
+        """Leave out the callback of ``compress`` where ``trainer.callbacks`` names one.
+
+        Raises:
+            ValueError: If both are configured.
+        """
+        parser = self._parser(self.subcommand)
+        listed = self._get(self.config_init, "trainer", default={}).get("callbacks") or []
+        if any(isinstance(one, LowRankCompression) for one in (listed if isinstance(listed, list) else [listed])):
+            if self._get(self.config, "compress") != parser.get_defaults()["compress"]:
+                raise ValueError(
+                    "lr-callback: LowRankCompression must be configured once, found arguments under `compress` and an "
+                    "entry in `trainer.callbacks`; remove one of them."
+                )
+            parser.callback_keys = [key for key in parser.callback_keys if key != "compress"]
+        return super().instantiate_trainer(**kwargs)
+
+    def before_fit(self) -> None:
+        """Let the callback keep the snapshots that are compared afterwards."""
+        for callback in _compressions(self.trainer):
+            callback.snapshots = True
+
+    def after_fit(self) -> None:
+        """Print the dense model, the cut one and the last one side by side."""
+        for callback in _compressions(self.trainer):
+            if "final" in callback.snapshot_files and self.trainer.is_global_zero:
+                stages = measure_stages(self.trainer, self.model, self.datamodule, callback.snapshot_files)
+                _write(f"\n{comparison(stages)}")
+
+
+def _compressions(trainer: Trainer) -> list[LowRankCompression]:
+    return [one for one in getattr(trainer, "callbacks", []) if isinstance(one, LowRankCompression)]
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text + "\n")
+
+
+def analyze_command(arguments: Sequence[str]) -> None:
+    """Print what a model would become, and the range that can be reached; nothing is changed.
+
+    Args:
+        arguments: of ``lr-callback analyze``; see its ``--help``.
+    """
+    parser = ArgumentParser(prog="lr-callback analyze", description="Show what compression would make of a model.")
+    parser.add_argument("--config", action="config", help="a YAML file with these arguments")
+    parser.add_subclass_arguments(nn.Module, "model", help="the model, by import path and its arguments")
+    parser.add_argument("--keep_ratio", type=float, default=0.5, help="fraction of all parameters to keep, in (0, 1]")
+    parser.add_subclass_arguments(Method, "method", required=False, help="how to choose; by default ALDS")
+    parser.add_argument("--include", type=list[str] | None, help="glob patterns; only these layers are factorized")
+    parser.add_argument("--exclude", type=list[str] | None, help="glob patterns of layers that stay dense")
+    parser.add_argument("--json", type=str | None, help="a file to write the allocation to")
+    chosen = parser.instantiate_classes(parser.parse_args(list(arguments)))
+    found = analyze(chosen.model, chosen.method, include=chosen.include, exclude=chosen.exclude)
+    allocation: Allocation = found.allocate(chosen.keep_ratio)
+    _write(str(allocation))
+    low, high = found.reachable
+    _write(f"reachable: keep_ratio from {low:.4f} to {high:.0f}, of {found.dense_cost:,} {found.unit}")
+    if chosen.json is not None:
+        allocation.to_json(chosen.json)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run ``lr-callback``.
+
+    Args:
+        arguments: without the program's name; None: those of the process.
+    """
+    listed = list(sys.argv[1:] if arguments is None else arguments)
+    if listed[:1] == ["analyze"]:
+        analyze_command(listed[1:])
+        return
+    CompressionCLI(args=None if arguments is None else listed, save_config_kwargs={"overwrite": True})

@@ -1,0 +1,94 @@
+"""Costs: what a layer takes, dense and factorized, exactly, in whole units.
+
+A factorized layer costs ``fixed + rank * per_rank``. Two units are known: ``parameters`` (``sum(p.numel())`` of the
+module that is built) and ``multiply_adds`` (half of what torch's flop counter counts for it; biases are not counted).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+from lr_callback.folding import Geometry, decoder_axes
+
+COSTS = ("parameters", "multiply_adds")
+"""Names of the known units."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One observed call of a layer.
+
+    Args:
+        batch: number of samples; for a Linear layer the product of the leading dimensions.
+        inputs: sizes of the input's spatial axes, as many as the kernel has axes.
+        outputs: sizes of the output's spatial axes.
+    """
+
+    batch: int
+    inputs: tuple[int, ...] = ()
+    outputs: tuple[int, ...] = ()
+
+    def positions(self, input_axes: tuple[int, ...] = ()) -> int:
+        """Return the number of output positions, counted over the input along the named axes."""
+        sizes = (self.inputs[axis] if axis in input_axes else size for axis, size in enumerate(self.outputs))
+        return self.batch * prod(sizes)
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """Cost of one layer in one unit.
+
+    Args:
+        geometry: sizes of the weight.
+        bias: number of bias entries, 0 without one.
+        calls: observed calls, for ``multiply_adds``; None for ``parameters``.
+
+    Example::
+
+        >>> LayerCost(Geometry(64, 32, (3, 3)), bias=64).dense
+        18496
+        >>> LayerCost(Geometry(64, 32, (3, 3)), bias=64, calls=(Call(1, (8, 8), (4, 4)),)).dense
+        294912
+    """
+
+    geometry: Geometry
+    bias: int = 0
+    calls: tuple[Call, ...] | None = None
+
+    @property
+    def fixed(self) -> int:
+        """Cost that does not depend on the form of the layer: its bias, in parameters."""
+        return self.bias if self.calls is None else 0
+
+    @property
+    def dense(self) -> int:
+        """Cost of the dense layer."""
+        return self.fixed + prod(self.geometry.weight_shape) * _positions(self.calls)
+
+    def per_rank(self, folding: str, num_slices: int) -> int:
+        """Return the cost of one rank in every slice: one encoder row and one decoder column a slice."""
+        encoder = self.geometry.in_channels * prod(self.geometry.encoder_kernel(folding))
+        decoder = num_slices * self.geometry.out_channels * prod(self.geometry.decoder_kernel(folding))
+        # Along the decoder's kernel axes the stride is still to come: there the encoder walks over the input.
+        return encoder * _positions(self.calls, decoder_axes(folding)) + decoder * _positions(self.calls)
+
+    def factorized(self, folding: str, num_slices: int, rank: int) -> int:
+        """Return the cost of the factorized layer."""
+        return self.fixed + rank * self.per_rank(folding, num_slices)
+
+
+def _positions(calls: Sequence[Call] | None, input_axes: tuple[int, ...] = ()) -> int:
+    """Sum the positions of all calls; a parameter is held once, wherever it is applied."""
+    return 1 if calls is None else sum(call.positions(input_axes) for call in calls)
+
+
+def check_cost(cost: str) -> None:
+    """Refuse an unknown unit.
+
+    Raises:
+        ValueError: If ``cost`` is not in :data:`COSTS`.
+    """
+    if cost not in COSTS:
+        raise ValueError(f"`cost` must be one of {list(COSTS)}, got {cost!r}.")

@@ -1,0 +1,110 @@
+"""Errors: how wrong a layer becomes at each number of slices and each rank, relative to the layer.
+
+A measure maps a slicing to the absolute error at rank 0, 1, ..., last. Divided by the error of keeping nothing of the
+unsliced layer (its norm) it is the *relative error*. Every measure here is exact for the layer that is built, before
+its factors are rounded to the layer's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from math import sqrt
+
+import torch
+from torch import Tensor
+
+from lr_callback.parallel import Workers
+from lr_callback.residual import residual_norms
+from lr_callback.spectrum import Slicing, scaled_left_vectors, singular_values, slicings
+
+Measure = Callable[[Slicing, int, Workers], Tensor]
+"""Absolute error ``(last + 1,)`` of a slicing at rank 0 to ``last``."""
+
+
+def slice_error(slicing: Slicing, last: int, workers: Workers) -> Tensor:
+    """Return the worst slice's error ``max_i ||W_i - What_i||_2 = max_i sigma_{i, j+1}``.
+
+    Source: the paper's code, made exact: the code looks up ``sigma_j`` where it means ``sigma_{j+1}``.
+    """
+    worst = singular_values(slicing.gram, workers).amax(dim=0)
+    return torch.nn.functional.pad(worst, (0, 1))[: last + 1]
+
+
+def bound_error(slicing: Slicing, last: int, workers: Workers) -> Tensor:
+    """Return the bound ``sqrt(k) max_i sigma_{i, j+1}`` on the operator norm of the residual.
+
+    Source: arXiv 2107.11442, Theorem 1; its code drops ``sqrt(k)``, which gives :func:`slice_error`.
+    """
+    return sqrt(slicing.num_slices) * slice_error(slicing, last, workers)
+
+
+def operator_error(slicing: Slicing, last: int, workers: Workers) -> Tensor:
+    """Return the operator norm of the residual ``||W - What||_2`` itself."""
+    if slicing.num_slices == 1:
+        return slice_error(slicing, last, workers)
+    precision = torch.float64 if slicing.slices.dtype == torch.float64 else torch.float32
+    return residual_norms(scaled_left_vectors(slicing, workers).to(precision), last, workers)
+
+
+def frobenius_error(slicing: Slicing, last: int, workers: Workers) -> Tensor:
+    """Return the Frobenius norm of the residual, ``sqrt(sum_i sum_{l > j} sigma_il^2)``."""
+    energy = singular_values(slicing.gram, workers).square().sum(dim=0)
+    tail = energy.flip(0).cumsum(0).flip(0)
+    return torch.nn.functional.pad(tail, (0, 1)).sqrt()[: last + 1]
+
+
+ERRORS: Mapping[str, Measure] = {
+    "slice": slice_error,
+    "operator": operator_error,
+    "bound": bound_error,
+    "frobenius": frobenius_error,
+}
+"""Every measure by its name."""
+
+
+def relative_errors(matrix: Tensor, error: str, last: Mapping[int, int], workers: Workers) -> dict[int, Tensor]:
+    """Compute the relative error of a folded layer for each number of slices and each rank.
+
+    Args:
+        matrix: ``(rows, columns)``, the layer folded with one slice; finite and not all zero.
+        error: a name in :data:`ERRORS`.
+        last: number of slices ``k`` -> largest rank of interest, at most the smaller side of a slice.
+        workers: where it is computed.
+
+    Returns:
+        Number of slices -> ``(last + 1,)`` float64 on the CPU: entry ``r`` is the error at rank ``r``. It never rises
+        with rank and is 0 at full rank.
+
+    Raises:
+        ValueError: If there is no measure of that name.
+
+    Example::
+
+        >>> from lr_callback.parallel import workers
+        >>> with workers() as crew:
+        ...     curve = relative_errors(torch.diag(torch.tensor([4.0, 2.0, 1.0, 1.0])), "slice", {1: 4}, crew)[1]
+        >>> curve.tolist()
+        [1.0, 0.5, 0.25, 0.25, 0.0]
+    """
+    measure = find_measure(error)
+    if error == "operator" and matrix.shape[0] > matrix.shape[1]:
+        # The triangle of a QR decomposition has the same slices up to one rotation, and fewer rows.
+        matrix = torch.linalg.qr(matrix.double(), mode="r").R.to(matrix.dtype)
+    absolute = {
+        slicing.num_slices: measure(slicing, last.get(slicing.num_slices, 0), workers)
+        for slicing in slicings(matrix, sorted({1, *last}), workers)
+    }
+    norm = absolute[1][0]
+    return {count: (absolute[count] / norm).clamp(max=sqrt(count)).cpu() for count in last}
+
+
+def find_measure(error: str) -> Measure:
+    """Return the measure of that name.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if error not in ERRORS:
+        raise ValueError(f"`error` must be one of {list(ERRORS)}, got {error!r}.")
+    return ERRORS[error]
+

@@ -1,0 +1,163 @@
+"""Find: which layers of a model can be factorized, under which names, and why the others cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from lr_callback.layers import FactorizedLayer, dense_weight, layer_type
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a model has.
+
+    Args:
+        layers: name -> dense or factorized layer; a layer with several names stands under its first.
+        skipped: name of a layer that is left out -> why.
+    """
+
+    layers: dict[str, nn.Module] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+def find_layers(
+    model: nn.Module, include: Sequence[str] | str | None = None, exclude: Sequence[str] | str | None = None
+) -> Found:
+    """Find the layers that can be factorized, and the reason for each weight that cannot.
+
+    Args:
+        model: is not changed.
+        include: glob patterns of layer names; only these are factorized. None: all.
+        exclude: glob patterns of layer names that stay dense.
+
+    Raises:
+        ValueError: If a pattern matches no layer.
+
+    Example::
+
+        >>> model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3, groups=8))
+        >>> found = find_layers(model)
+        >>> list(found.layers), found.skipped
+        (['0'], {'1': 'groups=8: grouped convolutions are not factorized yet'})
+    """
+    found = Found()
+    owners = _parameter_owners(model)
+    for name, layer, inside in _weighted(model):
+        reason = _refusal(name, layer, inside, owners)
+        if reason is None:
+            found.layers[name] = layer
+        else:
+            found.skipped[name] = reason
+    _select(found, _patterns(include), _patterns(exclude))
+    return found
+
+
+def _weighted(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module | None]]:
+    """Yield the layers with a weight of their own: name, layer, the attention module that it belongs to."""
+    attention: nn.Module | None = None
+    prefix = ""
+    hidden: set[nn.Module] = set()
+    for name, layer in model.named_modules():
+        if attention is not None and not name.startswith(prefix):
+            attention = None
+        if isinstance(layer, nn.MultiheadAttention):
+            attention, prefix = layer, f"{name}." if name else ""
+        if layer in hidden:
+            continue
+        if isinstance(layer, FactorizedLayer):
+            hidden.update(layer.modules())
+            yield name, layer, attention
+        elif any(parameter is not None and _is_matrix(parameter) for parameter in layer._parameters.values()):
+            yield name, layer, attention
+
+
+def _is_matrix(parameter: nn.Parameter) -> bool:
+    return is_lazy(parameter) or parameter.dim() >= 2
+
+
+def _parameter_owners(model: nn.Module) -> dict[int, list[str]]:
+    """Return, for the id of each parameter, the names of the different modules that hold it."""
+    owners: dict[int, list[str]] = {}
+    for name, layer in model.named_modules():
+        for parameter in layer._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(name)
+    return owners
+
+
+def _refusal(name: str, layer: nn.Module, attention: nn.Module | None, owners: dict[int, list[str]]) -> str | None:
+    """Return why a layer cannot be factorized, None if it can."""
+    kind = layer_type(layer)
+    if kind is None:
+        return f"{type(layer).__name__} is not among the layer types that are factorized"
+    if name == "":
+        return "the model itself is this layer, and cannot be replaced in place; put it into an nn.Sequential"
+    if attention is not None:
+        return "read directly by nn.MultiheadAttention"
+    if isinstance(layer, FactorizedLayer):
+        return None
+    return _weight_refusal(layer, name, owners) or kind.refusal(layer)
+
+
+def _weight_refusal(layer: nn.Module, name: str, owners: dict[int, list[str]]) -> str | None:
+    """Return what is wrong with the weight of a dense layer, None if nothing is."""
+    weight = layer._parameters.get("weight")
+    if weight is None:
+        return "its weight is computed from other parameters (weight_norm, pruning or another parametrization)"
+    if is_lazy(weight):
+        return "its weight is not initialised yet; run one batch first"
+    others = [other for other in owners[id(weight)] if other != name]
+    if others:
+        return f"its weight is tied to that of {', '.join(others)}"
+    if weight.device.type == "meta":
+        return "its weight is on the meta device and has no values"
+    if not weight.is_floating_point():
+        return f"its weight is of dtype {weight.dtype}, not floating point"
+    if weight.numel() == 0:
+        return f"its weight is empty, of shape {tuple(weight.shape)}"
+    return None
+
+
+def _patterns(patterns: Sequence[str] | str | None) -> tuple[str, ...] | None:
+    return (patterns,) if isinstance(patterns, str) else None if patterns is None else tuple(patterns)
+
+
+def _select(found: Found, include: tuple[str, ...] | None, exclude: tuple[str, ...] | None) -> None:
+    """Move the layers that the user leaves out to the skipped ones."""
+    names = [*found.layers, *found.skipped]
+    for argument, patterns in (("include", include), ("exclude", exclude)):
+        for pattern in patterns or ():
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise ValueError(
+                    f"`{argument}`: each pattern must match a layer's name, {pattern!r} matches none of: "
+                    f"{', '.join(names) or '(the model has no layers with a weight)'}."
+                )
+    for name in list(found.layers):
+        if include is not None and not any(fnmatchcase(name, pattern) for pattern in include):
+            found.skipped[name] = "not among `include`"
+        elif any(fnmatchcase(name, pattern) for pattern in exclude or ()):
+            found.skipped[name] = "named by `exclude`"
+        if name in found.skipped:
+            del found.layers[name]
+
+
+def check_weight(name: str, layer: nn.Module) -> str | None:
+    """Refuse a weight that is not finite; return why an all-zero one is skipped, None if it is neither.
+
+    Raises:
+        ValueError: If the weight has NaN or infinity.
+    """
+    weight = dense_weight(layer)
+    broken = int((~torch.isfinite(weight)).sum())
+    if broken:
+        raise ValueError(
+            f"{name}: every weight must be finite, found {broken} of {weight.numel()} NaN or infinite; "
+            "the training has diverged or the file is damaged. Go back to an earlier checkpoint, or exclude the layer."
+        )
+    return "all its weights are zero, there is nothing to measure an error against" if not weight.any() else None

@@ -1,0 +1,98 @@
+"""Probe: see how a host calls a model, and repeat it later, without knowing what its batches look like."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from lr_callback.observe import Observation, observe_run, untouched
+
+_LEAST_SECONDS = 0.5
+_LEAST_RUNS = 10
+
+
+class Probe:
+    """Record the outermost calls of a model's modules, from :meth:`start` to :meth:`stop`.
+
+    A LightningModule's step may call the module itself, a network inside it, or several parts: each call that does not
+    stand inside another is kept with its arguments, and can be repeated.
+
+    Args:
+        model: whose modules are watched.
+
+    Example::
+
+        >>> model = nn.ModuleDict({"body": nn.Sequential(nn.Linear(4, 4)), "head": nn.Linear(4, 2)})
+        >>> probe = Probe(model)
+        >>> probe.start()
+        >>> _ = model["head"](model["body"](torch.zeros(3, 4)))
+        >>> probe.stop()
+        >>> probe.observe().dense_multiply_adds
+        72
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._calls: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = []
+        self._handles: list[RemovableHandle] = []
+        self._depth = 0
+
+    @property
+    def seen(self) -> bool:
+        """Whether a call was recorded."""
+        return bool(self._calls)
+
+    def start(self) -> None:
+        """Watch the calls of all modules."""
+        for module in self._model.modules():
+            self._handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(self._leave, always_call=True))
+
+    def stop(self) -> None:
+        """Watch no longer; what was recorded stays."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._depth = 0
+
+    def _enter(self, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        # Metrics and losses are called in a step too; what has no parameters is not part of the network.
+        if self._depth == 0 and next(module.parameters(), None) is not None:
+            self._calls.append((module, arguments, named))
+        self._depth += 1
+
+    def _leave(self, module: nn.Module, arguments: object, outputs: object) -> None:
+        self._depth -= 1
+
+    def repeat(self) -> None:
+        """Make the recorded calls again."""
+        for module, arguments, named in self._calls:
+            module(*arguments, **named)
+
+    def observe(self) -> Observation:
+        """Count the multiply-adds of the recorded calls, and see how each layer is called in them."""
+        return observe_run(self._model, self.repeat)
+
+    def milliseconds(self) -> float:
+        """Return the median time of the recorded calls, in eval mode, measured for at least half a second."""
+        with untouched(self._model):
+            self.repeat()
+            return 1000 * median(_times(self.repeat))
+
+
+def _times(run: Callable[[], None]) -> list[float]:
+    """Return the seconds of repeated runs."""
+    times: list[float] = []
+    while len(times) < _LEAST_RUNS or sum(times) < _LEAST_SECONDS:
+        start = perf_counter()
+        run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(perf_counter() - start)
+    return times

@@ -1,0 +1,111 @@
+"""Report: what a person sees while a model is compressed, and at the end of a run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+
+from lr_callback.analysis import Progress
+from lr_callback.table import align
+
+
+def is_disabled(bar: object) -> bool:
+    """Return whether a Lightning progress bar shows nothing; a bar that does not say is taken to show itself."""
+    return bool(getattr(bar, "is_disabled", False))
+
+
+@contextmanager
+def analysis_progress(bar: object | None) -> Iterator[Progress | None]:
+    """Show the progress of an analysis in the style of a Lightning progress bar, for as long as it takes.
+
+    Args:
+        bar: the Trainer's bar, Rich or tqdm; without one, or with a disabled one, nothing is shown.
+    """
+    if bar is None or is_disabled(bar):
+        yield None
+        return
+    rich = getattr(bar, "progress", None)
+    with _tqdm_line() if rich is None else _rich_line(rich) as progress:
+        yield progress
+
+
+@contextmanager
+def _rich_line(rich: Any) -> Iterator[Progress]:  # noqa: ANN401  Rich is an optional package, its type too
+    task = rich.add_task("Low-rank analysis", total=1)  # the number of layers is not known yet
+    try:
+        yield lambda done, total, name: rich.update(task, completed=done, total=total)
+    finally:
+        rich.update(task, visible=False)
+
+
+@contextmanager
+def _tqdm_line() -> Iterator[Progress]:
+    with Tqdm(desc="Low-rank analysis", leave=False, file=sys.stdout, unit="layer") as line:
+
+        def advance(done: int, total: int, name: str) -> None:
+            line.total = total
+            line.set_postfix_str(name, refresh=False)
+            line.update(done - line.n)
+
+        yield advance
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A model at one moment of a run, measured.
+
+    Args:
+        name: the moment.
+        metrics: name -> value, as the model's own test or validation loop logs them.
+        parameters: their number.
+        multiply_adds: of one batch.
+        file_bytes: of the file with its weights.
+        milliseconds: of one batch, the median of repeated runs.
+    """
+
+    name: str
+    metrics: Mapping[str, float]
+    parameters: int
+    multiply_adds: int
+    file_bytes: int
+    milliseconds: float
+
+
+def comparison(stages: Sequence[Stage]) -> str:
+    """Return the stages side by side as a table, each count also as a fraction of the first stage's.
+
+    Example::
+
+        >>> dense = Stage("dense", {"accuracy": 0.91}, 200, 4000, 1000, 2.0)
+        >>> cut = Stage("after the cut", {"accuracy": 0.7}, 50, 1000, 300, 1.0)
+        >>> print(comparison([dense, cut]))
+                          dense  after the cut
+        accuracy         0.9100         0.7000
+        parameters          200     50 (25.0%)
+        multiply-adds     4,000  1,000 (25.0%)
+        bytes on disk     1,000    300 (30.0%)
+        ms a batch         2.00   1.00 (50.0%)
+    """
+    first = stages[0]
+    metrics = [
+        [name, *(f"{stage.metrics[name]:.4f}" if name in stage.metrics else "-" for stage in stages)]
+        for name in first.metrics
+    ]
+    counts = [
+        ["parameters", *_counted([stage.parameters for stage in stages])],
+        ["multiply-adds", *_counted([stage.multiply_adds for stage in stages])],
+        ["bytes on disk", *_counted([stage.file_bytes for stage in stages])],
+        ["ms a batch", *_counted([stage.milliseconds for stage in stages], ",.2f")],
+    ]
+    header = ["", *(stage.name for stage in stages)]
+    return align(header, [*metrics, *counts], right=frozenset(range(1, len(header))))
+
+
+def _counted(values: Sequence[float], form: str = ",") -> list[str]:
+    base = values[0]
+    return [f"{base:{form}}", *(f"{value:{form}} ({value / base:.1%})" for value in values[1:])]
