@@ -7,6 +7,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from lightning.fabric.utilities import move_data_to_device
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
@@ -96,11 +97,12 @@ class LowRankCompression(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, and let the module take the structure of any checkpoint."""
         install_hook(pl_module)
+        self._saved_names = None  # of a file that was read for a test, perhaps; a file to resume from comes later
         if stage != "fit":
             return
         _check_strategy(trainer)
         if trainer.current_epoch == 0:
-            self._applied = []
+            self._forget()
         limit = trainer.max_epochs
         late = [epoch for epoch in self.events if limit is not None and 0 <= limit <= epoch]
         if late and not _is_smoke_test(trainer):
@@ -108,15 +110,38 @@ class LowRankCompression(Callback):
                 f"LowRankCompression: epochs {late} are never reached, max_epochs is {limit} and epochs count from 0."
             )
 
+    def _forget(self) -> None:
+        """Begin anew: an earlier run of this callback may have been with another model or other batches."""
+        self.allocation, self._observation, self._probe = None, None, None
+        self._applied, self.snapshot_files = [], {}
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the optimizers' parameters in the order of the file, and check that the budgets can be met."""
         if self._saved_names is not None:
             rebind(trainer.optimizers, self._saved_names, dict(pl_module.named_parameters()))
             self._saved_names = None
-        if self.cost == "multiply_adds" and self._observation is None and 0 in self.events:
-            self._observation = _observe_example(pl_module)
+        if self._observation is None and (0 in self.events or _is_smoke_test(trainer)):
+            self._observe_example(trainer, pl_module)
         if self.cost == "parameters" or self._observation is not None:
             self._check_budgets(pl_module)
+
+    def _observe_example(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count on the module's example input, where a budget in multiply-adds is due before any batch was seen.
+
+        Raises:
+            MisconfigurationException: If the module has none.
+        """
+        if self.cost != "multiply_adds":
+            return
+        example = pl_module.example_input_array
+        if example is None:
+            raise MisconfigurationException(
+                "LowRankCompression: cost='multiply_adds' at epoch 0 (where fast_dev_run compresses, too) must know an "
+                "input before the first batch, and the module's `example_input_array` is not set. Set it, or compress "
+                "at epoch 1 or later."
+            )
+        moved = move_data_to_device(example, pl_module.device)
+        self._observation = observe(pl_module, trainer.precision_plugin.convert_input(moved))
 
     def _check_budgets(self, pl_module: LightningModule) -> None:
         """Refuse budgets that cannot be met before the training, not in the middle of it."""
@@ -152,8 +177,11 @@ class LowRankCompression(Callback):
 
         Raises:
             ValueError: If the budget cannot be met or a weight is not finite. Nothing was changed.
+            MisconfigurationException: If multiply-adds are to be counted and no input is known. Nothing was changed.
         """
         started = perf_counter()
+        if self._observation is None:
+            self._observe_example(trainer, pl_module)
         with analysis_progress(trainer.progress_bar_callback) as progress:
             analysis = analyze(
                 pl_module,
@@ -215,7 +243,9 @@ class LowRankCompression(Callback):
         """Log what could not be counted yet when the first epoch began with a compression."""
         counted = self._multiply_adds(pl_module)
         if counted is not None:
-            self._log_now(trainer, {"compression/kept_multiply_adds": counted[0] / counted[1]})
+            name, value = "compression/kept_multiply_adds", counted[0] / counted[1]
+            pl_module.log(name, value, on_step=False, on_epoch=True, logger=False, batch_size=1)
+            self._log_now(trainer, {name: value})
 
     def _multiply_adds(self, pl_module: LightningModule) -> tuple[int, int] | None:
         if self._observation is None:
@@ -300,16 +330,6 @@ def _check_strategy(trainer: Trainer) -> None:
             f"{trainer.world_size} processes. Train with `devices=1`, or compress before the training: "
             "`lr_callback.factorize_(model, lr_callback.allocate(model, keep_ratio))`."
         )
-
-
-def _observe_example(pl_module: LightningModule) -> Observation:
-    """Count on the module's example input, which the first epoch's event needs before any batch is seen."""
-    if pl_module.example_input_array is None:
-        raise MisconfigurationException(
-            "LowRankCompression: cost='multiply_adds' at epoch 0 must know an input before the first batch, and the "
-            "module's `example_input_array` is not set. Set it, or compress at epoch 1 or later."
-        )
-    return observe(pl_module, pl_module.example_input_array)
 
 
 def _plain(optimizers: Sequence[Any]) -> list[Optimizer]:

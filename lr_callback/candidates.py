@@ -20,7 +20,8 @@ class Candidate:
         folding: which kernel axes go to the decoder.
         num_slices: ``k``.
         full_rank: the smaller side of a slice.
-        errors: ``(last + 1,)`` float64: entry ``r`` is the relative error at rank ``r``.
+        errors: ``(last + 1,)`` float64: entry ``r`` is the relative error at rank ``r``; infinite where it is not known
+            because another candidate of the layer is no dearer and no worse.
         fixed: cost at rank 0.
         per_rank: cost of one rank more.
     """

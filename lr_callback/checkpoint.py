@@ -13,12 +13,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lr_callback.allocation import Allocation, Factorization
 from lr_callback.find import find_layers
 from lr_callback.folding import FOLDINGS, Geometry
 from lr_callback.layers import FactorizedLayer, layer_type
 from lr_callback.surgery import dense_skeleton, factorize_, replace_layers, skeleton
+
+_ENTRIES = ("weight", "bias", "encoder.weight", "decoder.weight", "decoder.bias")
+"""Names of what a dense or a factorized layer holds."""
 
 
 def restore_(model: nn.Module, source: Allocation | Mapping[str, Any] | str | Path) -> None:
@@ -34,6 +38,7 @@ def restore_(model: nn.Module, source: Allocation | Mapping[str, Any] | str | Pa
 
     Raises:
         FileNotFoundError: If the path does not exist.
+        TypeError: If the source is of another type.
         ValueError: If the source is not one of these, is damaged, or is of another model. Nothing was changed.
 
     Example::
@@ -65,6 +70,11 @@ def _load(source: Allocation | Mapping[str, Any] | str | Path) -> Allocation | M
         return Allocation.from_dict(source) if is_allocation else source
     if isinstance(source, str) and source.lstrip().startswith("{"):
         return Allocation.from_json(source)
+    if not isinstance(source, (str, Path)):
+        raise TypeError(
+            f"`source` must be an Allocation, a dict, JSON text or a path, got {type(source).__name__}. "
+            "Nothing was changed."
+        )
     path = Path(source)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; `source` must be an allocation, JSON text, a dict or a path.")
@@ -94,7 +104,7 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
 
 def _state_dict_of(loaded: Mapping[str, Any]) -> dict[str, Tensor]:
     state = loaded.get("state_dict", loaded)
-    if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, Mapping) or not state or not all(map(_is_entry, state.items())):
         raise ValueError(
             "`source`: must be an allocation, a Lightning checkpoint or a state dict of tensors, found a dict with the "
             f"keys {sorted(map(str, loaded))[:6]}. Nothing was changed."
@@ -102,24 +112,46 @@ def _state_dict_of(loaded: Mapping[str, Any]) -> dict[str, Tensor]:
     return dict(state)
 
 
+def _is_entry(entry: tuple[object, object]) -> bool:
+    return isinstance(entry[0], str) and isinstance(entry[1], Tensor)
+
+
 def _without_prefix(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Take off the name under which a larger module held this model, where there is one such name."""
-    wanted = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
-    plain = {name for name in wanted if not _is_of_a_layer(model, name)} or wanted
-    if plain & set(state) or not plain:
+    wanted = _possible_names(model)
+
+    def fits(prefix: str) -> bool:
+        return all(any(prefix + name in state for name in names) for names in wanted)
+
+    if fits(""):
         return state
-    some = min(plain)
-    prefixes = {key[: -len(some)] for key in state if key.endswith(f".{some}")}
-    fitting = [prefix for prefix in sorted(prefixes) if all(prefix + name in state for name in plain)]
+    prefixes = {key[: -len(name)] for key in state for name in wanted[0] if key.endswith(f".{name}")}
+    fitting = [prefix for prefix in sorted(prefixes) if fits(prefix)]
     if len(fitting) != 1:
         return state
     return {key.removeprefix(fitting[0]): value for key, value in state.items() if key.startswith(fitting[0])}
 
 
-def _is_of_a_layer(model: nn.Module, name: str) -> bool:
-    """Return whether a name is of a weight that factorizing renames."""
-    parent = model.get_submodule(name.rpartition(".")[0])
-    return layer_type(parent) is not None or isinstance(parent, FactorizedLayer)
+def _possible_names(model: nn.Module) -> list[tuple[str, ...]]:
+    """Return, for each entry of a model's state dict, the names that it has in dense and in factorized files."""
+    entries: dict[str, tuple[str, ...]] = {name: (name,) for name in model.state_dict()}
+    for layer, names in _names_of_layers(model).items():
+        for name in names:
+            for inner in _ENTRIES:
+                entries.pop(f"{name}.{inner}", None)
+            entries[f"{name}.weight"] = (f"{name}.weight", f"{name}.encoder.weight")
+            if layer.bias is not None:
+                entries[f"{name}.bias"] = (f"{name}.bias", f"{name}.decoder.bias")
+    return list(entries.values())
+
+
+def _names_of_layers(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Return all names of each layer that can be factorized; a shared one has several."""
+    names: dict[nn.Module, list[str]] = {layer: [] for layer in find_layers(model).layers.values()}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if module in names:
+            names[module].append(name)
+    return names
 
 
 def structure_hook(
@@ -166,8 +198,13 @@ def adapt_structure(model: nn.Module, state: Mapping[str, Tensor], prefix: str =
 
 
 def _is_like(layer: nn.Module, choice: Factorization) -> bool:
-    wanted = (choice.folding, choice.num_slices, choice.rank)
-    return isinstance(layer, FactorizedLayer) and (layer.folding, layer.num_slices, layer.rank) == wanted
+    """Return whether a layer's factors have the shapes of a choice, whose folding may be another of the same shapes."""
+    kind = layer_type(layer)
+    if kind is None or not isinstance(layer, FactorizedLayer):
+        return False
+    kernel = kind.geometry(layer).decoder_kernel
+    same_sizes = (layer.num_slices, layer.rank) == (choice.num_slices, choice.rank)
+    return same_sizes and kernel(layer.folding) == kernel(choice.folding)
 
 
 def _structure_in(state: Mapping[str, Tensor], prefix: str, name: str, layer: nn.Module) -> Factorization | None:
@@ -202,32 +239,41 @@ def _fitting(geometry: Geometry, encoder: tuple[int, ...], decoder: tuple[int, .
 
 def _check_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Refuse a state dict that would not load after the structure was adapted."""
-    expected: dict[str, tuple[int, ...]] = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    for name, layer in find_layers(model).layers.items():
-        kind = layer_type(layer)
-        assert kind is not None
-        for inner in ("weight", "encoder.weight", "decoder.weight", "bias", "decoder.bias"):
-            expected.pop(f"{name}.{inner}", None)
-        expected.update(_expected_of(state, name, layer, kind.geometry(layer)))
+    expected = {name: _shape(value, state.get(name)) for name, value in model.state_dict().items()}
+    for layer, names in _names_of_layers(model).items():
+        shapes = _shapes_in(layer, _structure_in(state, f"{names[0]}.", names[0], layer))
+        for name in names:
+            for inner in _ENTRIES:
+                expected.pop(f"{name}.{inner}", None)
+            expected.update({f"{name}.{inner}": shape for inner, shape in shapes.items()})
     found = {name: tuple(value.shape) for name, value in state.items()}
     if expected != found:
         raise ValueError(_differences(expected, found))
 
 
-def _expected_of(
-    state: Mapping[str, Tensor], name: str, layer: nn.Module, geometry: Geometry
-) -> dict[str, tuple[int, ...]]:
-    """Return the names and shapes that one layer will have once it has the structure in the state dict."""
-    has_bias = layer.bias is not None
-    choice = _structure_in(state, f"{name}.", name, layer)
+def _shape(own: Tensor, given: Tensor | None) -> tuple[int, ...]:
+    """Return the shape that an entry must have; one that is not initialised yet takes the shape that it is given."""
+    if not is_lazy(own):
+        return tuple(own.shape)
+    return () if given is None else tuple(given.shape)
+
+
+def _shapes_in(layer: nn.Module, choice: Factorization | None) -> dict[str, tuple[int, ...]]:
+    """Return the names and shapes of what a layer holds in a structure; None: dense."""
+    kind = layer_type(layer)
+    assert kind is not None
+    geometry = kind.geometry(layer)
+    bias = {} if layer.bias is None else {"bias": (geometry.out_channels,)}
     if choice is None:
-        shapes = {f"{name}.weight": geometry.weight_shape}
-        owner = name
-    else:
-        factors = [f"{name}.encoder.weight", f"{name}.decoder.weight"]
-        shapes = {factor: tuple(state[factor].shape) for factor in factors}
-        owner = f"{name}.decoder"
-    return {**shapes, **({f"{owner}.bias": (geometry.out_channels,)} if has_bias else {})}
+        return {"weight": geometry.weight_shape, **bias}
+    width = choice.num_slices * choice.rank
+    encoder = (width, geometry.in_channels // choice.num_slices, *geometry.encoder_kernel(choice.folding))
+    decoder = (geometry.out_channels, width, *geometry.decoder_kernel(choice.folding))
+    return {
+        "encoder.weight": encoder,
+        "decoder.weight": decoder,
+        **{f"decoder.{name}": shape for name, shape in bias.items()},
+    }
 
 
 def _differences(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:

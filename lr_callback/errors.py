@@ -17,40 +17,44 @@ from lr_callback.parallel import Workers
 from lr_callback.residual import residual_norms
 from lr_callback.spectrum import Slicing, scaled_left_vectors, singular_values, slicings
 
-Measure = Callable[[Slicing, int, Workers], Tensor]
-"""Absolute error ``(last + 1,)`` of a slicing at rank 0 to ``last``."""
+Measure = Callable[[Slicing, Tensor, Workers], Tensor]
+"""From a slicing and limits ``(last + 1,)`` to its absolute errors ``(last + 1,)`` at rank 0 to ``last``.
+
+From its limit on an error is of no use, and a measure for which it saves work may return infinity in its place.
+"""
 
 
-def slice_error(slicing: Slicing, last: int, workers: Workers) -> Tensor:
+def slice_error(slicing: Slicing, limit: Tensor, workers: Workers) -> Tensor:
     """Return the worst slice's error ``max_i ||W_i - What_i||_2 = max_i sigma_{i, j+1}``.
 
     Source: the paper's code, made exact: the code looks up ``sigma_j`` where it means ``sigma_{j+1}``.
     """
     worst = singular_values(slicing.gram, workers).amax(dim=0)
-    return torch.nn.functional.pad(worst, (0, 1))[: last + 1]
+    return torch.nn.functional.pad(worst, (0, 1))[: len(limit)]
 
 
-def bound_error(slicing: Slicing, last: int, workers: Workers) -> Tensor:
+def bound_error(slicing: Slicing, limit: Tensor, workers: Workers) -> Tensor:
     """Return the bound ``sqrt(k) max_i sigma_{i, j+1}`` on the operator norm of the residual.
 
     Source: arXiv 2107.11442, Theorem 1; its code drops ``sqrt(k)``, which gives :func:`slice_error`.
     """
-    return sqrt(slicing.num_slices) * slice_error(slicing, last, workers)
+    return sqrt(slicing.num_slices) * slice_error(slicing, limit, workers)
 
 
-def operator_error(slicing: Slicing, last: int, workers: Workers) -> Tensor:
+def operator_error(slicing: Slicing, limit: Tensor, workers: Workers) -> Tensor:
     """Return the operator norm of the residual ``||W - What||_2`` itself."""
     if slicing.num_slices == 1:
-        return slice_error(slicing, last, workers)
+        return slice_error(slicing, limit, workers)
     precision = torch.float64 if slicing.slices.dtype == torch.float64 else torch.float32
-    return residual_norms(scaled_left_vectors(slicing, workers).to(precision), last, workers)
+    scaled = scaled_left_vectors(slicing, workers).to(precision)
+    return residual_norms(scaled, len(limit) - 1, workers, limit)
 
 
-def frobenius_error(slicing: Slicing, last: int, workers: Workers) -> Tensor:
+def frobenius_error(slicing: Slicing, limit: Tensor, workers: Workers) -> Tensor:
     """Return the Frobenius norm of the residual, ``sqrt(sum_i sum_{l > j} sigma_il^2)``."""
     energy = singular_values(slicing.gram, workers).square().sum(dim=0)
     tail = energy.flip(0).cumsum(0).flip(0)
-    return torch.nn.functional.pad(tail, (0, 1)).sqrt()[: last + 1]
+    return torch.nn.functional.pad(tail, (0, 1)).sqrt()[: len(limit)]
 
 
 ERRORS: Mapping[str, Measure] = {
@@ -62,7 +66,9 @@ ERRORS: Mapping[str, Measure] = {
 """Every measure by its name."""
 
 
-def relative_errors(matrix: Tensor, error: str, last: Mapping[int, int], workers: Workers) -> dict[int, Tensor]:
+def relative_errors(
+    matrix: Tensor, error: str, last: Mapping[int, int], workers: Workers, prices: Mapping[int, int] | None = None
+) -> dict[int, Tensor]:
     """Compute the relative error of a folded layer for each number of slices and each rank.
 
     Args:
@@ -70,6 +76,8 @@ def relative_errors(matrix: Tensor, error: str, last: Mapping[int, int], workers
         error: a name in :data:`ERRORS`.
         last: number of slices ``k`` -> largest rank of interest, at most the smaller side of a slice.
         workers: where it is computed.
+        prices: number of slices -> cost of a rank. With it, an error may be infinite where another number of slices
+            has no larger error at no larger cost: nothing would ever choose it, and much work is saved.
 
     Returns:
         Number of slices -> ``(last + 1,)`` float64 on the CPU: entry ``r`` is the error at rank ``r``. It never rises
@@ -90,12 +98,25 @@ def relative_errors(matrix: Tensor, error: str, last: Mapping[int, int], workers
     if error == "operator" and matrix.shape[0] > matrix.shape[1]:
         # The triangle of a QR decomposition has the same slices up to one rotation, and fewer rows.
         matrix = torch.linalg.qr(matrix.double(), mode="r").R.to(matrix.dtype)
-    absolute = {
-        slicing.num_slices: measure(slicing, last.get(slicing.num_slices, 0), workers)
-        for slicing in slicings(matrix, sorted({1, *last}), workers)
-    }
+    absolute: dict[int, Tensor] = {}
+    for slicing in slicings(matrix, sorted({1, *last}), workers):
+        count = slicing.num_slices
+        limit = torch.full((last.get(count, 0) + 1,), torch.inf, dtype=torch.float64)
+        if prices is not None and count in prices:
+            limit = _best_so_far(absolute, prices, prices[count] * torch.arange(len(limit)))
+        absolute[count] = measure(slicing, limit, workers).cpu()
     norm = absolute[1][0]
-    return {count: (absolute[count] / norm).clamp(max=sqrt(count)).cpu() for count in last}
+    return {count: absolute[count] / norm for count in last}
+
+
+def _best_so_far(absolute: Mapping[int, Tensor], prices: Mapping[int, int], costs: Tensor) -> Tensor:
+    """Return the smallest error already computed at each of the costs, or below it; infinity if there is none."""
+    known = [count for count in absolute if count in prices]
+    if not known:
+        return torch.full(costs.shape, torch.inf, dtype=torch.float64)
+    paid, order = torch.cat([prices[count] * torch.arange(len(absolute[count])) for count in known]).sort(stable=True)
+    best = torch.cat([absolute[count] for count in known])[order].cummin(0).values
+    return best[torch.searchsorted(paid, costs, right=True) - 1]
 
 
 def find_measure(error: str) -> Measure:

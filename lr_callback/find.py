@@ -9,8 +9,11 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
 
 from lr_callback.layers import FactorizedLayer, dense_weight, layer_type
+
+_COMPUTED = "its weight is computed from other parameters (weight_norm, pruning or another parametrization)"
 
 
 @dataclass(frozen=True)
@@ -70,11 +73,21 @@ def _weighted(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module | No
             attention, prefix = layer, f"{name}." if name else ""
         if layer in hidden:
             continue
-        if isinstance(layer, FactorizedLayer):
-            hidden.update(layer.modules())
+        parts = _parts(layer)
+        hidden |= parts
+        if parts or any(parameter is not None and _is_matrix(parameter) for parameter in layer._parameters.values()):
             yield name, layer, attention
-        elif any(parameter is not None and _is_matrix(parameter) for parameter in layer._parameters.values()):
-            yield name, layer, attention
+
+
+def _parts(layer: nn.Module) -> set[nn.Module]:
+    """Return the modules inside a layer that are no layers of their own: factors, and what computes a weight."""
+    if isinstance(layer, FactorizedLayer):
+        return set(layer.modules())
+    if is_parametrized(layer):
+        computing = layer.parametrizations
+        assert isinstance(computing, nn.Module)
+        return set(computing.modules())
+    return set()
 
 
 def _is_matrix(parameter: nn.Parameter) -> bool:
@@ -94,12 +107,16 @@ def _parameter_owners(model: nn.Module) -> dict[int, list[str]]:
 def _refusal(name: str, layer: nn.Module, attention: nn.Module | None, owners: dict[int, list[str]]) -> str | None:
     """Return why a layer cannot be factorized, None if it can."""
     kind = layer_type(layer)
+    if attention is not None and layer is not attention:
+        return "read directly by nn.MultiheadAttention"
+    if any(parameter is not None and is_lazy(parameter) for parameter in layer._parameters.values()):
+        return "its weight is not initialised yet; run one batch first"
+    if is_parametrized(layer, "weight"):
+        return _COMPUTED
     if kind is None:
         return f"{type(layer).__name__} is not among the layer types that are factorized"
     if name == "":
         return "the model itself is this layer, and cannot be replaced in place; put it into an nn.Sequential"
-    if attention is not None:
-        return "read directly by nn.MultiheadAttention"
     if isinstance(layer, FactorizedLayer):
         return None
     return _weight_refusal(layer, name, owners) or kind.refusal(layer)
@@ -109,9 +126,7 @@ def _weight_refusal(layer: nn.Module, name: str, owners: dict[int, list[str]]) -
     """Return what is wrong with the weight of a dense layer, None if nothing is."""
     weight = layer._parameters.get("weight")
     if weight is None:
-        return "its weight is computed from other parameters (weight_norm, pruning or another parametrization)"
-    if is_lazy(weight):
-        return "its weight is not initialised yet; run one batch first"
+        return _COMPUTED
     others = [other for other in owners[id(weight)] if other != name]
     if others:
         return f"its weight is tied to that of {', '.join(others)}"

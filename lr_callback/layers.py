@@ -75,9 +75,9 @@ class FactorizedLayer(nn.Module, ABC):
         self.encoder, self.decoder = encoder, decoder
         self.folding, self.num_slices = folding, num_slices
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Apply the encoder, then the decoder."""
-        outputs: Tensor = self.decoder(self.encoder(inputs))
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply the encoder, then the decoder; the argument is named as in torch, for calls by name."""
+        outputs: Tensor = self.decoder(self.encoder(input))
         return outputs
 
     @property
@@ -223,8 +223,15 @@ def _convolution(
         device="meta",
         dtype=weight.dtype,
     ).to_empty(device=weight.device)
-    last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+    weights = like.factors if isinstance(like, FactorizedLayer) else (weight,)
+    last = any(_is_channels_last(one) for one in weights)
     return made.to(memory_format=torch.channels_last) if last else made
+
+
+def _is_channels_last(weight: Tensor) -> bool:
+    """Return whether a weight was laid out in channels_last; sizes of 1 leave only the strides to tell."""
+    plain = torch.empty(weight.shape, device="meta")
+    return weight.stride() == plain.to(memory_format=torch.channels_last).stride() != plain.stride()
 
 
 class LayerType(Protocol):

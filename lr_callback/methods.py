@@ -46,11 +46,17 @@ class Method(ABC):
         self.foldings = tuple(foldings)
         self.max_slices = max_slices
 
+    @property
+    def takes_any_rank(self) -> bool:
+        """Whether every candidate may be chosen at every rank; then the hopeless ones need no error."""
+        return True
+
     def candidates(self, weight: Tensor, cost: LayerCost, workers: Workers) -> LayerCandidates:
         """Compute the candidates of one layer; see :func:`lr_callback.candidates.layer_candidates`."""
 
         def curves(folding: str, last: Mapping[int, int]) -> dict[int, Tensor]:
-            return relative_errors(fold(weight, folding, 1)[0], self.error, last, workers)
+            prices = {count: cost.per_rank(folding, count) for count in last} if self.takes_any_rank else None
+            return relative_errors(fold(weight, folding, 1)[0], self.error, last, workers, prices)
 
         return layer_candidates(cost, self.foldings, self.max_slices, curves)
 
@@ -123,6 +129,11 @@ class ALDS(Method):
         _check_at_least_one("rank_multiple", rank_multiple)
         self.objective = objective
         self.rank_multiple = rank_multiple
+
+    @property
+    def takes_any_rank(self) -> bool:
+        """Whether there is no ``rank_multiple``."""
+        return self.rank_multiple == 1
 
     def choose(self, layers: Mapping[str, LayerCandidates], budget: int) -> dict[str, Choice]:
         """Solve the global problem over all candidates of all layers."""

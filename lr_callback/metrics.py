@@ -52,7 +52,7 @@ class KeptCost(Metric):
 
     def compute(self) -> Tensor:
         """Return kept over dense."""
-        return (self.kept / self.dense)
+        return self.kept / self.dense
 
 
 def compression_metrics(

@@ -98,7 +98,7 @@ def observe_run(model: nn.Module, run: Callable[[], object]) -> Observation:
         stack.enter_context(untouched(model))
         for name, layer in find_layers(model).layers.items():
             seen[name] = []
-            handle = layer.register_forward_hook(_recorder(seen[name]))
+            handle = layer.register_forward_hook(_recorder(seen[name]), with_kwargs=True)
             stack.callback(handle.remove)
         counter = stack.enter_context(FlopCounterMode(display=False))
         run()
@@ -106,11 +106,11 @@ def observe_run(model: nn.Module, run: Callable[[], object]) -> Observation:
     return Observation(counter.get_total_flops() // 2 + saved_multiply_adds(model, calls), calls)
 
 
-def _recorder(seen: list[Call]) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-    def record(layer: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor) -> None:
+def _recorder(seen: list[Call]) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor], Tensor], None]:
+    def record(layer: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], outputs: Tensor) -> None:
         kind = layer_type(layer)
         assert kind is not None
-        seen.append(kind.call(inputs[0], outputs))
+        seen.append(kind.call(inputs[0] if inputs else named["input"], outputs))
 
     return record
 

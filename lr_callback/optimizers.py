@@ -25,7 +25,7 @@ def replace_parameters(
     Args:
         optimizers: torch optimizers, or wrappers that share ``param_groups`` and ``state`` with one.
         replacements: which parameter gives way to which.
-        names: name of each new parameter, for groups that were made from ``named_parameters()``.
+        names: name of each parameter of the new layers, for groups that were made from ``named_parameters()``.
 
     Returns:
         A function that undoes it.
@@ -70,10 +70,11 @@ def _remember(optimizer: Optimizer) -> Callable[[], None]:
 
 
 def _replace(optimizer: Optimizer, replacements: Replacements, names: Mapping[nn.Parameter, str]) -> None:
-    if not any(parameter in replacements for group in optimizer.param_groups for parameter in group["params"]):
-        return
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for group in optimizer.param_groups:
         _replace_in_group(group, replacements, names)
+    if not any(parameter in replacements for parameter in held):
+        return
     for old in replacements:
         optimizer.state.pop(old, None)
     if isinstance(optimizer, torch.optim.LBFGS):
@@ -85,7 +86,7 @@ def _replace(optimizer: Optimizer, replacements: Replacements, names: Mapping[nn
 
 
 def _replace_in_group(group: dict[str, Any], replacements: Replacements, names: Mapping[nn.Parameter, str]) -> None:
-    """Edit the lists of a group, which others may share."""
+    """Edit the lists of a group, which others may share; a bias that stays may have a new name."""
     old_names = group.get("param_names")
     params: list[nn.Parameter] = []
     new_names: list[str] = []
@@ -93,7 +94,7 @@ def _replace_in_group(group: dict[str, Any], replacements: Replacements, names: 
         heirs = replacements.get(parameter)
         params += [parameter] if heirs is None else list(heirs)
         if old_names is not None:
-            new_names += [old_names[index]] if heirs is None else [names[heir] for heir in heirs]
+            new_names += [names.get(parameter, old_names[index])] if heirs is None else [names[heir] for heir in heirs]
     group["params"][:] = params
     if old_names is not None:
         old_names[:] = new_names
@@ -109,9 +110,7 @@ def _give_momentum(optimizer: torch.optim.SGD, replacements: Replacements) -> No
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
-def names_of(
-    optimizers: Sequence[Optimizer], named: Mapping[str, nn.Parameter]
-) -> list[list[list[str | None]]]:
+def names_of(optimizers: Sequence[Optimizer], named: Mapping[str, nn.Parameter]) -> list[list[list[str | None]]]:
     """Return the name of each parameter in each group of each optimizer; None for one that the model does not have."""
     names = {id(parameter): name for name, parameter in named.items()}
     return [[[names.get(id(one)) for one in group["params"]] for group in each.param_groups] for each in optimizers]

@@ -77,19 +77,18 @@ class Stage:
 
 
 def comparison(stages: Sequence[Stage]) -> str:
-    """Return the stages side by side as a table, each count also as a fraction of the first stage's.
+    r"""Return the stages side by side as a table, each count also as a fraction of the first stage's.
 
     Example::
 
         >>> dense = Stage("dense", {"accuracy": 0.91}, 200, 4000, 1000, 2.0)
         >>> cut = Stage("after the cut", {"accuracy": 0.7}, 50, 1000, 300, 1.0)
-        >>> print(comparison([dense, cut]))
-                          dense  after the cut
-        accuracy         0.9100         0.7000
-        parameters          200     50 (25.0%)
-        multiply-adds     4,000  1,000 (25.0%)
-        bytes on disk     1,000    300 (30.0%)
-        ms a batch         2.00   1.00 (50.0%)
+        >>> print(comparison([dense, cut]).partition("\n")[2])
+        accuracy       0.9100         0.7000
+        parameters        200     50 (25.0%)
+        multiply-adds   4,000  1,000 (25.0%)
+        bytes on disk   1,000    300 (30.0%)
+        ms a batch       2.00   1.00 (50.0%)
     """
     first = stages[0]
     metrics = [

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -14,28 +16,33 @@ from lr_callback.report import Stage
 TITLES = {"dense": "dense, before", "cut": "right after", "final": "at the end"}
 """Snapshot -> what a person calls that moment."""
 
+_LOGGERS = ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric")
+
 
 class _FirstBatch(Callback):
-    """Watch the calls of an evaluation's first batch."""
+    """Watch the calls of each evaluation's first batch."""
 
-    def __init__(self, probe: Probe) -> None:
-        self._probe = probe
+    def __init__(self, model: LightningModule) -> None:
+        self.probe = Probe(model)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.probe = Probe(pl_module)
 
     def _start(self) -> None:
-        if not self._probe.seen:
-            self._probe.start()
+        if not self.probe.seen:
+            self.probe.start()
 
     def on_test_batch_start(self, *_: object) -> None:
         self._start()
 
     def on_test_batch_end(self, *_: object) -> None:
-        self._probe.stop()
+        self.probe.stop()
 
     def on_validation_batch_start(self, *_: object) -> None:
         self._start()
 
     def on_validation_batch_end(self, *_: object) -> None:
-        self._probe.stop()
+        self.probe.stop()
 
 
 def measure_stages(
@@ -52,39 +59,65 @@ def measure_stages(
     Returns:
         One stage for each file, in the order of :data:`TITLES`.
     """
-    return [_measure(trainer, model, datamodule, TITLES[name], files[name]) for name in TITLES if name in files]
+    with _quiet():
+        watch = _FirstBatch(model)
+        evaluator = _evaluator(trainer, watch)
+        return [
+            _measure(evaluator, watch, model, datamodule, TITLES[name], files[name]) for name in TITLES if name in files
+        ]
 
 
-def _measure(
-    trainer: Trainer, model: LightningModule, datamodule: LightningDataModule | None, title: str, file: str
-) -> Stage:
-    probe = Probe(model)
-    metrics = _evaluate(trainer, model, datamodule, file, probe)
-    observation = probe.observe()
-    return Stage(
-        name=title,
-        metrics=metrics,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        multiply_adds=observation.multiply_adds(model),
-        file_bytes=Path(file).stat().st_size,
-        milliseconds=probe.milliseconds(),
-    )
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Lightning's notes on devices, tips and files, which the run has shown already, off the screen."""
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(max(logger.level, logging.WARNING))
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
-def _evaluate(
-    trainer: Trainer, model: LightningModule, datamodule: LightningDataModule | None, file: str, probe: Probe
-) -> dict[str, float]:
-    """Run the test loop where the model has one, else the validation loop; return what it logged."""
-    quiet = type(trainer)(
+def _evaluator(trainer: Trainer, watch: _FirstBatch) -> Trainer:
+    """Return a Trainer that evaluates as the run did, and writes nothing."""
+    return type(trainer)(
         accelerator=trainer.accelerator,
         devices=1,
         precision=trainer.precision,
-        callbacks=[_FirstBatch(probe)],
+        callbacks=[watch],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    run = quiet.test if is_overridden("test_step", model) else quiet.validate
+
+
+def _measure(
+    evaluator: Trainer,
+    watch: _FirstBatch,
+    model: LightningModule,
+    datamodule: LightningDataModule | None,
+    title: str,
+    file: str,
+) -> Stage:
+    metrics = _evaluate(evaluator, model, datamodule, file)
+    return Stage(
+        name=title,
+        metrics=metrics,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        multiply_adds=watch.probe.observe().multiply_adds(model),
+        file_bytes=Path(file).stat().st_size,
+        milliseconds=watch.probe.milliseconds(),
+    )
+
+
+def _evaluate(
+    evaluator: Trainer, model: LightningModule, datamodule: LightningDataModule | None, file: str
+) -> dict[str, float]:
+    """Run the test loop where the model has one, else the validation loop; return what it logged."""
+    run = evaluator.test if is_overridden("test_step", model) else evaluator.validate
     results = run(model, datamodule=datamodule, ckpt_path=file, verbose=False)
     return {name: float(value) for one in results for name, value in one.items()}

@@ -72,6 +72,7 @@ def factorize_(
         What was done.
 
     Raises:
+        TypeError: If ``allocation`` is not an :class:`~lr_callback.allocation.Allocation`.
         ValueError: If the model lacks a layer of the allocation, or has it with another shape. Nothing was changed.
 
     Example::
@@ -98,6 +99,9 @@ def densify_(model: nn.Module, *, optimizers: Iterable[Optimizer] | Optimizer = 
     Returns:
         What was done.
 
+    Raises:
+        ValueError: If the model itself is a factorized layer.
+
     Example::
 
         >>> from lr_callback.analysis import allocate
@@ -107,6 +111,8 @@ def densify_(model: nn.Module, *, optimizers: Iterable[Optimizer] | Optimizer = 
         ('0',)
     """
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, FactorizedLayer)}
+    if "" in layers:
+        raise ValueError("`model` is a factorized layer itself, not one that holds it; take `model.to_dense()`.")
     return replace_layers(model, {name: _densified(layer) for name, layer in layers.items()}, optimizers)
 
 
@@ -114,8 +120,11 @@ def check_allocation(model: nn.Module, allocation: Allocation) -> dict[str, nn.M
     """Return the layers of the model that an allocation names.
 
     Raises:
+        TypeError: If it is not an allocation.
         ValueError: If one is missing, cannot be factorized, has another shape, or its slices do not divide it.
     """
+    if not isinstance(allocation, Allocation):
+        raise TypeError(f"`allocation` must be an Allocation, got {type(allocation).__name__}.")
     found = find_layers(model)
     missing = [name for name in allocation.layers if name not in found.layers]
     if missing:
