@@ -192,14 +192,16 @@ def _read(written: object) -> Allocation:
             "Allocation: must be a dict with the keys that `Allocation.to_dict()` writes, among them 'version', "
             f"got {_name_of(written)}."
         )
-    if not isinstance(written["version"], int) or written["version"] > VERSION:
+    if not isinstance(written["version"], int):
+        raise ValueError(f"Allocation: `version` must be a whole number, got {_name_of(written['version'])}.")
+    if written["version"] > VERSION:
         raise ValueError(
             f"Allocation: version {written['version']!r} is newer than {VERSION}, the newest that this lr_callback "
             "reads; update lr_callback."
         )
     parts = _checked(written, _FIELDS, "Allocation")
     layers = {name: _read_layer(name, layer) for name, layer in parts["layers"].items()}
-    shapes = {name: tuple(shape) for name, shape in parts["shapes"].items()}
+    shapes = {name: _read_shape(name, shape) for name, shape in parts["shapes"].items()}
     if set(shapes) != set(layers):
         raise ValueError(
             f"Allocation: `shapes` must name the same layers as `layers`, they differ in "
@@ -220,6 +222,14 @@ def _read_layer(name: str, written: object) -> Factorization | None:
     if layer.num_slices < 1 or layer.rank < 1:
         raise ValueError(f"{where}: `num_slices` and `rank` must be at least 1, got {layer.num_slices}, {layer.rank}.")
     return layer
+
+
+def _read_shape(name: str, written: object) -> tuple[int, ...]:
+    if isinstance(written, (list, tuple)) and len(written) >= 2 and all(type(size) is int for size in written):
+        return tuple(written)
+    raise ValueError(
+        f"Allocation, layer {name!r}: its shape must be a list of at least two whole numbers, got {_name_of(written)}."
+    )
 
 
 def _checked(

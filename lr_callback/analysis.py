@@ -12,7 +12,8 @@ from lr_callback.allocation import Allocation, Factorization
 from lr_callback.candidates import LayerCandidates
 from lr_callback.costs import Call, LayerCost, check_cost
 from lr_callback.find import Found, check_weight, find_layers
-from lr_callback.layers import FactorizedLayer, dense_bias, dense_weight, layer_type
+from lr_callback.layer_types import layer_type
+from lr_callback.layers import FactorizedLayer, dense_bias, dense_weight
 from lr_callback.methods import ALDS, Choice, Method
 from lr_callback.observe import Observation, observe
 from lr_callback.parallel import workers
@@ -137,8 +138,9 @@ def allocate(
         The allocation; ``print`` shows it as a table, :func:`~lr_callback.surgery.factorize_` carries it out.
 
     Raises:
+        TypeError: If ``model`` is no module, or ``method`` no method.
         ValueError: If an argument is out of range, a pattern matches nothing, there is nothing to factorize, a weight
-            is not finite, or the budget cannot be met (the message states the reachable range).
+                is not finite, or the budget cannot be met (the message states the reachable range).
 
     Example::
 
@@ -147,6 +149,8 @@ def allocate(
         >>> allocation.cost <= allocation.budget == 2405
         True
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
     check_keep_ratio(keep_ratio)
     check_cost(cost)
     observation = None
@@ -178,7 +182,7 @@ def analyze(
     Raises:
         ValueError: See :func:`allocate`.
     """
-    method = ALDS() if method is None else method
+    method = _method(method)
     found = find_layers(model, include, exclude)
     costs = _layer_costs(found, observation)
     layers: dict[str, LayerCandidates] = {}
@@ -202,7 +206,7 @@ def survey(
 
     Takes what :func:`analyze` takes and raises what it raises; the errors in the result have no meaning.
     """
-    method = ALDS() if method is None else method
+    method = _method(method)
     found = find_layers(model, include, exclude)
     costs = _layer_costs(found, observation)
     layers = {name: method.priced(layer_cost) for name, layer_cost in costs.items()}
@@ -231,6 +235,14 @@ def _analysis(
         skipped=found.skipped,
         dense_cost=dense_parameters(model) if observation is None else observation.dense_multiply_adds,
     )
+
+
+def _method(method: Method | None) -> Method:
+    if method is None:
+        return ALDS()
+    if isinstance(method, Method):
+        return method
+    raise TypeError(f"`method` must be a lr_callback.Method such as ALDS(error='slice'), got {method!r}.")
 
 
 def dense_parameters(model: nn.Module) -> int:

@@ -18,7 +18,8 @@ from torch.nn.parameter import is_lazy
 from lr_callback.allocation import Allocation, Factorization
 from lr_callback.find import find_layers
 from lr_callback.folding import FOLDINGS, Geometry
-from lr_callback.layers import FactorizedLayer, layer_type
+from lr_callback.layer_types import layer_type
+from lr_callback.layers import FactorizedLayer
 from lr_callback.surgery import dense_skeleton, factorize_, replace_layers, skeleton
 
 _ENTRIES = ("weight", "bias", "encoder.weight", "decoder.weight", "decoder.bias")
@@ -94,12 +95,16 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
     except Exception as error:  # torch raises half a dozen types for a damaged file
         raise ValueError(
             f"{path.name}: must be a checkpoint that torch.load(weights_only=True) reads; it may be cut off or hold "
-            f"objects other than tensors and plain data ({type(error).__name__}: {str(error).splitlines()[0]}). "
+            f"objects other than tensors and plain data ({type(error).__name__}: {_first_line(error)}). "
             "Nothing was changed."
         ) from error
     if not isinstance(loaded, Mapping):
         raise ValueError(f"{path.name}: must hold a dict, found {type(loaded).__name__}. Nothing was changed.")
     return loaded
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _state_dict_of(loaded: Mapping[str, Any]) -> dict[str, Tensor]:

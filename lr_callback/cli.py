@@ -18,6 +18,11 @@ from lr_callback.methods import Method
 from lr_callback.report import comparison
 from lr_callback.stages import measure_stages
 
+_DESCRIPTION = (
+    "Train a model with low-rank compression on the way (fit), and evaluate checkpoints from before or after it. "
+    "What compression would make of a model, without training it, shows: lr-callback analyze --help"
+)
+
 
 class CompressionCLI(LightningCLI):
     """LightningCLI with the callback under ``compress``, and a comparison of a run's stages after ``fit``.
@@ -101,4 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if listed[:1] == ["analyze"]:
         analyze_command(listed[1:])
         return
-    CompressionCLI(args=None if arguments is None else listed, save_config_kwargs={"overwrite": True})
+    CompressionCLI(
+        args=None if arguments is None else listed,
+        save_config_kwargs={"overwrite": True},
+        parser_kwargs={"description": _DESCRIPTION},
+    )

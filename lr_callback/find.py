@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from lr_callback.layers import FactorizedLayer, dense_weight, layer_type
+from lr_callback.layer_types import layer_type
+from lr_callback.layers import FactorizedLayer, dense_weight
 
 _COMPUTED = "its weight is computed from other parameters (weight_norm, pruning or another parametrization)"
 

@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lr_callback.costs import Call, LayerCost
 from lr_callback.find import find_layers
-from lr_callback.layers import FactorizedLayer, layer_type
+from lr_callback.layer_types import layer_type
+from lr_callback.layers import FactorizedLayer
 
 
 @dataclass(frozen=True)

@@ -48,9 +48,8 @@ def _tqdm_line() -> Iterator[Progress]:
     with Tqdm(desc="Low-rank analysis", leave=False, file=sys.stdout, unit="layer") as line:
 
         def advance(done: int, total: int, name: str) -> None:
-            line.total = total
-            line.set_postfix_str(name, refresh=False)
-            line.update(done - line.n)
+            line.total, line.n = total, done
+            line.set_postfix_str(name)  # draws the line: a layer may take long, and must not wait for the next one
 
         yield advance
 
@@ -63,9 +62,9 @@ class Stage:
         name: the moment.
         metrics: name -> value, as the model's own test or validation loop logs them.
         parameters: their number.
-        multiply_adds: of one batch.
+        multiply_adds: of one batch; 0 if none was seen.
         file_bytes: of the file with its weights.
-        milliseconds: of one batch, the median of repeated runs.
+        milliseconds: of one batch, the median of repeated runs; 0 if none was seen.
     """
 
     name: str
@@ -107,4 +106,6 @@ def comparison(stages: Sequence[Stage]) -> str:
 
 def _counted(values: Sequence[float], form: str = ",") -> list[str]:
     base = values[0]
+    if not base:
+        return [f"{value:{form}}" if value else "-" for value in values]
     return [f"{base:{form}}", *(f"{value:{form}} ({value / base:.1%})" for value in values[1:])]

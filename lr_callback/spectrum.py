@@ -69,7 +69,7 @@ def slicings(matrix: Tensor, counts: Sequence[int], workers: Workers) -> Iterato
     folded = {count: split(matrix, count) for count in sorted(counts)}
     wide = [count for count, slices in folded.items() if is_wide(slices)]
     tall = [count for count in folded if count not in wide]
-    for group in (wide[::-1], tall):  # each starts with the one that the others derive from
+    for group in (wide[-1:] + wide[:-1], tall):  # each starts with the one that the others derive from
         base: Tensor | None = None
         for count in group:
             gram = None if base is None else _derive(base, count)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from lr_callback.checkpoint import restore_
 from lr_callback.probe import Probe
 from lr_callback.report import Stage
 
@@ -24,9 +25,6 @@ class _FirstBatch(Callback):
 
     def __init__(self, model: LightningModule) -> None:
         self.probe = Probe(model)
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.probe = Probe(pl_module)
 
     def _start(self) -> None:
         if not self.probe.seen:
@@ -50,6 +48,9 @@ def measure_stages(
 ) -> list[Stage]:
     """Load each snapshot into the model, evaluate and time it, on the run's device.
 
+    The model's test loop is run where it and its data have one, else the validation loop; without either a stage has
+    no metrics and no times.
+
     Args:
         trainer: of the run; its loggers and callbacks are left out of this.
         model: has the last snapshot's structure and weights afterwards.
@@ -59,12 +60,14 @@ def measure_stages(
     Returns:
         One stage for each file, in the order of :data:`TITLES`.
     """
+    device, watch = model.device, _FirstBatch(model)
     with _quiet():
-        watch = _FirstBatch(model)
         evaluator = _evaluator(trainer, watch)
-        return [
+        stages = [
             _measure(evaluator, watch, model, datamodule, TITLES[name], files[name]) for name in TITLES if name in files
         ]
+    model.to(device)
+    return stages
 
 
 @contextmanager
@@ -87,6 +90,8 @@ def _evaluator(trainer: Trainer, watch: _FirstBatch) -> Trainer:
         accelerator=trainer.accelerator,
         devices=1,
         precision=trainer.precision,
+        limit_test_batches=trainer.limit_test_batches,
+        limit_val_batches=trainer.limit_val_batches,
         callbacks=[watch],
         logger=False,
         enable_checkpointing=False,
@@ -103,21 +108,41 @@ def _measure(
     title: str,
     file: str,
 ) -> Stage:
+    watch.probe = Probe(model)
     metrics = _evaluate(evaluator, model, datamodule, file)
+    model.to(evaluator.strategy.root_device)  # a Trainer moves the model to the CPU when it is done
     return Stage(
         name=title,
         metrics=metrics,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         multiply_adds=watch.probe.observe().multiply_adds(model),
         file_bytes=Path(file).stat().st_size,
-        milliseconds=watch.probe.milliseconds(),
+        milliseconds=watch.probe.milliseconds() if watch.probe.seen else 0.0,
     )
 
 
 def _evaluate(
     evaluator: Trainer, model: LightningModule, datamodule: LightningDataModule | None, file: str
 ) -> dict[str, float]:
-    """Run the test loop where the model has one, else the validation loop; return what it logged."""
-    run = evaluator.test if is_overridden("test_step", model) else evaluator.validate
+    """Load a snapshot and return what the model's evaluation logs; nothing where it has none."""
+    run = _loop(evaluator, model, datamodule)
+    if run is None:
+        restore_(model, file)
+        return {}
     results = run(model, datamodule=datamodule, ckpt_path=file, verbose=False)
     return {name: float(value) for one in results for name, value in one.items()}
+
+
+def _loop(
+    evaluator: Trainer, model: LightningModule, datamodule: LightningDataModule | None
+) -> Callable[..., Sequence[Mapping[str, float]]] | None:
+    """Return the test loop where there are a step and data for it, else the validation loop, else None."""
+    sources = [one for one in (model, datamodule) if one is not None]
+    loops = {
+        ("test_step", "test_dataloader"): evaluator.test,
+        ("validation_step", "val_dataloader"): evaluator.validate,
+    }
+    for (step, loader), run in loops.items():
+        if is_overridden(step, model) and any(is_overridden(loader, source) for source in sources):
+            return run
+    return None

@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 from lr_callback.allocation import Allocation, Factorization
 from lr_callback.find import find_layers
 from lr_callback.folding import Geometry, fold, unfold_decoder, unfold_encoder
-from lr_callback.layers import FactorizedLayer, dense_bias, dense_weight, layer_type
+from lr_callback.layer_types import layer_type
+from lr_callback.layers import FactorizedLayer, dense_bias, dense_weight
 from lr_callback.optimizers import Replacements, replace_parameters
 from lr_callback.parallel import Workers, workers
 from lr_callback.spectrum import truncate

@@ -1,0 +1,21 @@
+.PHONY: all install test lint types floors bench
+
+all: lint types floors test
+
+install:
+	pip install -e '.[dev]'
+
+test:
+	pytest
+
+lint:
+	ruff check .
+
+types:
+	mypy
+
+floors:
+	lint-imports
+
+bench:
+	@set -e; for file in benchmarks/*.py; do echo "== $$file"; python "$$file"; done

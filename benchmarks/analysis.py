@@ -1,0 +1,160 @@
+"""Speed and memory of the analysis: all candidates of all layers, against one pass of svdvals over the same matrices.
+
+    python benchmarks/analysis.py
+
+The passes of a round follow each other, so that a busy machine slows all of them; what is kept is the median over the
+rounds of the ratio within a round. Memory is the rise of the process's peak in a fresh process for each figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from math import log2
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+import torchvision
+from environment import keep, markdown
+from torch import nn
+
+import lr_callback as lrc
+
+ERRORS = ("slice", "operator")
+NETWORKS = ("resnet18", "resnet50")
+WIDTHS = (64, 128, 256, 512, 1024)
+RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+def network(name: str) -> nn.Module:
+    """Return a torchvision network with seeded weights, or ``convN``: one 3x3 convolution of width N."""
+    torch.manual_seed(0)
+    if name.startswith("conv"):
+        width = int(name.removeprefix("conv"))
+        return nn.Sequential(nn.Conv2d(width, width, 3, bias=False))
+    made: nn.Module = getattr(torchvision.models, name)(weights=None)
+    return made
+
+
+def matrices(model: nn.Module) -> list[torch.Tensor]:
+    """Return the folded weights, float32, one slice."""
+    layers = (layer for layer in model.modules() if isinstance(layer, (nn.Conv2d, nn.Linear)))
+    return [layer.weight.detach().flatten(1) for layer in layers]
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Return the time of one run."""
+    start = perf_counter()
+    run()
+    return perf_counter() - start
+
+
+def ratios(name: str, rounds: int) -> dict[str, Any]:
+    """Time svdvals and each analysis in turn."""
+    model = network(name)
+    folded = matrices(model)
+    times: dict[str, list[float]] = {"svdvals": [], **{error: [] for error in ERRORS}}
+    for _ in range(rounds + 1):
+        times["svdvals"].append(seconds(lambda: [torch.linalg.svdvals(matrix) for matrix in folded]))
+        for error in ERRORS:
+            times[error].append(seconds(lambda error=error: lrc.analyze(model, lrc.ALDS(error=error))))
+    counted = {key: values[1:] for key, values in times.items()}  # the first round warms up
+    quotients = {error: _quotients(counted[error], counted["svdvals"]) for error in ERRORS}
+    return {"network": name, "seconds": {key: median(values) for key, values in counted.items()}, "ratio": quotients}
+
+
+def _quotients(values: list[float], base: list[float]) -> dict[str, float]:
+    each = [value / other for value, other in zip(values, base, strict=True)]
+    return {"median": round(median(each), 2), "least": round(min(each), 2), "most": round(max(each), 2)}
+
+
+def budget_seconds(name: str) -> float:
+    """Return the longest time of an allocation after the analysis."""
+    analysis = lrc.analyze(network(name))
+    reachable = [ratio for ratio in RATIOS if ratio >= analysis.reachable[0]]
+    return max(seconds(lambda ratio=ratio: analysis.allocate(ratio)) for ratio in reachable)
+
+
+def memory(name: str, error: str) -> dict[str, float]:
+    """Return the rise of the peak memory in a fresh process, in MiB and as a multiple of the largest layer."""
+    command = [sys.executable, __file__, "--memory-of", name, error]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    result: dict[str, float] = json.loads(printed)
+    return result
+
+
+def print_memory(name: str, error: str) -> None:
+    """Analyse in this process, and print what it took."""
+    lrc.analyze(nn.Sequential(nn.Linear(256, 256)), lrc.ALDS(error=error))  # loads the libraries' own buffers
+    model = network(name)
+    largest = max(matrix.numel() * matrix.element_size() for matrix in matrices(model)) / 2**20
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    lrc.analyze(model, lrc.ALDS(error=error))
+    rise = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+    print(json.dumps({"largest_layer_mib": round(largest, 1), "rise_mib": round(rise, 1), "times": rise / largest}))
+
+
+def main() -> None:
+    """Measure and keep."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--memory-of", nargs=2, metavar=("NETWORK", "ERROR"))
+    arguments = parser.parse_args()
+    if arguments.memory_of:
+        print_memory(*arguments.memory_of)
+        return
+    figures: dict[str, Any] = {
+        "networks": [ratios(name, arguments.rounds) for name in NETWORKS],
+        "budget_seconds": {name: round(budget_seconds(name), 4) for name in NETWORKS},
+        "widths": [ratios(f"conv{width}", arguments.rounds) for width in WIDTHS],
+        "memory": {f"{name}, {error}": memory(name, error) for name in (*NETWORKS, "conv1024") for error in ERRORS},
+    }
+    figures["growth"] = {key: _growth(figures["widths"], key) for key in ("svdvals", *ERRORS)}
+    keep("analysis", "Speed and memory of the analysis", "python benchmarks/analysis.py", figures, _tables(figures))
+
+
+def _growth(rows: list[dict[str, Any]], key: str) -> list[float]:
+    """Return the exponent of each doubling of the width: log2 of the quotient of the times."""
+    times = [row["seconds"][key] for row in rows]
+    return [round(log2(after / before), 2) for before, after in itertools.pairwise(times)]
+
+
+def _tables(figures: dict[str, Any]) -> str:
+    speed = [
+        [row["network"], f"{row['seconds']['svdvals']:.3f}"]
+        + [
+            f"{row['seconds'][error]:.3f} s, {row['ratio'][error]['median']}x "
+            f"({row['ratio'][error]['least']} to {row['ratio'][error]['most']})"
+            for error in ERRORS
+        ]
+        for row in [*figures["networks"], *figures["widths"]]
+    ]
+    memory_rows = [
+        [name, one["largest_layer_mib"], one["rise_mib"], f"{one['times']:.1f}x"]
+        for name, one in figures["memory"].items()
+    ]
+    growth = [[key, *exponents] for key, exponents in figures["growth"].items()]
+    doublings = [f"{before} to {after}" for before, after in itertools.pairwise(WIDTHS)]
+    budgets = ", ".join(f"{name} {value} s" for name, value in figures["budget_seconds"].items())
+    return "\n\n".join(
+        [
+            "All candidates (every number of slices, default folding) against one float32 pass of svdvals (one slice):",
+            markdown(["network", "svdvals, s", *(f"error={error}" for error in ERRORS)], speed),
+            f"Any budget after that, at most: {budgets}.",
+            "Exponent of the time for each doubling of the width of a 3x3 convolution:",
+            markdown(["", *doublings], growth),
+            "Rise of the peak memory:",
+            markdown(["analysis", "largest layer, MiB", "rise, MiB", "times"], memory_rows),
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""What cannot work is refused early, with the reason and the way out, and leaves everything as it was."""
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, Trainer
+from torch import nn
+
+import lr_callback as lrc
+from lr_callback import LowRankCompression
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("keep_ratio", [0, 0.0, -0.1, 1.0001, 30, float("nan"), float("inf"), "0.5", None, True, {}])
+def test_keep_ratio_must_be_a_number_above_0_and_at_most_1(keep_ratio):
+    with pytest.raises(ValueError, match=r"`keep_ratio` must be a number in \(0, 1\].*got") as refusal:
+        LowRankCompression(keep_ratio)
+    assert repr(keep_ratio) in str(refusal.value)
+
+
+@pytest.mark.parametrize("ratios", [[0.5, 0], [0.5, "0.3"], (None, 0.5)])
+def test_each_keep_ratio_of_a_list_must_be_in_range(ratios):
+    with pytest.raises(ValueError, match=r"`keep_ratio` must be a number in \(0, 1\]"):
+        LowRankCompression(ratios, [1, 2])
+
+
+@pytest.mark.parametrize(
+    ("ratios", "epochs"), [([0.5, 0.3], 1), ([0.5, 0.3], [1]), ([0.5], [1, 2]), ([], [1]), ([0.5, 0.4, 0.3], [1, 2])]
+)
+def test_list_of_ratios_must_have_one_for_each_epoch(ratios, epochs):
+    count = len(epochs) if isinstance(epochs, list) else 1
+    with pytest.raises(ValueError, match=rf"one for each of the {count} `epochs` .*got {len(ratios)}: "):
+        LowRankCompression(ratios, epochs)
+
+
+@pytest.mark.parametrize("epoch", [-1, 1.0, 2.5, "1", None, True])
+@pytest.mark.parametrize("listed", [False, True])
+def test_epochs_must_be_whole_numbers_from_0(epoch, listed):
+    with pytest.raises(ValueError, match=rf"`epochs` must be whole numbers from 0, got {epoch!r}\."):
+        LowRankCompression(0.5, [3, epoch] if listed else epoch)
+
+
+@pytest.mark.parametrize("epochs", [[], [2, 2], [1, 3, 1]])
+def test_epochs_must_name_one_and_none_twice(epochs):
+    with pytest.raises(ValueError, match=r"`epochs` must name at least one epoch and none twice, got \["):
+        LowRankCompression(0.5, epochs)
+
+
+def test_unknown_cost_names_the_known_ones():
+    with pytest.raises(ValueError, match=r"`cost` must be one of \['parameters', 'multiply_adds'\], got 'flops'"):
+        LowRankCompression(cost="flops")
+
+
+@pytest.mark.parametrize(("epochs", "late"), [(3, [3]), ([1, 3, 8], [3, 8])])
+def test_epochs_beyond_the_run_are_named_in_a_warning(fit, new_module, epochs, late):
+    with pytest.warns(UserWarning, match=rf"epochs \[{', '.join(map(str, late))}\] are never reached, max_epochs is 3"):
+        fit(new_module(), LowRankCompression(0.5, epochs), max_epochs=3)
+
+
+@pytest.mark.parametrize("settings", [{"max_epochs": 2}, {"max_epochs": -1, "max_steps": 5}, {"fast_dev_run": True}])
+def test_epochs_that_may_be_reached_are_not_warned_of(fit, new_module, settings):
+    fit(new_module(), LowRankCompression(0.5, [1]), **settings)  # a warning is an error in these tests
+
+
+class Steps(Callback):
+    """Count training steps, and remember the error that ended the run."""
+
+    def __init__(self):
+        self.count = 0
+        self.error = None
+
+    def on_train_batch_start(self, *_):
+        self.count += 1
+
+    def on_exception(self, trainer, pl_module, exception):
+        self.error = exception
+
+
+def refused(fit, module, compression, error, match):
+    """Train; return the number of training steps before the refusal, which left the module as it was built."""
+    steps, before = Steps(), {name: value.clone() for name, value in module.state_dict().items()}
+    with pytest.raises(error, match=match) as refusal:
+        fit(module, compression, steps)
+    assert steps.error is refusal.value
+    assert module.state_dict().keys() == before.keys()
+    if steps.count == 0:
+        assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    return steps.count
+
+
+@pytest.mark.parametrize("ratios", [0.01, [0.5, 0.02]])
+def test_budget_out_of_reach_is_refused_before_the_first_step_with_the_range(fit, new_module, ratios):
+    module = new_module()
+    low = lrc.analyze(module).reachable[0]
+    match = (
+        rf"the budget must be at least [\d,]+ parameters, got [\d,]+\..* Reachable: keep_ratio from {low:.4f} to 1\."
+    )
+    assert refused(fit, module, LowRankCompression(ratios, [1, 2]), ValueError, match) == 0
+
+
+def test_budget_in_multiply_adds_out_of_reach_is_refused_after_the_first_batch(fit, new_module):
+    compression = LowRankCompression(0.001, 2, cost="multiply_adds")
+    assert refused(fit, new_module(), compression, ValueError, r"at least [\d,]+ multiply-adds, got") == 1
+
+
+def test_budget_in_multiply_adds_on_an_example_is_refused_before_the_first_step(fit, new_module):
+    module = new_module()
+    module.example_input_array = torch.zeros(1, 1, 8, 8)
+    compression = LowRankCompression(0.001, 0, cost="multiply_adds")
+    assert refused(fit, module, compression, ValueError, r"at least [\d,]+ multiply-adds, got") == 0
+
+
+@pytest.mark.parametrize("argument", ["include", "exclude"])
+def test_pattern_that_matches_nothing_is_refused_before_the_first_step(fit, new_module, argument):
+    compression = LowRankCompression(0.5, 2, **{argument: ["network.3", "encoder.*"]})
+    match = (
+        rf"`{argument}`: each pattern must match a layer's name, 'encoder\.\*' matches none of: network\.0, network\.3"
+    )
+    assert refused(fit, new_module(), compression, ValueError, match) == 0
+
+
+def test_model_without_a_layer_to_factorize_is_refused_before_the_first_step(fit, new_module):
+    module = new_module()
+    module.network = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, 10))
+    compression = LowRankCompression(0.5, 1, exclude=["network.2"])
+    match = r"Nothing to factorize: .*Skipped: network\.2: named by `exclude`"
+    assert refused(fit, module, compression, ValueError, match) == 0
+
+
+class Break(Callback):
+    """Put a NaN into a layer at the start of an epoch, as a diverging training does."""
+
+    def __init__(self, name, epoch):
+        self.name, self.epoch = name, epoch
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == self.epoch:
+            pl_module.get_submodule(self.name).weight.data.view(-1)[0] = float("nan")
+
+
+def test_nan_at_the_event_ends_the_run_with_the_layer_named_and_nothing_changed(fit, new_module):
+    module, steps = new_module(), Steps()
+    compression = LowRankCompression(0.5, 1, snapshots=True)
+    match = r"network\.8: every weight must be finite, found 1 of 8192 NaN or infinite"
+    modules = list(module.modules())
+    with pytest.raises(ValueError, match=match):
+        fit(module, Break("network.8", 1), compression, steps)
+    assert isinstance(steps.error, ValueError)
+    assert steps.count == 4
+    assert list(module.modules()) == modules
+    assert compression.allocation is None
+    assert compression.state_dict()["applied"] == []
+    assert all(not one._forward_hooks and not one._forward_pre_hooks for one in modules)
+
+
+def test_error_in_the_first_batch_leaves_no_hooks_behind(fit, new_module):
+    module = new_module()
+    module.network.append(nn.Linear(7, 7))  # does not fit what comes before it
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        fit(module, LowRankCompression(0.5, 1))
+    assert all(not one._forward_hooks and not one._forward_pre_hooks for one in module.modules())
+
+
+@pytest.mark.parametrize("settings", [{"max_epochs": 1}, {"fast_dev_run": True}])
+def test_multiply_adds_in_the_first_epoch_need_an_example_input(fit, new_module, settings):
+    compression = LowRankCompression(0.5, 0, cost="multiply_adds")
+    with pytest.raises(
+        MisconfigurationException, match=r"`example_input_array` is not set\. Set it, or compress at epoch 1"
+    ):
+        fit(new_module(), compression, **settings)
+
+
+def test_two_of_these_callbacks_in_one_trainer_are_refused_by_lightning():
+    twice = [LowRankCompression(0.5, 1), LowRankCompression(0.3, 2)]
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type `LowRankCompression`"):
+        Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=twice)
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_run_on_several_processes_is_refused_before_it_starts(new_trainer, loader, tmp_path, new_module):
+    trainer = new_trainer(tmp_path, LowRankCompression(0.5, 1), devices=2, strategy="ddp_fork")
+    match = r"must be on one device, got DDPStrategy on 2 processes\. Train with `devices=1`, or compress before"
+    with pytest.raises(Exception, match=match) as refusal:
+        trainer.fit(new_module(), loader(), loader())
+    assert "MisconfigurationException" in str(refusal.value)

@@ -1,0 +1,294 @@
+"""The command line on the configurations of the repository: what is printed, written and refused."""
+
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from torch.utils.flop_counter import FlopCounterMode
+
+import lr_callback as lrc
+from lr_callback.cli import main
+from lr_callback.recipes import CifarResNet, DigitsData
+
+pytest.importorskip("sklearn")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    # Lightning calls methods of its parser that jsonargparse has renamed.
+    pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"),
+]
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+DIGITS = ["--config", str(CONFIGS / "digits.yaml")]
+SHORT = ["--trainer.max_epochs", "3", "--compress.epochs", "1", "--model.init_args.warmup_epochs", "0"]
+FLAT = ["--trainer.max_epochs", "2", "--model.init_args.schedule", "constant", "--trainer.limit_train_batches", "2"]
+FLAT += ["--trainer.log_every_n_steps", "1"]
+STAGES = ["dense", "cut", "final"]
+
+
+def program(folder, *arguments):
+    """Run ``lr-callback`` as a process of its own; return what it wrote."""
+    script = Path(sysconfig.get_path("scripts")) / "lr-callback"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    done = subprocess.run([sys.executable, script, *arguments], cwd=folder, env=environment,
+                          capture_output=True, text=True, check=False, timeout=200)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return SimpleNamespace(out=done.stdout, err=done.stderr)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, capsys):
+    """Return a function that runs the command line in this process and returns what it printed."""
+
+    def run(*arguments):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.setattr(sys, "argv", ["lr-callback", *map(str, arguments)])
+        capsys.readouterr()
+        main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def refusal(capsys, here, *arguments):
+    """Return the text that a refused command line ends with."""
+    with pytest.raises(SystemExit) as stopped:
+        here(*arguments)
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+def comparison_in(text):
+    """Return the columns of the side-by-side table: for each stage, row -> number."""
+    lines = text[text.index("dense, before") :].splitlines()
+    assert re.split(r" {2,}", lines[0].strip()) == ["dense, before", "right after", "at the end"]
+    columns = [{}, {}, {}]
+    for line in lines[1:]:
+        name, *cells = re.split(r" {2,}", line.strip())
+        for column, cell in zip(columns, cells, strict=True):
+            column[name] = float(cell.split(" ")[0].replace(",", ""))
+    return columns
+
+
+@pytest.fixture(scope="module")
+def digits_run(tmp_path_factory):
+    """Return a short run of configs/digits.yaml in a process of its own: its output and its folder of logs."""
+    folder = tmp_path_factory.mktemp("digits")
+    done = program(folder, "fit", *DIGITS, *SHORT)
+    [logs] = (folder / "lightning_logs").iterdir()
+    return SimpleNamespace(out=done.out, err=done.err, logs=logs, columns=comparison_in(done.out))
+
+
+def test_fit_prints_the_table_of_layers_once(digits_run):
+    assert digits_run.out.count("Low-rank compression at the start of epoch 1\n") == 1
+    assert re.search(r"^network\.layer3\.0\.conv2 +64x64x3x3 ", digits_run.out, re.MULTILINE)
+    assert re.search(r"of 8 layers factorized: 75,002 -> [\d,]+ parameters \(\S+ kept, 30\.0% asked\)", digits_run.out)
+
+
+def test_comparison_is_the_last_thing_and_quiet(digits_run):
+    assert digits_run.out.splitlines()[-1].startswith("ms a batch")
+    for note in ("GPU available", "Restoring states", "Loaded model weights"):
+        assert digits_run.err.count(note) == (note == "GPU available")
+    assert "Traceback" not in digits_run.err
+
+
+def measured(file):
+    """Return what the comparison should show of a snapshot, from the file alone."""
+    network = CifarResNet(depth=8, in_channels=1)
+    lrc.restore_(network, file)
+    network.eval()
+    data = DigitsData(batch_size=64)
+    data.setup()
+    images, labels = zip(*data.test_dataloader(), strict=True)
+    with torch.no_grad():
+        scores = torch.cat([network(batch) for batch in images])
+        with FlopCounterMode(display=False) as counter:
+            network(images[0])
+    return {
+        "test_loss": pytest.approx(float(F.cross_entropy(scores, torch.cat(labels))), abs=1e-4),
+        "test_accuracy": pytest.approx(float((scores.argmax(1) == torch.cat(labels)).float().mean()), abs=6e-5),
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        "multiply-adds": counter.get_total_flops() // 2,
+        "bytes on disk": file.stat().st_size,
+    }
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_comparison_agrees_with_the_snapshot_files(digits_run, name):
+    shown = dict(digits_run.columns[STAGES.index(name)])
+    assert shown.pop("ms a batch") > 0
+    assert shown == measured(digits_run.logs / "compression" / f"{name}.ckpt")
+
+
+def test_cut_is_within_the_budget_and_the_rest_of_the_run_recovers(digits_run):
+    dense, cut, final = digits_run.columns
+    assert dense["parameters"] == 75_002
+    assert final["parameters"] == cut["parameters"] <= 0.3 * 75_002
+    assert cut["bytes on disk"] < 0.5 * dense["bytes on disk"]
+    assert cut["multiply-adds"] < dense["multiply-adds"]
+    assert final["test_loss"] < cut["test_loss"]
+
+
+def test_compressed_checkpoint_is_tested_in_a_process_of_its_own(digits_run, tmp_path):
+    [checkpoint] = (digits_run.logs / "checkpoints").iterdir()
+    done = program(tmp_path, "test", *DIGITS, "--ckpt_path", str(checkpoint))
+    [found] = re.findall(r"test_accuracy\W+([\d.]+)", done.out)
+    assert float(found) == pytest.approx(digits_run.columns[2]["test_accuracy"], abs=6e-5)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_snapshots_are_validated_whatever_their_structure(digits_run, here, name):
+    shown = here("validate", *DIGITS, "--ckpt_path", digits_run.logs / "compression" / f"{name}.ckpt")
+    network = CifarResNet(depth=8, in_channels=1)
+    lrc.restore_(network, digits_run.logs / "compression" / f"{name}.ckpt")
+    data = DigitsData()
+    data.setup()
+    with torch.no_grad():
+        right = torch.cat([network.eval()(images).argmax(1) == labels for images, labels in data.val_dataloader()])
+    [found] = re.findall(r"val_accuracy\W+([\d.]+)", shown)
+    assert float(found) == pytest.approx(float(right.float().mean()), abs=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_interrupted_fit_is_resumed_from_the_command_line(digits_run, here):
+    [checkpoint] = (digits_run.logs / "checkpoints").iterdir()
+    shown = here("fit", *DIGITS, *SHORT, "--trainer.max_epochs", 4, "--ckpt_path", checkpoint)
+    assert "Low-rank compression at the start" not in shown  # it is behind us
+    assert comparison_in(shown)[0]["parameters"] == 75_002  # the dense snapshot of the first part of the run
+    assert comparison_in(shown)[2]["parameters"] == digits_run.columns[2]["parameters"]
+
+
+def test_fast_dev_run_goes_through_all_of_it(here):
+    shown = here("fit", *DIGITS, "--trainer.fast_dev_run", "true", "--model.init_args.schedule", "constant")
+    assert shown.count("Low-rank compression at the start of epoch 0\n") == 1
+    assert comparison_in(shown)[1]["parameters"] <= 0.3 * 75_002
+
+
+def test_keep_ratio_of_the_command_line_overrides_the_file(here):
+    shown = here("fit", *DIGITS, *FLAT, "--compress.epochs", "[0,1]", "--compress.keep_ratio", "[0.7,0.5]")
+    assert "kept, 70.0% asked" in shown
+    assert "kept, 50.0% asked" in shown
+    dense, cut, _ = comparison_in(shown)
+    assert cut["parameters"] <= 0.5 * dense["parameters"]
+
+
+def without_compress(folder, **callback):
+    config = yaml.safe_load((CONFIGS / "digits.yaml").read_text(encoding="utf-8"))
+    del config["compress"]
+    config["trainer"]["callbacks"] = [{"class_path": "lr_callback.LowRankCompression", "init_args": callback}]
+    (folder / "listed.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    return ["--config", str(folder / "listed.yaml")]
+
+
+def test_callback_in_the_trainers_list_is_used_instead(here, tmp_path):
+    config = without_compress(tmp_path, keep_ratio=0.6, epochs=[1], exclude=["*.linear"])
+    shown = here("fit", *config, *FLAT)
+    assert shown.count("Low-rank compression at the start of epoch 1\n") == 1
+    assert "kept, 60.0% asked" in shown
+    assert "named by `exclude`" in shown
+    assert comparison_in(shown)[1]["parameters"] <= 0.6 * 75_002
+
+
+def test_both_ways_at_once_are_refused(here, tmp_path):
+    config = without_compress(tmp_path, keep_ratio=0.6)
+    with pytest.raises(ValueError, match="must be configured once, found arguments under `compress` and an entry in"):
+        here("fit", *config, *FLAT, "--compress.keep_ratio", "0.4")
+
+
+def test_run_without_a_compression_prints_no_comparison(here):
+    with pytest.warns(UserWarning, match=r"epochs \[7\] are never reached, max_epochs is 2"):
+        shown = here("fit", *DIGITS, *FLAT, "--compress.epochs", 7)
+    assert "dense, before" not in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--compress.keep_ratio", "1.5"], r"`keep_ratio` must be a number in \(0, 1\].*got 1\.5"),
+        (["--compress.epochs", "-2"], "`epochs` must be whole numbers from 0, got -2"),
+        (["--compress.cost", "flops"], r"`cost` must be one of"),
+    ],
+)
+def test_bad_arguments_are_refused_with_the_callbacks_own_words(here, arguments, text):
+    with pytest.raises(ValueError, match=text):
+        here("fit", *DIGITS, *FLAT, *arguments)
+
+
+def test_unknown_argument_is_a_usage_error(capsys, here):
+    assert "ratio" in refusal(capsys, here, "fit", *DIGITS, "--compress.ratio", "0.5")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--help"], ["fit", "validate", "test", "lr-callback analyze --help"]),
+        (["fit", "--help"], ["--compress.keep_ratio", "fraction of all parameters", "--compress.snapshots"]),
+        (["analyze", "--help"], ["--model", "--keep_ratio", "--json"]),
+    ],
+)
+def test_help_names_what_there_is(here, capsys, arguments, words):
+    with pytest.raises(SystemExit) as stopped:
+        here(*arguments)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert stopped.value.code == 0
+    assert [word for word in words if word not in shown] == []
+
+
+@pytest.mark.parametrize("name", ["digits", "cifar10_resnet20"])
+def test_print_config_gives_the_whole_configuration(here, capsys, name):
+    with pytest.raises(SystemExit) as stopped:
+        here("fit", "--config", CONFIGS / f"{name}.yaml", "--print_config")
+    shown = yaml.safe_load(capsys.readouterr().out)
+    written = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))
+    assert stopped.value.code == 0
+    assert {key: shown["compress"][key] for key in ("keep_ratio", "epochs")} == {
+        key: written["compress"][key] for key in ("keep_ratio", "epochs")
+    }
+    assert shown["compress"]["snapshots"] is False
+    assert shown["model"]["class_path"] == written["model"]["class_path"]
+
+
+def test_analyze_shows_what_would_become_and_changes_nothing(here, tmp_path):
+    network, weights = CifarResNet(depth=8), tmp_path / "weights.pt"
+    torch.save(network.state_dict(), weights)
+    before = weights.read_bytes()
+    model = ["--model", "lr_callback.recipes.CifarResNet", "--model.depth", 8, "--model.weights", weights]
+    shown = here("analyze", *model, "--keep_ratio", 0.4, "--exclude", '["conv1"]', "--json", tmp_path / "plan.json")
+    expected = lrc.allocate(network, 0.4, exclude=["conv1"])
+    low = lrc.analyze(network, exclude=["conv1"]).reachable[0]
+    assert shown == f"{expected}\nreachable: keep_ratio from {low:.4f} to 1, of 75,290 parameters\n"
+    assert lrc.Allocation.from_json(tmp_path / "plan.json") == expected
+    assert weights.read_bytes() == before
+    lrc.factorize_(network, lrc.Allocation.from_json(tmp_path / "plan.json"))
+    assert sum(parameter.numel() for parameter in network.parameters()) == expected.cost
+
+
+def test_analyze_takes_a_method_and_a_file_of_arguments(here, tmp_path):
+    method = {"class_path": "lr_callback.UniformRank"}
+    model = {"class_path": "lr_callback.recipes.CifarResNet", "init_args": {"depth": 8}}
+    config = tmp_path / "look.yaml"
+    config.write_text(yaml.safe_dump({"model": model, "method": method, "keep_ratio": 0.5}), encoding="utf-8")
+    here("analyze", "--config", config, "--json", tmp_path / "plan.json")
+    plan = lrc.Allocation.from_json(tmp_path / "plan.json")
+    assert plan.method["name"] == "UniformRank"
+    assert plan.keep_ratio == 0.5
+
+
+def test_cifar10_configuration_runs_on_real_images_from_a_trained_network(here, shared):
+    data = ["--data.init_args.data_dir", shared / "data", "--data.init_args.num_workers", 0]
+    small = ["--data.init_args.batch_size", 32, "--trainer.max_epochs", 1, "--trainer.log_every_n_steps", 1]
+    few = [f"--trainer.limit_{stage}_batches={count}" for stage, count in (("train", 2), ("val", 1), ("test", 2))]
+    trained = ["--model.network.init_args.weights", shared / "data" / "cifar10_resnet20.pt"]
+    config = ["--config", CONFIGS / "cifar10_resnet20.yaml", "--compress.epochs", 0]
+    shown = here("fit", *config, *data, *small, *few, *trained)
+    dense, cut, final = comparison_in(shown)
+    assert dense["parameters"] == 269_722
+    assert dense["test_accuracy"] > 0.8
+    assert final["parameters"] == cut["parameters"] <= 0.3 * 269_722

@@ -1,0 +1,48 @@
+"""``docs/ARCHITECTURE.md`` names the files that there are, on the floors that import-linter checks."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "lr_callback"
+PAGE = (ROOT / "docs" / "ARCHITECTURE.md").read_text(encoding="utf-8")
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
+def files() -> set[str]:
+    return {
+        path.relative_to(PACKAGE).as_posix()
+        for path in PACKAGE.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+
+
+def named(page: str) -> set[str]:
+    return set(re.findall(r"`([\w./-]+\.(?:py|typed|toml|yaml|md))`", page))
+
+
+def test_every_file_of_the_package_is_named():
+    assert files() - named(PAGE) == set()
+
+
+def test_every_file_that_is_named_exists():
+    for page in (PAGE, CONTRIBUTING):
+        assert {name for name in named(page) if not (PACKAGE / name).is_file() and not (ROOT / name).is_file()} == set()
+
+
+def test_the_floors_are_those_that_are_checked():
+    (listed,) = re.findall(r"^layers = (\[.*?^\])", (ROOT / "pyproject.toml").read_text("utf-8"), re.M | re.S)
+    checked = [{name.strip() for name in floor.split("|")} for floor in ast.literal_eval(listed)]
+    floors: dict[int, set[str]] = {}
+    for floor, file in re.findall(r"^\| (\d+) \| `(.*?)` \|", PAGE, flags=re.MULTILINE):
+        floors.setdefault(int(floor), set()).add(file.partition("/")[0].removesuffix(".py"))
+    assert [floors[number] for number in sorted(floors, reverse=True)] == checked
+
+
+def test_names_in_code_exist():
+    text = "\n".join(path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py"))
+    for name in re.findall(r"`([A-Z_]{4,}|[a-z]+_)`", PAGE):
+        assert re.search(rf"\b{name}\b", text), name

@@ -1,0 +1,117 @@
+"""What the README shows runs, and what it lists is so."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+
+import lr_callback as lrc
+from lr_callback.cli import CompressionCLI
+from lr_callback.find import find_layers
+from lr_callback.recipes import CifarResNet, DigitsData, ImageClassifier
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_it_is_short_and_says_low_rank_first():
+    lines = README.splitlines()
+    assert "**low-rank**" in lines[0]
+    assert len(lines) <= 150
+
+
+def test_python_blocks_run_from_top_to_bottom(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code = "\n".join(blocks("python"))
+    names: dict[str, object] = {"__name__": "readme"}
+    exec(compile(code, "README.md", "exec"), names)
+    shown = capsys.readouterr().out
+    allocation, restored, trained = names["allocation"], names["fresh"], names["model"]
+    assert str(allocation) in shown
+    assert allocation.cost <= 0.3 * allocation.dense_cost
+    assert str(restored) == str(trained.network)  # the same structure, and the weights of the last epoch:
+    assert all((a == b).all() for a, b in zip(restored.parameters(), trained.network.parameters(), strict=True))
+
+
+def test_the_two_commands_are_those_that_ci_runs():
+    shown = [block.strip() for block in blocks("bash")]
+    assert shown == [
+        "pip install -e '.[examples]' && lr-callback fit --config configs/digits.yaml",
+        "pip install -e '.[dev]' && pytest",
+    ]
+    steps = re.findall(r'^run "(.*?)"', (ROOT / ".ci" / "run").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert steps[: len(shown)] == shown
+
+
+# Lightning 2.6 calls what newer versions of jsonargparse deprecate.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("block", blocks("yaml"))
+def test_yaml_blocks_are_valid(block, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["lr-callback"])
+    file = tmp_path / "config.yaml"
+    file.write_text(block, encoding="utf-8")
+    written = yaml.safe_load(block)
+    cli_class = CompressionCLI if "compress" in written else LightningCLI
+    cli = cli_class(
+        ImageClassifier,
+        DigitsData,
+        run=False,
+        save_config_callback=None,
+        seed_everything_default=False,
+        trainer_defaults={"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False},
+        args=["--config", str(file), "--model.network", "lr_callback.recipes.CifarResNet"],
+    )
+    (found,) = [one for one in cli.trainer.callbacks if isinstance(one, lrc.LowRankCompression)]
+    wanted = written["compress"] if "compress" in written else written["trainer"]["callbacks"][0]["init_args"]
+    ratios, epochs = wanted["keep_ratio"], wanted["epochs"]
+    assert found.events == (dict(zip(epochs, ratios, strict=True)) if isinstance(epochs, list) else {epochs: ratios})
+
+
+def test_arguments_table_is_the_signature():
+    rows = re.findall(r"^\| `(\w+)` \| `(.*?)` \|", README, flags=re.MULTILINE)
+    parameters = inspect.signature(lrc.LowRankCompression).parameters.values()
+    assert rows == [(one.name, repr(one.default)) for one in parameters]
+
+
+def test_methods_are_all_named():
+    public = [one for one in vars(lrc).values() if isinstance(one, type) and issubclass(one, lrc.Method)]
+    for method in public:
+        if method is not lrc.Method:
+            assert f"`{method.__name__}`" in README
+    for argument in ("error", "foldings", "max_slices", "rank_multiple"):
+        assert argument in inspect.signature(lrc.ALDS).parameters
+
+
+def test_each_reason_for_leaving_a_layer_out_is_the_one_given():
+    rows = re.findall(r"^- `(\w+)(\(.*?\))`: (.*)$", README, flags=re.MULTILINE)
+    assert len(rows) == 3
+    for name, arguments, reason in rows:
+        layer = eval(f"nn.{name}{arguments}", {"nn": nn})
+        assert reason in find_layers(nn.Sequential(layer)).skipped.values()
+
+
+def test_several_processes_are_refused(tmp_path):
+    trainer = Trainer(
+        accelerator="cpu", devices=2, strategy="ddp", logger=CSVLogger(tmp_path), enable_checkpointing=False
+    )
+    with pytest.raises(Exception, match="must be on one device"):
+        lrc.LowRankCompression().setup(trainer, ImageClassifier(CifarResNet(depth=8)), "fit")
+
+
+def test_files_that_it_names_exist():
+    for name in re.findall(r"`(\w+\.py)`", README):
+        assert (ROOT / "lr_callback" / name).is_file(), name
+    for name in re.findall(r"\]\((?!https?:)(.*?)\)", README):
+        assert (ROOT / name).is_file(), name

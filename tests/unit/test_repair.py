@@ -1,0 +1,121 @@
+"""Repair: BatchNorm statistics are measured anew, and everything else is left alone."""
+
+import pytest
+import torch
+from torch import nn
+
+from lr_callback.repair import recalibrate_batchnorm_
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 3), nn.BatchNorm1d(3, momentum=0.3)
+    )
+
+
+def state(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(one, other, but=()):
+    return all(torch.equal(value, other[name]) for name, value in one.items() if not name.endswith(but))
+
+
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def test_statistics_are_the_mean_over_batches_of_each_batch():
+    model = network()
+    batches = [torch.randn(8, 4) + 3 for _ in range(5)]
+    assert recalibrate_batchnorm_(model, batches) == 2
+    with torch.no_grad():
+        features = [model[0](batch) for batch in batches]
+        normed = [nn.functional.batch_norm(one, None, None, model[1].weight, model[1].bias, True) for one in features]
+        second = [model[3](one) for one in normed]  # dropout is off
+    for layer, outputs in ((model[1], features), (model[4], second)):
+        assert torch.allclose(layer.running_mean, torch.stack([one.mean(0) for one in outputs]).mean(0), atol=1e-5)
+        assert torch.allclose(layer.running_var, torch.stack([one.var(0) for one in outputs]).mean(0), atol=1e-5)
+        assert layer.num_batches_tracked == 5
+
+
+def test_what_was_measured_before_leaves_no_trace():
+    model, batches = network(), [torch.randn(8, 4) for _ in range(3)]
+    recalibrate_batchnorm_(model, batches)
+    before = state(model)
+    for _ in range(4):
+        model(100 * torch.randn(8, 4))
+    recalibrate_batchnorm_(model, batches)
+    assert same(state(model), before)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_weights_modes_momentum_and_gradients_are_left_alone(training):
+    model = network().train(training)
+    model[2].eval()
+    modes, before = [one.training for one in model.modules()], state(model)
+    recalibrate_batchnorm_(model, [torch.randn(8, 4)])
+    assert [one.training for one in model.modules()] == modes
+    assert same(state(model), before, but=STATISTICS)
+    assert not same(state(model), before)
+    assert (model[1].momentum, model[4].momentum) == (0.1, 0.3)
+    assert all(one.grad is None for one in model.parameters())
+
+
+def test_a_frozen_layer_in_a_training_model_is_left_alone():
+    model = network()
+    model[1].eval()
+    before = state(model[1])
+    assert recalibrate_batchnorm_(model, [torch.randn(8, 4) + 5]) == 1
+    assert same(state(model[1]), before)
+    assert not model[1].training
+
+
+def test_in_a_model_in_eval_mode_no_layer_counts_as_frozen():
+    assert recalibrate_batchnorm_(network().eval(), [torch.randn(8, 4)]) == 2
+
+
+@pytest.mark.parametrize("model", [nn.Linear(4, 2), nn.Sequential(nn.BatchNorm1d(4, track_running_stats=False))])
+@pytest.mark.parametrize("batches", [[], [torch.randn(8, 4)]], ids=["no batches", "one batch"])
+def test_a_model_without_statistics_has_nothing_to_measure(model, batches):
+    assert recalibrate_batchnorm_(model, batches) == 0
+
+
+def test_without_batches_it_is_refused_and_the_statistics_are_as_before():
+    model = network()
+    model(torch.randn(8, 4))
+    before = state(model)
+    with pytest.raises(ValueError, match="`batches` must hold at least one batch"):
+        recalibrate_batchnorm_(model, [])
+    assert same(state(model), before)
+    assert model[4].momentum == 0.3
+
+
+def test_an_error_in_the_middle_leaves_everything_as_before():
+    def broken():
+        yield torch.randn(8, 4)
+        raise OSError("the disk is gone")
+
+    model = network()
+    model(torch.randn(8, 4))
+    before = state(model)
+    with pytest.raises(OSError, match="the disk is gone"):
+        recalibrate_batchnorm_(model, broken())
+    assert same(state(model), before)
+    assert all(one.training for one in model.modules())
+    assert model[1].momentum == 0.1
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (x, 1), lambda x: [x, None]], ids=["tensor", "tuple", "list"])
+def test_the_inputs_are_the_batch_or_its_first_entry(wrap):
+    one, other, batch = network(), network(), torch.randn(8, 4)
+    recalibrate_batchnorm_(one, [batch])
+    recalibrate_batchnorm_(other, [wrap(batch)])
+    assert same(state(one), state(other))
+
+
+def test_other_batches_are_run_by_the_function_that_is_given():
+    one, other, batch = network(), network(), torch.randn(8, 4)
+    recalibrate_batchnorm_(one, [batch])
+    recalibrate_batchnorm_(other, [{"image": batch}], forward=lambda named: other(named["image"]))
+    assert same(state(one), state(other))
