@@ -192,8 +192,8 @@ def _read(written: object) -> Allocation:
             "Allocation: must be a dict with the keys that `Allocation.to_dict()` writes, among them 'version', "
             f"got {_name_of(written)}."
         )
-    if not isinstance(written["version"], int):
-        raise ValueError(f"Allocation: `version` must be a whole number, got {_name_of(written['version'])}.")
+    if not isinstance(written["version"], int) or written["version"] < 1:
+        raise ValueError(f"Allocation: `version` must be a whole number from 1, got {_name_of(written['version'])}.")
     if written["version"] > VERSION:
         raise ValueError(
             f"Allocation: version {written['version']!r} is newer than {VERSION}, the newest that this lr_callback "

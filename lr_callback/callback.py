@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -10,19 +9,19 @@ from typing import Any
 from lightning.fabric.utilities import move_data_to_device
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
-from torch.optim import Optimizer
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lr_callback.allocation import Allocation
-from lr_callback.analysis import analyze, check_keep_ratio, dense_parameters, survey
+from lr_callback.analysis import analyze, dense_parameters, survey
 from lr_callback.checkpoint import install_hook
 from lr_callback.costs import check_cost
+from lr_callback.events import read_events
 from lr_callback.methods import ALDS, Method
 from lr_callback.metrics import compression_metrics
 from lr_callback.observe import Observation, observe
-from lr_callback.optimizers import names_of, rebind
+from lr_callback.optimizers import names_of, rebind, unwrapped
 from lr_callback.probe import Probe
-from lr_callback.report import analysis_progress, is_disabled
+from lr_callback.report import analysis_progress, show
 from lr_callback.surgery import SurgeryReport, factorize_
 
 _GROUPS = "lr_callback_optimizer_names"
@@ -72,7 +71,7 @@ class LowRankCompression(Callback):
     ) -> None:
         super().__init__()
         check_cost(cost)
-        self.events = _events(keep_ratio, epochs)
+        self.events = read_events(keep_ratio, epochs)
         self.method = ALDS() if method is None else method
         self.cost, self.include, self.exclude = cost, include, exclude
         self.show_table, self.snapshots = show_table, snapshots
@@ -81,6 +80,7 @@ class LowRankCompression(Callback):
         self._applied: list[int] = []
         self._observation: Observation | None = None
         self._probe: Probe | None = None
+        self._countable = True
         self._saved_names: list[list[list[str | None]]] | None = None
 
     def should_compress(self, trainer: Trainer, pl_module: LightningModule) -> float | None:
@@ -113,7 +113,7 @@ class LowRankCompression(Callback):
     def _forget(self) -> None:
         """Begin anew: an earlier run of this callback may have been with another model or other batches."""
         self.allocation, self._observation, self._probe = None, None, None
-        self._applied, self.snapshot_files = [], {}
+        self._applied, self.snapshot_files, self._countable = [], {}, True
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the optimizers' parameters in the order of the file, and check that the budgets can be met."""
@@ -192,16 +192,16 @@ class LowRankCompression(Callback):
                 progress=progress,
             )
         allocation = analysis.allocate(keep_ratio)
-        report = factorize_(pl_module, allocation, optimizers=_plain(trainer.optimizers))
+        report = factorize_(pl_module, allocation, optimizers=unwrapped(trainer.optimizers))
         self.allocation = allocation
         self._log(trainer, pl_module, allocation, perf_counter() - started)
         if self.show_table:
-            _show(trainer, f"Low-rank compression at the start of epoch {trainer.current_epoch}\n{allocation}")
+            show(trainer, f"Low-rank compression at the start of epoch {trainer.current_epoch}\n{allocation}")
         return report
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
         """Watch the first batch: how the network is called is not known before."""
-        if self._observation is None and self._probe is None:
+        if self._observation is None and self._probe is None and self._countable:
             self._probe = Probe(pl_module)
             self._probe.start()
 
@@ -213,11 +213,25 @@ class LowRankCompression(Callback):
         if probe is None:
             return
         probe.stop()
-        self._observation = probe.observe()
+        self._observation = self._count(probe)
         if self.cost == "multiply_adds":
             self._check_budgets(pl_module)
         if self.allocation is not None:
             self._log_multiply_adds(trainer, pl_module)
+
+    def _count(self, probe: Probe) -> Observation | None:
+        """Count the multiply-adds of the probed calls; a model that cannot be run again does without, where it can."""
+        try:
+            return probe.observe()
+        except Exception as error:
+            if self.cost == "multiply_adds":
+                raise
+            self._countable = False
+            rank_zero_warn(
+                "LowRankCompression: multiply-adds are not reported, the network's calls of the first batch could not "
+                f"be repeated in eval mode ({type(error).__name__}: {error}). The compression is not affected."
+            )
+            return None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hooks of ours behind."""
@@ -293,30 +307,6 @@ class LowRankCompression(Callback):
         self._saved_names = checkpoint.get(_GROUPS)
 
 
-def _events(keep_ratio: object, epochs: object) -> dict[int, float]:
-    """Return epoch -> fraction to keep, ascending.
-
-    Raises:
-        ValueError: If a ratio or an epoch is out of range, an epoch is repeated, or the lists differ in length.
-    """
-    listed = [_epoch(epoch) for epoch in (epochs if isinstance(epochs, (list, tuple)) else [epochs])]
-    if not listed or len(set(listed)) < len(listed):
-        raise ValueError(f"`epochs` must name at least one epoch and none twice, got {epochs!r}.")
-    ratios = list(keep_ratio) if isinstance(keep_ratio, (list, tuple)) else [keep_ratio] * len(listed)
-    if len(ratios) != len(listed):
-        raise ValueError(
-            f"`keep_ratio` must be one number, or one for each of the {len(listed)} `epochs` {listed}, "
-            f"got {len(ratios)}: {keep_ratio!r}."
-        )
-    return dict(sorted(zip(listed, map(check_keep_ratio, ratios), strict=True)))
-
-
-def _epoch(epoch: object) -> int:
-    if isinstance(epoch, int) and not isinstance(epoch, bool) and epoch >= 0:
-        return epoch
-    raise ValueError(f"`epochs` must be whole numbers from 0, got {epoch!r}.")
-
-
 def _is_smoke_test(trainer: Trainer) -> bool:
     """Return whether the run is a ``fast_dev_run``, which never reaches an epoch after the first."""
     return bool(getattr(trainer, "fast_dev_run", False))
@@ -330,17 +320,3 @@ def _check_strategy(trainer: Trainer) -> None:
             f"{trainer.world_size} processes. Train with `devices=1`, or compress before the training: "
             "`lr_callback.factorize_(model, lr_callback.allocate(model, keep_ratio))`."
         )
-
-
-def _plain(optimizers: Sequence[Any]) -> list[Optimizer]:
-    """Return the torch optimizers inside Lightning's wrappers."""
-    return [getattr(one, "optimizer", one) for one in optimizers]
-
-
-def _show(trainer: Trainer, text: str) -> None:
-    """Print above the progress bar, or where there is none, as a message; on rank zero."""
-    bar = trainer.progress_bar_callback
-    if bar is None or is_disabled(bar):
-        rank_zero_info(text)
-    elif trainer.is_global_zero:
-        bar.print(text)

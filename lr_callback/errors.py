@@ -30,7 +30,7 @@ def slice_error(slicing: Slicing, limit: Tensor, workers: Workers) -> Tensor:
     Source: the paper's code, made exact: the code looks up ``sigma_j`` where it means ``sigma_{j+1}``.
     """
     worst = singular_values(slicing.gram, workers).amax(dim=0)
-    return torch.nn.functional.pad(worst, (0, 1))[: len(limit)]
+    return _at_ranks(worst, limit)
 
 
 def bound_error(slicing: Slicing, limit: Tensor, workers: Workers) -> Tensor:
@@ -45,16 +45,25 @@ def operator_error(slicing: Slicing, limit: Tensor, workers: Workers) -> Tensor:
     """Return the operator norm of the residual ``||W - What||_2`` itself."""
     if slicing.num_slices == 1:
         return slice_error(slicing, limit, workers)
+    vectors = scaled_left_vectors(slicing, workers)
+    worst = _at_ranks(vectors.norm(dim=-1).amax(dim=0), limit)
+    scale = worst[0]  # squares of weights of any size must fit the working precision
     precision = torch.float64 if slicing.slices.dtype == torch.float64 else torch.float32
-    scaled = scaled_left_vectors(slicing, workers).to(precision)
-    return residual_norms(scaled, len(limit) - 1, workers, limit)
+    scaled = (vectors / scale).to(precision)
+    residual = scale * residual_norms(scaled, len(limit) - 1, workers, limit.to(scale) / scale)
+    return torch.maximum(residual, worst)
+
+
+def _at_ranks(values: Tensor, limit: Tensor) -> Tensor:
+    """Return what is left at each rank of interest: entry ``r`` of the values, and nothing at full rank."""
+    return torch.nn.functional.pad(values, (0, 1))[: len(limit)]
 
 
 def frobenius_error(slicing: Slicing, limit: Tensor, workers: Workers) -> Tensor:
     """Return the Frobenius norm of the residual, ``sqrt(sum_i sum_{l > j} sigma_il^2)``."""
     energy = singular_values(slicing.gram, workers).square().sum(dim=0)
     tail = energy.flip(0).cumsum(0).flip(0)
-    return torch.nn.functional.pad(tail, (0, 1)).sqrt()[: len(limit)]
+    return _at_ranks(tail.sqrt(), limit)
 
 
 ERRORS: Mapping[str, Measure] = {
@@ -97,7 +106,8 @@ def relative_errors(
     measure = find_measure(error)
     if error == "operator" and matrix.shape[0] > matrix.shape[1]:
         # The triangle of a QR decomposition has the same slices up to one rotation, and fewer rows.
-        matrix = torch.linalg.qr(matrix.double(), mode="r").R.to(matrix.dtype)
+        triangle: Tensor = torch.linalg.qr(matrix.double(), mode="r").R
+        matrix = triangle.to(torch.promote_types(matrix.dtype, torch.float32))
     absolute: dict[int, Tensor] = {}
     for slicing in slicings(matrix, sorted({1, *last}), workers):
         count = slicing.num_slices

@@ -98,15 +98,20 @@ def decoder_axes(folding: str) -> tuple[int, ...]:
 
 
 def distinct_foldings(geometry: Geometry, foldings: tuple[str, ...]) -> tuple[str, ...]:
-    """Drop the foldings that give the same matrices as an earlier one (1x1 kernels, Linear).
+    """Drop foldings that give the same matrices as another (1x1 kernels, Linear), and repeated names.
+
+    Of those that agree the one with the fewest axes in the decoder stays: with a stride it costs the least.
 
     Example::
 
-        >>> distinct_foldings(Geometry(8, 8, (1, 1)), ("kernel_in_encoder", "kernel_in_decoder"))
+        >>> distinct_foldings(Geometry(8, 8, (1, 1)), ("kernel_in_decoder", "kernel_in_encoder"))
         ('kernel_in_encoder',)
     """
-    first_with = {geometry.decoder_kernel(name): name for name in reversed(foldings)}
-    return tuple(name for name in foldings if name in first_with.values())
+    kept: dict[tuple[int, ...], str] = {}
+    for name in foldings:
+        kernel = geometry.decoder_kernel(name)
+        kept[kernel] = min(kept.get(kernel, name), name, key=lambda one: len(decoder_axes(one)))
+    return tuple(kept.values())
 
 
 def slice_counts(in_channels: int, max_slices: int | None = None) -> list[int]:

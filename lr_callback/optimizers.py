@@ -110,6 +110,11 @@ def _give_momentum(optimizer: torch.optim.SGD, replacements: Replacements) -> No
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
+def unwrapped(optimizers: Sequence[Any]) -> list[Optimizer]:
+    """Return the torch optimizers inside wrappers that hold them as ``optimizer``, such as Lightning's."""
+    return [getattr(one, "optimizer", one) for one in optimizers]
+
+
 def names_of(optimizers: Sequence[Optimizer], named: Mapping[str, nn.Parameter]) -> list[list[list[str | None]]]:
     """Return the name of each parameter in each group of each optimizer; None for one that the model does not have."""
     names = {id(parameter): name for name, parameter in named.items()}

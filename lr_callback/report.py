@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lr_callback.analysis import Progress
 from lr_callback.table import align
@@ -52,6 +54,15 @@ def _tqdm_line() -> Iterator[Progress]:
             line.set_postfix_str(name)  # draws the line: a layer may take long, and must not wait for the next one
 
         yield advance
+
+
+def show(trainer: Trainer, text: str) -> None:
+    """Print above the Trainer's progress bar, or where there is none, as a message; on rank zero."""
+    bar = trainer.progress_bar_callback
+    if bar is None or is_disabled(bar):
+        rank_zero_info(text)
+    elif trainer.is_global_zero:
+        bar.print(text)
 
 
 @dataclass(frozen=True)

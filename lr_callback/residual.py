@@ -24,6 +24,7 @@ _MOST_STEPS = 160  # what has not converged by then is solved densely
 _SMALL = 64  # up to this size a dense eigenvalue decomposition is cheaper than a recurrence
 _COLUMNS = 64  # the most ranks that are solved side by side
 _GROUPS = 4  # the most tasks of a slicing, whatever the number of workers
+_LEAST = 16  # the fewest ranks of a task
 
 
 def residual_norms(scaled: Tensor, last: int, workers: Workers, limit: Tensor | None = None) -> Tensor:
@@ -42,7 +43,7 @@ def residual_norms(scaled: Tensor, last: int, workers: Workers, limit: Tensor | 
     by_rank = scaled.transpose(0, 1)  # rank first: what a rank keeps is a run of consecutive entries
     solved = min(last + 1, by_rank.shape[0])
     useless = torch.full((solved,), torch.inf, dtype=torch.float64) if limit is None else limit[:solved].square()
-    groups = torch.arange(solved).tensor_split(min(_GROUPS, -(-solved // _COLUMNS)))
+    groups = torch.arange(solved).tensor_split(max(1, min(_GROUPS, solved // _LEAST)))
     squared = torch.cat(workers.map(lambda ranks: _group(by_rank, ranks.tolist(), useless.to(scaled.device)), groups))
     norms = _never_rising(squared).clamp(min=0).sqrt()
     return torch.nn.functional.pad(norms, (0, last + 1 - solved))
@@ -141,7 +142,7 @@ def _largest_eigenvalues(rows: Tensor, common: Tensor, num_slices: int, useless:
         before, values = values, krylov.largest()
         hopeless = values >= useless[columns]
         found[columns] = torch.where(hopeless, torch.inf, values)
-        moving = ~hopeless & (values - before > torch.finfo(rows.dtype).eps * values)
+        moving = ~hopeless & (values - before > 8 * torch.finfo(rows.dtype).eps * values)
         if not moving.all():
             krylov.keep(moving)
             columns, values = columns[moving], values[moving]

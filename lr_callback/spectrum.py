@@ -190,7 +190,7 @@ def _truncate_wide(slices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     norms = right.norm(dim=-1)
     largest = norms.amax(dim=-1, keepdim=True)
     # A singular value of zero leaves its unit vector on the left: with both factors zero it could never train.
-    empty = norms <= largest * _EPSILON
+    empty = norms <= largest * (_EPSILON * slices.shape[-1])
     root = torch.where(empty, 1.0, norms).sqrt()
     right = torch.where(empty.unsqueeze(-1), 0.0, right / root.unsqueeze(-1))
     return left * root.unsqueeze(-2), right

@@ -1,12 +1,18 @@
 """What several tests share."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 
 from lr_callback.parallel import Workers, workers
+
+# Tests run side by side: one thread each, in the processes that they start too, is faster than all threads each.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 # Derandomized: a run shows the same examples everywhere; without a database it leaves no folder behind.
 settings.register_profile("lr_callback", deadline=None, max_examples=40, derandomize=True, database=None)

@@ -113,7 +113,7 @@ def test_entries_that_a_later_version_may_add_are_passed_over():
         ({}, r"Allocation: must be a dict with the keys .*'version', got dict"),
         (damaged("version", drop=True), "among them 'version', got dict"),
         (damaged("version", value=VERSION + 1), rf"version {VERSION + 1} is newer than {VERSION}.*update lr_callback"),
-        (damaged("version", value="next"), "version 'next' is"),
+        (damaged("version", value="next"), "Allocation: `version` must be a whole number from 1, got str 'next'"),
         (damaged("budget", drop=True), r"Allocation: `budget` is missing, found \['cost', .*damaged or foreign"),
         (damaged("budget", value="12"), "Allocation: `budget` must be int, got str '12'"),
         (damaged("budget", value=True), "Allocation: `budget` must be int, got bool 'True'"),
@@ -126,9 +126,10 @@ def test_entries_that_a_later_version_may_add_are_passed_over():
         (damaged("layers", "conv", "num_slices", value=-1), "layer 'conv': `num_slices` and .* got -1, 3"),
         (damaged("layers", "conv", "folding", value="flat"), r"layer 'conv': `folding` must be one .* got 'flat'"),
         (damaged("shapes", "conv", drop=True), r"`shapes` must name the same layers as `layers`, .* in \['conv'\]"),
-        (damaged("shapes", "more", value=[1]), r"`shapes` must name the same layers as `layers`, .* in \['more'\]"),
-        (damaged("shapes", "conv", value=None), "conv"),
-        (damaged("shapes", "conv", value=16), "conv"),
+        (damaged("shapes", "more", value=[1, 2]), r"`shapes` must name the same layers as `layers`, .* in \['more'\]"),
+        (damaged("shapes", "conv", value=None), "layer 'conv': its shape must be a list .* got NoneType"),
+        (damaged("shapes", "conv", value=16), "layer 'conv': its shape must be a list .* got int '16'"),
+        (damaged("shapes", "conv", value=["x", 3]), "layer 'conv': its shape must be a list .* whole numbers"),
     ],
 )
 def test_a_damaged_allocation_is_refused_with_where_and_what(written, message):

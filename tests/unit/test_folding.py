@@ -167,9 +167,9 @@ def test_distinct_foldings_drops_exactly_those_with_the_matrices_of_an_earlier_o
     assert distinct_foldings(Geometry(4, 6, kernel), tuple(NAMES)) == tuple(kept)
 
 
-def test_distinct_foldings_prefers_the_one_named_first():
+def test_distinct_foldings_prefers_the_one_with_the_fewest_axes_in_the_decoder():
     backwards = tuple(reversed(NAMES))
-    assert distinct_foldings(Geometry(4, 6, (1, 3)), backwards) == ("kernel_in_decoder", "height_in_decoder")
+    assert distinct_foldings(Geometry(4, 6, (1, 3)), backwards) == ("width_in_decoder", "kernel_in_encoder")
     assert distinct_foldings(Geometry(4, 6, (3, 3)), backwards) == backwards
 
 

@@ -174,7 +174,7 @@ def test_an_allocation_that_was_cut_off_is_refused(cut, as_text, tmp_path):
         ('{"name": "package", "dependencies": {}}', "must be a dict with the keys that `Allocation.to_dict"),
         ('{"version": 1, "name": "x"}', "`layers` is missing.*damaged or foreign"),
         ('{"version": 2, "layers": {}}', "version 2 is newer than 1.*update lr_callback"),
-        ('{"version": "1", "layers": {}}', "version '1'"),
+        ('{"version": "1", "layers": {}}', "`version` must be a whole number"),
         ("{}", "must be a dict with the keys"),
     ],
 )
