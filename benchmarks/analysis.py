@@ -29,7 +29,7 @@ import lr_callback as lrc
 
 ERRORS = ("slice", "operator")
 NETWORKS = ("resnet18", "resnet50")
-WIDTHS = (64, 128, 256, 512, 1024)
+WIDTHS = (64, 128, 256, 512)
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 

@@ -45,13 +45,12 @@ def operator_error(slicing: Slicing, limit: Tensor, workers: Workers) -> Tensor:
     """Return the operator norm of the residual ``||W - What||_2`` itself."""
     if slicing.num_slices == 1:
         return slice_error(slicing, limit, workers)
-    vectors = scaled_left_vectors(slicing, workers)
-    worst = _at_ranks(vectors.norm(dim=-1).amax(dim=0), limit)
-    scale = worst[0]  # squares of weights of any size must fit the working precision
-    precision = torch.float64 if slicing.slices.dtype == torch.float64 else torch.float32
-    scaled = (vectors / scale).to(precision)
-    residual = scale * residual_norms(scaled, len(limit) - 1, workers, limit.to(scale) / scale)
-    return torch.maximum(residual, worst)
+    dtype = torch.float64 if slicing.slices.dtype == torch.float64 else torch.float32
+    # Squares of weights of any size must fit the working precision: scale by the longest row or column.
+    scale = float(slicing.gram.diagonal(dim1=-2, dim2=-1).amax().sqrt())
+    vectors, values = scaled_left_vectors(slicing, workers, scale, dtype)
+    residual = scale * residual_norms(vectors, len(limit) - 1, workers, limit / scale)
+    return torch.maximum(residual, _at_ranks(values.amax(dim=0), limit))
 
 
 def _at_ranks(values: Tensor, limit: Tensor) -> Tensor:

@@ -134,20 +134,38 @@ def _to_singular(eigenvalues: Tensor) -> Tensor:
     return torch.where(descending > noise, descending, 0.0).sqrt()
 
 
-def scaled_left_vectors(slicing: Slicing, workers: Workers) -> Tensor:
-    """Return ``(k, n, rows)``: entry ``[i, l]`` is ``sigma_l u_l`` of slice ``i``, descending, float64."""
+def scaled_left_vectors(
+    slicing: Slicing, workers: Workers, scale: float = 1.0, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
+    """Return the left singular vectors of every slice, each as long as its singular value.
+
+    Args:
+        slicing: of a layer.
+        workers: where the decompositions are computed.
+        scale: what the vectors are divided by.
+        dtype: of the vectors.
+
+    Returns:
+        ``(k, n, rows)``: entry ``[i, l]`` is ``sigma_l u_l / scale`` of slice ``i``, descending; and the singular
+        values ``(k, n)``, float64, not scaled.
+    """
+
+    def task(part: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        vectors, values = _scaled(*part)
+        return (vectors / scale).to(dtype), values
+
     parts = _chunks(slicing.gram)
     tasks = zip(parts, torch.split(slicing.slices, [part.shape[0] for part in parts]), strict=True)
-    return torch.cat(workers.map(_scaled, tasks))
+    found = workers.map(task, tasks)
+    return torch.cat([vectors for vectors, _ in found]), torch.cat([values for _, values in found])
 
 
-def _scaled(task: tuple[Tensor, Tensor]) -> Tensor:
-    """Return the scaled left vectors of a few slices, from their Gram matrices ``(k, n, n)`` and themselves."""
-    gram, slices = task
+def _scaled(gram: Tensor, slices: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the scaled left vectors and singular values of a few slices, from their Gram matrices and themselves."""
     eigenvalues, ascending = torch.linalg.eigh(gram)
-    vectors: Tensor = ascending.flip(-1)
-    scaled = vectors * _to_singular(eigenvalues).unsqueeze(-2) if is_wide(slices) else slices.double() @ vectors
-    return scaled.mT
+    vectors, values = ascending.flip(-1), _to_singular(eigenvalues)
+    scaled = vectors * values.unsqueeze(-2) if is_wide(slices) else slices.double() @ vectors
+    return scaled.mT, values
 
 
 def truncate(slices: Tensor, rank: int, workers: Workers) -> tuple[Tensor, Tensor]:

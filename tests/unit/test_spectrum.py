@@ -98,7 +98,7 @@ def test_scaled_left_vectors_rebuild_every_slice_at_every_rank(shape, crew):
     matrix = draw(*shape)
     for count in slice_counts(shape[1])[:4]:
         slicing = every_slicing(matrix, crew)[count]
-        scaled = scaled_left_vectors(slicing, crew)
+        scaled, _ = scaled_left_vectors(slicing, crew)
         left, values, _ = torch.linalg.svd(split(matrix, count), full_matrices=False)
         torch.testing.assert_close(scaled.norm(dim=-1), values, rtol=1e-6, atol=1e-6)
         for rank in {0, 1, slicing.full_rank // 2, slicing.full_rank - 1}:
