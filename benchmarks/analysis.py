@@ -3,19 +3,25 @@
     python benchmarks/analysis.py
 
 The passes of a round follow each other, so that a busy machine slows all of them; what is kept is the median over the
-rounds of the ratio within a round. Memory is the rise of the process's peak in a fresh process for each figure.
+rounds of the ratio within a round. Memory is the most that a fresh process holds during the analysis beyond what it
+held before, sampled every millisecond; the C library is told to return freed blocks at once, for what is counted to be
+what is in use.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import itertools
 import json
+import os
 import resource
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from math import log2
+from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -85,20 +91,37 @@ def budget_seconds(name: str) -> float:
 def memory(name: str, error: str) -> dict[str, float]:
     """Return the rise of the peak memory in a fresh process, in MiB and as a multiple of the largest layer."""
     command = [sys.executable, __file__, "--memory-of", name, error]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    environ = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144"}
+    printed = subprocess.run(command, check=True, capture_output=True, text=True, env=environ).stdout
     result: dict[str, float] = json.loads(printed)
     return result
 
 
 def print_memory(name: str, error: str) -> None:
     """Analyse in this process, and print what it took."""
-    lrc.analyze(nn.Sequential(nn.Linear(256, 256)), lrc.ALDS(error=error))  # loads the libraries' own buffers
+    lrc.analyze(nn.Sequential(nn.Conv2d(128, 256, 3)), lrc.ALDS(error=error))  # loads the libraries' own buffers
     model = network(name)
     largest = max(matrix.numel() * matrix.element_size() for matrix in matrices(model)) / 2**20
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed before must not hide what is taken now
+    before, samples, done = held(), [0.0], threading.Event()
+
+    def sample() -> None:
+        while not done.wait(0.001):
+            samples.append(held())
+
+    watcher = threading.Thread(target=sample)
+    watcher.start()
     lrc.analyze(model, lrc.ALDS(error=error))
-    rise = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+    done.set()
+    watcher.join()
+    rise = max(samples) - before
     print(json.dumps({"largest_layer_mib": round(largest, 1), "rise_mib": round(rise, 1), "times": rise / largest}))
+
+
+def held() -> float:
+    """Return the memory that this process holds, in MiB."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
 
 
 def main() -> None:
@@ -127,15 +150,7 @@ def _growth(rows: list[dict[str, Any]], key: str) -> list[float]:
 
 
 def _tables(figures: dict[str, Any]) -> str:
-    speed = [
-        [row["network"], f"{row['seconds']['svdvals']:.3f}"]
-        + [
-            f"{row['seconds'][error]:.3f} s, {row['ratio'][error]['median']}x "
-            f"({row['ratio'][error]['least']} to {row['ratio'][error]['most']})"
-            for error in ERRORS
-        ]
-        for row in [*figures["networks"], *figures["widths"]]
-    ]
+    networks = [*figures["networks"], *figures["widths"]]
     memory_rows = [
         [name, one["largest_layer_mib"], one["rise_mib"], f"{one['times']:.1f}x"]
         for name, one in figures["memory"].items()
@@ -143,17 +158,24 @@ def _tables(figures: dict[str, Any]) -> str:
     growth = [[key, *exponents] for key, exponents in figures["growth"].items()]
     doublings = [f"{before} to {after}" for before, after in itertools.pairwise(WIDTHS)]
     budgets = ", ".join(f"{name} {value} s" for name, value in figures["budget_seconds"].items())
-    return "\n\n".join(
-        [
-            "All candidates (every number of slices, default folding) against one float32 pass of svdvals (one slice):",
-            markdown(["network", "svdvals, s", *(f"error={error}" for error in ERRORS)], speed),
-            f"Any budget after that, at most: {budgets}.",
-            "Exponent of the time for each doubling of the width of a 3x3 convolution:",
-            markdown(["", *doublings], growth),
-            "Rise of the peak memory:",
-            markdown(["analysis", "largest layer, MiB", "rise, MiB", "times"], memory_rows),
-        ]
-    )
+    parts = [
+        "All candidates (every number of slices, default folding) against one float32 pass of svdvals (one slice):",
+        markdown(["network", "svdvals, s", *(f"error={error}" for error in ERRORS)], map(_speed_row, networks)),
+        f"Any budget after that, at most: {budgets}.",
+        "Exponent of the time for each doubling of the width of a 3x3 convolution:",
+        markdown(["", *doublings], growth),
+        "Rise of the peak memory:",
+        markdown(["analysis", "largest layer, MiB", "rise, MiB", "times"], memory_rows),
+    ]
+    return "\n\n".join(parts)
+
+
+def _speed_row(row: dict[str, Any]) -> list[str]:
+    cells = [row["network"], f"{row['seconds']['svdvals']:.3f}"]
+    for error in ERRORS:
+        ratio = row["ratio"][error]
+        cells.append(f"{row['seconds'][error]:.3f} s, {ratio['median']}x ({ratio['least']} to {ratio['most']})")
+    return cells
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lr_callback.costs import COSTS
 from lr_callback.folding import FOLDINGS
-from lr_callback.table import align, shorten
+from lr_callback.table import WIDTH, align, shorten, wrap
 
 VERSION = 1
 """Version of the written form; a file of a newer version is refused."""
@@ -120,10 +121,11 @@ class Allocation:
             ValueError: If it is not JSON, or not an allocation.
         """
         is_text = isinstance(source, str) and source.lstrip().startswith("{")
-        text = str(source) if is_text else Path(source).read_text(encoding="utf-8")
         where = "Allocation text" if is_text else f"Allocation file {Path(source).name!r}"
         try:
-            written = json.loads(text)
+            written = json.loads(str(source) if is_text else Path(source).read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{where}: must be JSON in UTF-8, found other bytes at position {error.start}.") from error
         except json.JSONDecodeError as error:
             raise ValueError(
                 f"{where}: must be JSON, broken at line {error.lineno}, column {error.colno} ({error.msg}); "
@@ -132,19 +134,21 @@ class Allocation:
         return cls.from_dict(written)
 
     def __str__(self) -> str:
-        """Return the table of all layers, the skipped ones by reason, and one line of totals."""
-        rows = [self._row(name, layer) for name, layer in self.layers.items()]
+        """Return the table of all layers, the skipped ones by reason, and the totals, at most 80 characters wide."""
         header = ["layer", "shape", "kernel", "slices", "rank", "error", "kept"]
-        lines = [align(header, rows, right=frozenset({3, 4, 5, 6}))]
-        return "\n".join([*lines, *self._skipped_lines(), self.summary()])
+        rows = [self._row(name, layer) for name, layer in self.layers.items()]
+        others = sum(2 + max(len(row[column]) for row in [header, *rows]) for column in range(1, len(header)))
+        rows = [[shorten(row[0], max(12, WIDTH - others)), *row[1:]] for row in rows]
+        table = align(header, rows, right=frozenset({3, 4, 5, 6}))
+        return "\n".join([table, *map(wrap, self._skipped_lines()), wrap(self.summary())])
 
     def _row(self, name: str, layer: Factorization | None) -> list[str]:
         shape = "x".join(map(str, self.shapes[name]))
         if layer is None:
-            return [shorten(name, 24), shape, "dense", "", "", "", "100.0%"]
+            return [name, shape, "dense", "", "", "", "100.0%"]
         kept = f"{layer.cost / layer.dense_cost:.1%}"
         ranks = [str(layer.num_slices), str(layer.rank), f"{layer.relative_error:.3f}"]
-        return [shorten(name, 24), shape, _KERNEL[layer.folding], *ranks, kept]
+        return [name, shape, _KERNEL[layer.folding], *ranks, kept]
 
     def _skipped_lines(self) -> list[str]:
         reasons: dict[str, list[str]] = {}
@@ -200,6 +204,7 @@ def _read(written: object) -> Allocation:
             "reads; update lr_callback."
         )
     parts = _checked(written, _FIELDS, "Allocation")
+    _check_ranges(parts)
     layers = {name: _read_layer(name, layer) for name, layer in parts["layers"].items()}
     shapes = {name: _read_shape(name, shape) for name, shape in parts["shapes"].items()}
     if set(shapes) != set(layers):
@@ -208,6 +213,20 @@ def _read(written: object) -> Allocation:
             f"{sorted(set(shapes) ^ set(layers))}; the file is damaged, write it again."
         )
     return Allocation(**{**parts, "layers": layers, "shapes": shapes})
+
+
+def _check_ranges(parts: Mapping[str, Any]) -> None:
+    """Refuse names, a unit, costs or a ratio that no allocation has."""
+    if not all(isinstance(name, str) for field_ in ("layers", "skipped", "shapes") for name in parts[field_]):
+        raise ValueError("Allocation: the names of layers must be strings; the file is damaged or foreign.")
+    if parts["unit"] not in COSTS:
+        raise ValueError(f"Allocation: `unit` must be one of {list(COSTS)}, got {parts['unit']!r}.")
+    if not 0 < parts["keep_ratio"] <= 1:
+        raise ValueError(f"Allocation: `keep_ratio` must be in (0, 1], got {parts['keep_ratio']}.")
+    if not 0 <= parts["cost"] <= parts["dense_cost"] or not parts["dense_cost"]:
+        raise ValueError(
+            f"Allocation: `cost` must be from 0 to `dense_cost`, got {parts['cost']} and {parts['dense_cost']}."
+        )
 
 
 def _read_layer(name: str, written: object) -> Factorization | None:
@@ -221,6 +240,10 @@ def _read_layer(name: str, written: object) -> Factorization | None:
         raise ValueError(f"{where}: `folding` must be one of {list(FOLDINGS)}, got {layer.folding!r}.")
     if layer.num_slices < 1 or layer.rank < 1:
         raise ValueError(f"{where}: `num_slices` and `rank` must be at least 1, got {layer.num_slices}, {layer.rank}.")
+    if not 0 < layer.cost <= layer.dense_cost:
+        raise ValueError(
+            f"{where}: `cost` must be above 0 and at most `dense_cost`, got {layer.cost} and {layer.dense_cost}."
+        )
     return layer
 
 

@@ -10,13 +10,13 @@ from torch import nn
 
 from lr_callback.allocation import Allocation, Factorization
 from lr_callback.candidates import LayerCandidates
-from lr_callback.costs import Call, LayerCost, check_cost
-from lr_callback.find import Found, check_weight, find_layers
-from lr_callback.layer_types import layer_type
-from lr_callback.layers import FactorizedLayer, dense_bias, dense_weight
+from lr_callback.costs import LayerCost, check_cost
+from lr_callback.find import Found, find_layers
+from lr_callback.layers import dense_weight
 from lr_callback.methods import ALDS, Choice, Method
 from lr_callback.observe import Observation, observe
 from lr_callback.parallel import workers
+from lr_callback.pricing import dense_again, dense_parameters, layer_costs
 
 Progress = Callable[[int, int, str], None]
 """Called before each layer with the number done, the number of all, and its name."""
@@ -32,6 +32,8 @@ class Analysis:
         layers: layer name -> its candidates.
         shapes: layer name -> shape of its dense weight.
         skipped: name of a layer that is left out -> why.
+        stay_dense: name of a layer that is left out but is factorized now -> shape of its dense weight; an allocation
+            makes it dense again.
         dense_cost: of the whole model with all layers dense.
     """
 
@@ -40,6 +42,7 @@ class Analysis:
     layers: Mapping[str, LayerCandidates]
     shapes: Mapping[str, tuple[int, ...]]
     skipped: Mapping[str, str]
+    stay_dense: Mapping[str, tuple[int, ...]]
     dense_cost: int
 
     @property
@@ -71,9 +74,9 @@ class Analysis:
         chosen = {name: _factorization(self.layers[name], choices[name]) for name in self.layers}
         saved = sum(one.dense_cost - one.cost for one in chosen.values() if one is not None)
         return Allocation(
-            layers=chosen,
+            layers={**chosen, **dict.fromkeys(self.stay_dense)},
             skipped=dict(self.skipped),
-            shapes=dict(self.shapes),
+            shapes={**self.shapes, **self.stay_dense},
             cost=self.dense_cost - saved,
             dense_cost=self.dense_cost,
             budget=budget,
@@ -182,9 +185,9 @@ def analyze(
     Raises:
         ValueError: See :func:`allocate`.
     """
-    method = _method(method)
+    method = check_method(method)
     found = find_layers(model, include, exclude)
-    costs = _layer_costs(found, observation)
+    costs = layer_costs(found, observation)
     layers: dict[str, LayerCandidates] = {}
     with workers() as crew:
         for done, (name, layer_cost) in enumerate(costs.items()):
@@ -202,13 +205,14 @@ def survey(
     include: Sequence[str] | str | None = None,
     exclude: Sequence[str] | str | None = None,
 ) -> Analysis:
-    """Find the layers and their prices without looking at a single weight: enough for the reachable range.
+    """Find the layers and their prices without computing an error: enough for the reachable range.
 
-    Takes what :func:`analyze` takes and raises what it raises; the errors in the result have no meaning.
+    Takes what :func:`analyze` takes and raises what it raises; the errors in the result have no meaning. A layer whose
+    weights are all zero counts as one that can be factorized: it will have been trained by the time it matters.
     """
-    method = _method(method)
+    method = check_method(method)
     found = find_layers(model, include, exclude)
-    costs = _layer_costs(found, observation)
+    costs = layer_costs(found, observation, skip_zero=False)
     layers = {name: method.priced(layer_cost) for name, layer_cost in costs.items()}
     return _analysis(model, method, observation, found, costs, layers)
 
@@ -232,49 +236,23 @@ def _analysis(
         unit="parameters" if observation is None else "multiply_adds",
         layers=layers,
         shapes={name: costs[name].geometry.weight_shape for name in layers},
+        stay_dense=dense_again(model, found.skipped),
         skipped=found.skipped,
         dense_cost=dense_parameters(model) if observation is None else observation.dense_multiply_adds,
     )
 
 
-def _method(method: Method | None) -> Method:
+def check_method(method: Method | None) -> Method:
+    """Return the method, the default one for None.
+
+    Raises:
+        TypeError: If it is no method.
+    """
     if method is None:
         return ALDS()
     if isinstance(method, Method):
         return method
     raise TypeError(f"`method` must be a lr_callback.Method such as ALDS(error='slice'), got {method!r}.")
-
-
-def dense_parameters(model: nn.Module) -> int:
-    """Return the number of parameters of a model with all layers dense; a shared parameter counts once."""
-    own = sum(parameter.numel() for parameter in model.parameters())
-    return own + sum(_saved_parameters(layer) for layer in model.modules() if isinstance(layer, FactorizedLayer))
-
-
-def _saved_parameters(layer: FactorizedLayer) -> int:
-    encoder, decoder = layer.factors
-    return layer.weight.numel() - encoder.numel() - decoder.numel()
-
-
-def _layer_costs(found: Found, observation: Observation | None) -> dict[str, LayerCost]:
-    """Return the cost of each layer; move those that have none, or no error, to the skipped ones."""
-    costs: dict[str, LayerCost] = {}
-    for name, layer in found.layers.items():
-        calls = None if observation is None else observation.calls.get(name, ())
-        reason = check_weight(name, layer)
-        if calls == ():
-            reason = "its forward is not called on the example input"
-        if reason is not None:
-            found.skipped[name] = reason
-            continue
-        costs[name] = _layer_cost(layer, calls)
-    return costs
-
-
-def _layer_cost(layer: nn.Module, calls: tuple[Call, ...] | None) -> LayerCost:
-    kind, bias = layer_type(layer), dense_bias(layer)
-    assert kind is not None
-    return LayerCost(kind.geometry(layer), 0 if bias is None else bias.numel(), calls)
 
 
 def _nothing(found: Found) -> str:

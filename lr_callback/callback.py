@@ -6,20 +6,20 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from lightning.fabric.utilities import move_data_to_device
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lr_callback.allocation import Allocation
-from lr_callback.analysis import analyze, dense_parameters, survey
+from lr_callback.analysis import analyze, check_method, survey
 from lr_callback.checkpoint import install_hook
 from lr_callback.costs import check_cost
 from lr_callback.events import read_events
-from lr_callback.methods import ALDS, Method
+from lr_callback.host import check_strategy, is_smoke_test, observe_example
+from lr_callback.methods import Method
 from lr_callback.metrics import compression_metrics
-from lr_callback.observe import Observation, observe
+from lr_callback.observe import Observation
 from lr_callback.optimizers import names_of, rebind, unwrapped
+from lr_callback.pricing import dense_parameters
 from lr_callback.probe import Probe
 from lr_callback.report import analysis_progress, show
 from lr_callback.surgery import SurgeryReport, factorize_
@@ -48,6 +48,7 @@ class LowRankCompression(Callback):
             after the latest) and ``final.ckpt`` into the folder ``compression`` of the log folder.
 
     Raises:
+        TypeError: If ``method`` is no method.
         ValueError: If an argument is out of range.
         MisconfigurationException: If the Trainer's strategy is not supported.
 
@@ -72,7 +73,7 @@ class LowRankCompression(Callback):
         super().__init__()
         check_cost(cost)
         self.events = read_events(keep_ratio, epochs)
-        self.method = ALDS() if method is None else method
+        self.method = check_method(method)
         self.cost, self.include, self.exclude = cost, include, exclude
         self.show_table, self.snapshots = show_table, snapshots
         self.allocation: Allocation | None = None
@@ -89,7 +90,7 @@ class LowRankCompression(Callback):
         Override it to compress at other moments. By default: the latest event that is due and was not applied, also
         where its own epoch was passed in a run without this callback; under ``fast_dev_run`` the first, at once.
         """
-        if _is_smoke_test(trainer) and not self._applied:
+        if is_smoke_test(trainer) and not self._applied:
             return self.events[min(self.events)]
         due = [event for event in self.events if event <= trainer.current_epoch and event not in self._applied]
         return self.events[max(due)] if due else None
@@ -100,12 +101,12 @@ class LowRankCompression(Callback):
         self._saved_names = None  # of a file that was read for a test, perhaps; a file to resume from comes later
         if stage != "fit":
             return
-        _check_strategy(trainer)
+        check_strategy(trainer)
         if trainer.current_epoch == 0:
             self._forget()
         limit = trainer.max_epochs
         late = [epoch for epoch in self.events if limit is not None and 0 <= limit <= epoch]
-        if late and not _is_smoke_test(trainer):
+        if late and not is_smoke_test(trainer):
             rank_zero_warn(
                 f"LowRankCompression: epochs {late} are never reached, max_epochs is {limit} and epochs count from 0."
             )
@@ -120,28 +121,15 @@ class LowRankCompression(Callback):
         if self._saved_names is not None:
             rebind(trainer.optimizers, self._saved_names, dict(pl_module.named_parameters()))
             self._saved_names = None
-        if self._observation is None and (0 in self.events or _is_smoke_test(trainer)):
+        if self._observation is None and (0 in self.events or is_smoke_test(trainer)):
             self._observe_example(trainer, pl_module)
         if self.cost == "parameters" or self._observation is not None:
             self._check_budgets(pl_module)
 
     def _observe_example(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count on the module's example input, where a budget in multiply-adds is due before any batch was seen.
-
-        Raises:
-            MisconfigurationException: If the module has none.
-        """
-        if self.cost != "multiply_adds":
-            return
-        example = pl_module.example_input_array
-        if example is None:
-            raise MisconfigurationException(
-                "LowRankCompression: cost='multiply_adds' at epoch 0 (where fast_dev_run compresses, too) must know an "
-                "input before the first batch, and the module's `example_input_array` is not set. Set it, or compress "
-                "at epoch 1 or later."
-            )
-        moved = move_data_to_device(example, pl_module.device)
-        self._observation = observe(pl_module, trainer.precision_plugin.convert_input(moved))
+        """Count on the module's example input, where a budget in multiply-adds is due before any batch was seen."""
+        if self.cost == "multiply_adds":
+            self._observation = observe_example(trainer, pl_module)
 
     def _check_budgets(self, pl_module: LightningModule) -> None:
         """Refuse budgets that cannot be met before the training, not in the middle of it."""
@@ -163,7 +151,7 @@ class LowRankCompression(Callback):
         if "dense" not in self.snapshot_files:
             self._snapshot(trainer, "dense")
         self.compress(trainer, pl_module, keep_ratio)
-        passed = min(self.events) if _is_smoke_test(trainer) else trainer.current_epoch
+        passed = min(self.events) if is_smoke_test(trainer) else trainer.current_epoch
         self._applied = sorted({*self._applied, *(event for event in self.events if event <= passed)})
         self._snapshot(trainer, "cut")
 
@@ -305,18 +293,3 @@ class LowRankCompression(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Read the names of the parameters in each optimizer's groups."""
         self._saved_names = checkpoint.get(_GROUPS)
-
-
-def _is_smoke_test(trainer: Trainer) -> bool:
-    """Return whether the run is a ``fast_dev_run``, which never reaches an epoch after the first."""
-    return bool(getattr(trainer, "fast_dev_run", False))
-
-
-def _check_strategy(trainer: Trainer) -> None:
-    """Refuse a run on several processes: replacing layers there needs more than this callback does."""
-    if trainer.world_size > 1:
-        raise MisconfigurationException(
-            f"LowRankCompression: the run must be on one device, got {type(trainer.strategy).__name__} on "
-            f"{trainer.world_size} processes. Train with `devices=1`, or compress before the training: "
-            "`lr_callback.factorize_(model, lr_callback.allocate(model, keep_ratio))`."
-        )

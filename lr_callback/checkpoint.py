@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -20,6 +19,7 @@ from lr_callback.find import find_layers
 from lr_callback.folding import FOLDINGS, Geometry
 from lr_callback.layer_types import layer_type
 from lr_callback.layers import FactorizedLayer
+from lr_callback.source import is_extra, load, state_dict_of
 from lr_callback.surgery import dense_skeleton, factorize_, replace_layers, skeleton
 
 _ENTRIES = ("weight", "bias", "encoder.weight", "decoder.weight", "decoder.bias")
@@ -52,73 +52,14 @@ def restore_(model: nn.Module, source: Allocation | Mapping[str, Any] | str | Pa
         >>> bool((fresh[0].weight == model[0].weight).all())
         True
     """
-    loaded = _load(source)
+    loaded = load(source)
     if isinstance(loaded, Allocation):
         factorize_(model, loaded)
         return
-    state = _without_prefix(model, _state_dict_of(loaded))
+    state = _without_prefix(model, state_dict_of(loaded))
     _check_weights(model, state)
     adapt_structure(model, state)
     model.load_state_dict(state)
-
-
-def _load(source: Allocation | Mapping[str, Any] | str | Path) -> Allocation | Mapping[str, Any]:
-    """Return the allocation, or the dict of a checkpoint, that a source is."""
-    if isinstance(source, Allocation):
-        return source
-    if isinstance(source, Mapping):
-        is_allocation = "version" in source and "layers" in source
-        return Allocation.from_dict(source) if is_allocation else source
-    if isinstance(source, str) and source.lstrip().startswith("{"):
-        return Allocation.from_json(source)
-    if not isinstance(source, (str, Path)):
-        raise TypeError(
-            f"`source` must be an Allocation, a dict, JSON text or a path, got {type(source).__name__}. "
-            "Nothing was changed."
-        )
-    path = Path(source)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; `source` must be an allocation, JSON text, a dict or a path.")
-    if path.suffix == ".json":
-        return Allocation.from_json(path)
-    return read_checkpoint(path)
-
-
-def read_checkpoint(path: Path) -> Mapping[str, Any]:
-    """Read a file of ``torch.save`` without unpickling objects, on the CPU.
-
-    Raises:
-        ValueError: If the file is cut off, is not of ``torch.save``, or holds other things than plain data and tensors.
-    """
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen types for a damaged file
-        raise ValueError(
-            f"{path.name}: must be a checkpoint that torch.load(weights_only=True) reads; it may be cut off or hold "
-            f"objects other than tensors and plain data ({type(error).__name__}: {_first_line(error)}). "
-            "Nothing was changed."
-        ) from error
-    if not isinstance(loaded, Mapping):
-        raise ValueError(f"{path.name}: must hold a dict, found {type(loaded).__name__}. Nothing was changed.")
-    return loaded
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
-
-
-def _state_dict_of(loaded: Mapping[str, Any]) -> dict[str, Tensor]:
-    state = loaded.get("state_dict", loaded)
-    if not isinstance(state, Mapping) or not state or not all(map(_is_entry, state.items())):
-        raise ValueError(
-            "`source`: must be an allocation, a Lightning checkpoint or a state dict of tensors, found a dict with the "
-            f"keys {sorted(map(str, loaded))[:6]}. Nothing was changed."
-        )
-    return dict(state)
-
-
-def _is_entry(entry: tuple[object, object]) -> bool:
-    return isinstance(entry[0], str) and isinstance(entry[1], Tensor)
 
 
 def _without_prefix(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -174,7 +115,11 @@ def structure_hook(
     For ``module.register_load_state_dict_pre_hook``. A function of this file, so that copies of the module and spawned
     processes can hold it.
     """
-    adapt_structure(module, state_dict, prefix)
+    made = _restructured(module, state_dict, prefix)
+    if made and strict and not prefix:
+        _check_weights(module, state_dict)  # torch would find out after the layers were replaced
+    if made:
+        replace_layers(module, made)
 
 
 def install_hook(module: nn.Module) -> None:
@@ -191,6 +136,13 @@ def adapt_structure(model: nn.Module, state: Mapping[str, Tensor], prefix: str =
     Raises:
         ValueError: If the factors in the state dict do not fit the layer. Nothing was changed.
     """
+    made = _restructured(model, state, prefix)
+    if made:
+        replace_layers(model, made)
+
+
+def _restructured(model: nn.Module, state: Mapping[str, Tensor], prefix: str) -> dict[str, nn.Module]:
+    """Return, for each layer that a state dict has in another structure, one of that structure without weights."""
     made: dict[str, nn.Module] = {}
     for name, layer in find_layers(model).layers.items():
         choice = _structure_in(state, f"{prefix}{name}.", name, layer)
@@ -198,8 +150,7 @@ def adapt_structure(model: nn.Module, state: Mapping[str, Tensor], prefix: str =
             made[name] = dense_skeleton(layer)
         elif choice is not None and not _is_like(layer, choice):
             made[name] = skeleton(layer, choice)
-    if made:
-        replace_layers(model, made)
+    return made
 
 
 def _is_like(layer: nn.Module, choice: Factorization) -> bool:
@@ -244,14 +195,15 @@ def _fitting(geometry: Geometry, encoder: tuple[int, ...], decoder: tuple[int, .
 
 def _check_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Refuse a state dict that would not load after the structure was adapted."""
-    expected = {name: _shape(value, state.get(name)) for name, value in model.state_dict().items()}
+    own = {name: value for name, value in model.state_dict().items() if not is_extra(name)}
+    expected = {name: _shape(value, state.get(name)) for name, value in own.items()}
     for layer, names in _names_of_layers(model).items():
         shapes = _shapes_in(layer, _structure_in(state, f"{names[0]}.", names[0], layer))
         for name in names:
             for inner in _ENTRIES:
                 expected.pop(f"{name}.{inner}", None)
             expected.update({f"{name}.{inner}": shape for inner, shape in shapes.items()})
-    found = {name: tuple(value.shape) for name, value in state.items()}
+    found = {name: tuple(value.shape) for name, value in state.items() if not is_extra(name)}
     if expected != found:
         raise ValueError(_differences(expected, found))
 
@@ -281,9 +233,13 @@ def _shapes_in(layer: nn.Module, choice: Factorization | None) -> dict[str, tupl
     }
 
 
+def _of(shapes: Mapping[str, tuple[int, ...]], name: str) -> str:
+    return f"shape {shapes[name]}" if name in shapes else "nothing"
+
+
 def _differences(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:
     names = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-    lines = [f"{name}: expected {expected.get(name, 'nothing')}, found {found.get(name, 'nothing')}" for name in names]
+    lines = [f"{name}: {_of(expected, name)} in the model, {_of(found, name)} in the file" for name in names]
     more = f"; and {len(lines) - 4} more" if len(lines) > 4 else ""
     return (
         f"`source`: its weights must be of this model, {len(lines)} of {len(expected)} names or shapes differ: "

@@ -87,8 +87,13 @@ def analyze_command(arguments: Sequence[str]) -> None:
     parser.add_argument("--exclude", type=list[str] | None, help="glob patterns of layers that stay dense")
     parser.add_argument("--json", type=str | None, help="a file to write the allocation to")
     chosen = parser.instantiate_classes(parser.parse_args(list(arguments)))
-    found = analyze(chosen.model, chosen.method, include=chosen.include, exclude=chosen.exclude)
-    allocation: Allocation = found.allocate(chosen.keep_ratio)
+    if chosen.model is None:
+        parser.error("--model must name a model, for example --model lr_callback.recipes.CifarResNet; got none.")
+    try:
+        found = analyze(chosen.model, chosen.method, include=chosen.include, exclude=chosen.exclude)
+        allocation: Allocation = found.allocate(chosen.keep_ratio)
+    except ValueError as error:
+        parser.error(str(error))
     _write(str(allocation))
     low, high = found.reachable
     _write(f"reachable: keep_ratio from {low:.4f} to {high:.0f}, of {found.dense_cost:,} {found.unit}")
@@ -102,6 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: without the program's name; None: those of the process.
     """
+    # As with `python -m`: the models and data of a user stand in files beside the configuration.
+    sys.path.insert(0, "")
     listed = list(sys.argv[1:] if arguments is None else arguments)
     if listed[:1] == ["analyze"]:
         analyze_command(listed[1:])

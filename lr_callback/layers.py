@@ -80,7 +80,7 @@ class FactorizedLayer(nn.Module, ABC):
     @property
     def factors(self) -> tuple[nn.Parameter, nn.Parameter]:
         """The weights of encoder and decoder."""
-        return _weight_of(self.encoder), _weight_of(self.decoder)
+        return weight_of(self.encoder), weight_of(self.decoder)
 
     @property
     def rank(self) -> int:
@@ -105,7 +105,7 @@ class FactorizedLayer(nn.Module, ABC):
     def to_dense(self) -> nn.Module:
         """Multiply the factors back: return the dense layer, with a copy of the bias."""
         dense = self.dense_skeleton()
-        _weight_of(dense).copy_(self.weight)
+        weight_of(dense).copy_(self.weight)
         bias = _bias_of(dense)
         if bias is not None and self.bias is not None:
             bias.copy_(self.bias)
@@ -245,10 +245,11 @@ def dense_bias(layer: nn.Module) -> nn.Parameter | None:
 
 def _any_weight(layer: nn.Module) -> nn.Parameter:
     """Return a weight with the device, dtype and memory format of a dense or factorized layer."""
-    return layer.factors[0] if isinstance(layer, FactorizedLayer) else _weight_of(layer)
+    return layer.factors[0] if isinstance(layer, FactorizedLayer) else weight_of(layer)
 
 
-def _weight_of(layer: nn.Module) -> nn.Parameter:
+def weight_of(layer: nn.Module) -> nn.Parameter:
+    """Return the weight of a dense layer."""
     weight = layer.weight
     assert isinstance(weight, nn.Parameter)
     return weight

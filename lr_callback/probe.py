@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -15,6 +16,21 @@ from lr_callback.observe import Observation, observe_run, untouched
 
 _LEAST_SECONDS = 0.5
 _LEAST_RUNS = 10
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call, and what it was called under: the device's type, and the dtype of autocast where that was on."""
+
+    module: nn.Module
+    arguments: tuple[Any, ...]
+    named: dict[str, Any]
+    device: str
+    autocast: torch.dtype | None
+
+
+def _autocast_dtype(device: str) -> torch.dtype | None:
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 class Probe:
@@ -39,7 +55,7 @@ class Probe:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._calls: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = []
+        self._calls: list[_Call] = []
         self._handles: list[RemovableHandle] = []
         self._depth = 0
 
@@ -63,8 +79,10 @@ class Probe:
 
     def _enter(self, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         # Metrics and losses are called in a step too; what has no parameters is not part of the network.
-        if self._depth == 0 and next(module.parameters(), None) is not None:
-            self._calls.append((module, arguments, named))
+        weight = next(module.parameters(), None)
+        if self._depth == 0 and weight is not None:
+            kind = weight.device.type
+            self._calls.append(_Call(module, arguments, named, kind, _autocast_dtype(kind)))
         self._depth += 1
 
     def _leave(self, module: nn.Module, arguments: object, outputs: object) -> None:
@@ -72,8 +90,9 @@ class Probe:
 
     def repeat(self) -> None:
         """Make the recorded calls again."""
-        for module, arguments, named in self._calls:
-            module(*arguments, **named)
+        for call in self._calls:
+            with torch.autocast(call.device, dtype=call.autocast, enabled=call.autocast is not None):
+                call.module(*call.arguments, **call.named)
 
     def observe(self) -> Observation:
         """Count the multiply-adds of the recorded calls, and see how each layer is called in them."""

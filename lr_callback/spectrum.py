@@ -93,29 +93,31 @@ def _derive(base: Tensor, count: int) -> Tensor | None:
 def _gram(slices: Tensor, workers: Workers) -> Tensor:
     """Multiply each slice ``(rows, columns)`` with its transpose, on the smaller side, in float64."""
     oriented = slices if is_wide(slices) else slices.mT
-    # Two halves of the long side, whatever the number of workers: a sum of fixed parts has fixed bits.
-    halves = oriented.tensor_split(2, dim=-1)
-    parts = [part for half in halves for part in _chunks(half)]
-    products = workers.map(_product, parts)
-    half_way = len(products) // 2
-    return torch.cat(products[:half_way]) + torch.cat(products[half_way:])
+    count, side = oriented.shape[:2]
+    total = oriented.new_zeros((count, side, side), dtype=torch.float64)
+
+    def task(where: tuple[slice, slice]) -> None:
+        part, rows = where
+        _add_products(total[part, rows], oriented[part], rows)
+
+    # Two halves of the rows, whatever the number of workers: fixed parts have fixed bits.
+    halves = [slice(0, side // 2), slice(side // 2, side)]
+    workers.map(task, [(part, rows) for part in _ranges(oriented) for rows in halves])
+    return total
 
 
-def _chunks(matrices: Tensor) -> tuple[Tensor, ...]:
+def _ranges(matrices: Tensor) -> list[slice]:
     """Split a batch of matrices ``(k, n, m)`` along ``k`` into tasks of a worthwhile size."""
-    size: int = max(1, _TASK // max(1, matrices.shape[-2] * matrices.shape[-1]))
-    parts: tuple[Tensor, ...] = torch.split(matrices, size)
-    return parts
+    size = max(1, _TASK // max(1, matrices.shape[-2] * matrices.shape[-1]))
+    return [slice(start, start + size) for start in range(0, matrices.shape[0], size)]
 
 
-def _product(matrices: Tensor) -> Tensor:
-    """Return ``(k, n, n)``, the products of ``(k, n, m)`` with their transposes, at bounded extra memory."""
-    total = matrices.new_zeros((*matrices.shape[:2], matrices.shape[1]), dtype=torch.float64)
+def _add_products(total: Tensor, matrices: Tensor, rows: slice) -> None:
+    """Add the products of the named rows of ``(k, n, m)`` with all rows, a block of columns at a time."""
     width = max(1, _TASK // max(1, matrices.shape[0] * matrices.shape[1]))
     for block in torch.split(matrices, width, dim=-1):
         double = block.double()
-        total.baddbmm_(double, double.mT)
-    return total
+        total.baddbmm_(double[:, rows], double.mT)
 
 
 def singular_values(gram: Tensor, workers: Workers) -> Tensor:
@@ -123,7 +125,7 @@ def singular_values(gram: Tensor, workers: Workers) -> Tensor:
 
     Values that the Gram matrix cannot tell from zero are zero.
     """
-    eigenvalues = torch.cat(workers.map(torch.linalg.eigvalsh, _chunks(gram)))
+    eigenvalues = torch.cat(workers.map(torch.linalg.eigvalsh, [gram[part] for part in _ranges(gram)]))
     return _to_singular(eigenvalues)
 
 
@@ -149,15 +151,17 @@ def scaled_left_vectors(
         ``(k, n, rows)``: entry ``[i, l]`` is ``sigma_l u_l / scale`` of slice ``i``, descending; and the singular
         values ``(k, n)``, float64, not scaled.
     """
+    count, full = slicing.gram.shape[:2]
+    values = slicing.gram.new_empty(count, full)
+    # Rank first in memory: what is left at a rank is then one block, which nobody has to copy.
+    vectors = slicing.gram.new_empty(full, count, slicing.slices.shape[1], dtype=dtype).transpose(0, 1)
 
-    def task(part: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        vectors, values = _scaled(*part)
-        return (vectors / scale).to(dtype), values
+    def task(part: slice) -> None:
+        scaled, values[part] = _scaled(slicing.gram[part], slicing.slices[part])
+        vectors[part] = scaled / scale
 
-    parts = _chunks(slicing.gram)
-    tasks = zip(parts, torch.split(slicing.slices, [part.shape[0] for part in parts]), strict=True)
-    found = workers.map(task, tasks)
-    return torch.cat([vectors for vectors, _ in found]), torch.cat([values for _, values in found])
+    workers.map(task, _ranges(slicing.gram))
+    return vectors, values
 
 
 def _scaled(gram: Tensor, slices: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,7 +197,7 @@ def truncate(slices: Tensor, rank: int, workers: Workers) -> tuple[Tensor, Tenso
     """
     tall = not is_wide(slices)
     oriented = slices.mT if tall else slices
-    parts = workers.map(lambda part: _truncate_wide(part, rank), _chunks(oriented))
+    parts = workers.map(lambda part: _truncate_wide(oriented[part], rank), _ranges(oriented))
     left = torch.cat([part[0] for part in parts])
     right = torch.cat([part[1] for part in parts])
     return (right.mT, left.mT) if tall else (left, right)

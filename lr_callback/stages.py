@@ -87,7 +87,7 @@ def _quiet() -> Iterator[None]:
 def _evaluator(trainer: Trainer, watch: _FirstBatch) -> Trainer:
     """Return a Trainer that evaluates as the run did, and writes nothing."""
     return type(trainer)(
-        accelerator=trainer.accelerator,
+        accelerator=trainer.strategy.root_device.type,  # by name: an object would lose the run's autocast
         devices=1,
         precision=trainer.precision,
         limit_test_batches=trainer.limit_test_batches,

@@ -17,7 +17,7 @@ from lr_callback.allocation import Allocation, Factorization
 from lr_callback.find import find_layers
 from lr_callback.folding import Geometry, fold, unfold_decoder, unfold_encoder
 from lr_callback.layer_types import layer_type
-from lr_callback.layers import FactorizedLayer, dense_bias, dense_weight
+from lr_callback.layers import FactorizedLayer, dense_bias, dense_weight, weight_of
 from lr_callback.optimizers import Replacements, replace_parameters
 from lr_callback.parallel import Workers, workers
 from lr_callback.spectrum import truncate
@@ -205,25 +205,20 @@ def dense_skeleton(layer: FactorizedLayer) -> nn.Module:
     """Return the dense form of a layer with its bias, mode and hooks, but a weight that is not set."""
     with torch.inference_mode(False):
         made = layer.dense_skeleton()
-    weight = made.weight
-    assert isinstance(weight, nn.Parameter)
-    _take_over(made, made, layer, (weight,))
+    _take_over(made, made, layer, (weight_of(made),))
     return made
 
 
 def _densified(layer: FactorizedLayer) -> nn.Module:
     made = dense_skeleton(layer)
-    weight = made.weight
-    assert isinstance(weight, nn.Parameter)
     with torch.no_grad():
-        weight.copy_(layer.weight)
+        weight_of(made).copy_(layer.weight)
     return made
 
 
 def _take_over(made: nn.Module, owner: nn.Module, layer: nn.Module, weights: Sequence[nn.Parameter]) -> None:
     """Give a new layer what the old one has besides its weight; the bias stays the same parameter."""
-    old = layer.factors[0] if isinstance(layer, FactorizedLayer) else layer.weight
-    assert isinstance(old, nn.Parameter)
+    old = _weights(layer)[0]
     for weight in weights:
         weight.requires_grad_(old.requires_grad)
     owner._parameters["bias"] = dense_bias(layer)
@@ -288,11 +283,7 @@ def _replacements(old: Mapping[str, nn.Module], made: Mapping[str, nn.Module]) -
 
 
 def _weights(layer: nn.Module) -> tuple[nn.Parameter, ...]:
-    if isinstance(layer, FactorizedLayer):
-        return layer.factors
-    weight = layer.weight
-    assert isinstance(weight, nn.Parameter)
-    return (weight,)
+    return layer.factors if isinstance(layer, FactorizedLayer) else (weight_of(layer),)
 
 
 def _names_of_new(made: Mapping[str, nn.Module]) -> dict[nn.Parameter, str]:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
+
+WIDTH = 80
+"""Characters of a line of a terminal that is not known to be wider."""
 
 
 def align(header: Sequence[str], rows: Sequence[Sequence[str]], right: frozenset[int] = frozenset()) -> str:
@@ -33,16 +37,20 @@ def _line(cells: Sequence[str], widths: Sequence[int], right: frozenset[int]) ->
 
 
 def shorten(text: str, width: int) -> str:
-    """Return the text at no more than ``width`` characters, its middle left out if it is longer.
+    """Return the text at no more than ``width`` characters; of a longer one its end, which tells layers apart.
 
     Example::
 
-        >>> shorten("layer1.0.conv1", 9)
-        'layer...1'
+        >>> shorten("encoder.layers.11.mlp.0", 11)
+        '...11.mlp.0'
         >>> shorten("conv1", 9)
         'conv1'
     """
     if len(text) <= width:
         return text
-    tail = (width - 3) // 4
-    return f"{text[: width - 3 - tail]}...{text[len(text) - tail :]}"
+    return f"...{text[len(text) - max(0, width - 3) :]}"[:width]
+
+
+def wrap(text: str) -> str:
+    """Return the text in lines of at most :data:`WIDTH` characters, the later ones indented."""
+    return textwrap.fill(text, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)

@@ -281,6 +281,28 @@ def test_analyze_takes_a_method_and_a_file_of_arguments(here, tmp_path):
     assert plan.keep_ratio == 0.5
 
 
+def test_analyze_finds_a_model_in_the_folder_where_it_is_called(tmp_path):
+    (tmp_path / "mynet.py").write_text(
+        "from torch import nn\n\n\nclass Net(nn.Sequential):\n"
+        "    def __init__(self, width: int = 64):\n        super().__init__(nn.Linear(width, width))\n"
+    )
+    assert "1 of 1 layers factorized" in program(tmp_path, "analyze", "--model", "mynet.Net").out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ([], "--model must name a model"),
+        (["--model=lr_callback.recipes.CifarResNet", "--keep_ratio=7"], "must be a number in (0, 1]"),
+        (["--model=lr_callback.recipes.CifarResNet", "--keep_ratio=0.001"], "Reachable: keep_ratio from"),
+        (["--model=lr_callback.recipes.CifarResNet", "--exclude=[nothing*]"], "'nothing*' matches none of"),
+    ],
+)
+def test_analyze_refuses_with_one_message(capsys, here, arguments, text):
+    written = refusal(capsys, here, "analyze", *arguments)
+    assert text in " ".join(written.split()) and "Traceback" not in written
+
+
 def test_cifar10_configuration_runs_on_real_images_from_a_trained_network(here, shared):
     data = ["--data.init_args.data_dir", shared / "data", "--data.init_args.num_workers", 0]
     small = ["--data.init_args.batch_size", 32, "--trainer.max_epochs", 1, "--trainer.log_every_n_steps", 1]

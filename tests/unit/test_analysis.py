@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 import lr_callback as lrc
-from lr_callback.analysis import check_keep_ratio, dense_parameters, survey
+from lr_callback.analysis import check_keep_ratio, survey
 from lr_callback.observe import observe
+from lr_callback.pricing import dense_parameters
 
 
 def network():

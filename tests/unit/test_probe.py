@@ -102,7 +102,7 @@ def test_after_an_error_in_a_call_the_next_outermost_call_is_still_seen():
         host.body(torch.ones(3, 5))
     host.head(torch.ones(3, 6))
     probe.stop()
-    assert [module for module, _, _ in probe._calls] == [host.body, host.head]
+    assert [call.module for call in probe._calls] == [host.body, host.head]
 
 
 def test_observing_leaves_statistics_and_modes_alone():

@@ -1,0 +1,91 @@
+"""Sources: what a model can be restored from, read without unpickling anything."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lr_callback.allocation import Allocation
+
+
+def load(source: Allocation | Mapping[str, Any] | str | Path) -> Allocation | Mapping[str, Any]:
+    """Return the allocation, or the dict of a checkpoint, that a source is.
+
+    Raises:
+        TypeError: If it is of none of the types of :func:`lr_callback.checkpoint.restore_`.
+        FileNotFoundError: If the path does not exist.
+        ValueError: If the allocation or the file cannot be read.
+    """
+    if isinstance(source, Allocation):
+        return source
+    if isinstance(source, Mapping):
+        is_allocation = "version" in source and "layers" in source
+        return Allocation.from_dict(source) if is_allocation else source
+    if isinstance(source, str) and source.lstrip().startswith("{"):
+        return Allocation.from_json(source)
+    if not isinstance(source, (str, Path)):
+        raise TypeError(
+            f"`source` must be an Allocation, a dict, JSON text or a path, got {type(source).__name__}. "
+            "Nothing was changed."
+        )
+    path = Path(source)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; `source` must be an allocation, JSON text, a dict or a path.")
+    with path.open("rb") as file:
+        is_text = file.read(64).lstrip().startswith(b"{")
+    return Allocation.from_json(path) if is_text or path.suffix == ".json" else read_checkpoint(path)
+
+
+def read_checkpoint(path: Path) -> Mapping[str, Any]:
+    """Read a file of ``torch.save`` without unpickling objects, on the CPU.
+
+    Raises:
+        ValueError: If the file is cut off, is not of ``torch.save``, or holds other things than plain data and tensors.
+    """
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise
+    except Exception as error:  # torch raises half a dozen types for a damaged file
+        raise ValueError(
+            f"{path.name}: must be a checkpoint that torch.load(weights_only=True) reads; it may be cut off or hold "
+            f"objects other than tensors and plain data ({type(error).__name__}: {_first_line(error)}). "
+            "If you trust the file, load it yourself: restore_(model, torch.load(path, weights_only=False)). "
+            "Nothing was changed."
+        ) from error
+    if not isinstance(loaded, Mapping):
+        raise ValueError(f"{path.name}: must hold a dict, found {type(loaded).__name__}. Nothing was changed.")
+    return loaded
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+def state_dict_of(loaded: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the state dict in a checkpoint's dict, which may be one itself.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    state = loaded.get("state_dict", loaded)
+    if not isinstance(state, Mapping) or not state or not all(map(_is_entry, state.items())):
+        raise ValueError(
+            "`source`: must be an allocation, a Lightning checkpoint or a state dict of tensors, found a dict with the "
+            f"keys {sorted(map(str, loaded))[:6]}. Nothing was changed."
+        )
+    return dict(state)
+
+
+def _is_entry(entry: tuple[object, object]) -> bool:
+    name, value = entry
+    return isinstance(name, str) and (isinstance(value, Tensor) or is_extra(name))
+
+
+def is_extra(name: str) -> bool:
+    """Return whether an entry is what a module's ``get_extra_state`` made: anything, of any size."""
+    return name.rpartition(".")[2] == "_extra_state"
