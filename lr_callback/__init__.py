@@ -25,6 +25,25 @@ if TYPE_CHECKING:
     from lr_callback.callback import LowRankCompression as LowRankCompression
 
 __version__ = "0.1.0"
+__all__ = [
+    "ALDS",
+    "Allocation",
+    "Analysis",
+    "EnergyThreshold",
+    "FactorizedConv2d",
+    "FactorizedLinear",
+    "Factorization",
+    "LowRankCompression",
+    "Method",
+    "SingularValueThreshold",
+    "SurgeryReport",
+    "UniformRank",
+    "allocate",
+    "analyze",
+    "densify_",
+    "factorize_",
+    "restore_",
+]
 
 
 def __getattr__(name: str) -> object:
