@@ -157,19 +157,21 @@ def scaled_left_vectors(
     vectors = slicing.gram.new_empty(full, count, slicing.slices.shape[1], dtype=dtype).transpose(0, 1)
 
     def task(part: slice) -> None:
-        scaled, values[part] = _scaled(slicing.gram[part], slicing.slices[part])
-        vectors[part] = scaled / scale
+        vectors[part], values[part] = _scaled(slicing.gram[part], slicing.slices[part], scale, dtype)
 
     workers.map(task, _ranges(slicing.gram))
     return vectors, values
 
 
-def _scaled(gram: Tensor, slices: Tensor) -> tuple[Tensor, Tensor]:
+def _scaled(gram: Tensor, slices: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return the scaled left vectors and singular values of a few slices, from their Gram matrices and themselves."""
-    eigenvalues, ascending = torch.linalg.eigh(gram)
-    vectors, values = ascending.flip(-1), _to_singular(eigenvalues)
-    scaled = vectors * values.unsqueeze(-2) if is_wide(slices) else slices.double() @ vectors
-    return scaled.mT, values
+    eigenvalues, vectors = torch.linalg.eigh(gram)
+    values = _to_singular(eigenvalues)
+    if is_wide(slices):
+        vectors.mul_(values.flip(-1).unsqueeze(-2) / scale)
+    else:
+        vectors = (slices.double() @ vectors).div_(scale)
+    return vectors.to(dtype).flip(-1).mT, values
 
 
 def truncate(slices: Tensor, rank: int, workers: Workers) -> tuple[Tensor, Tensor]:
