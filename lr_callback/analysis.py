@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import floor
+from numbers import Real
 
 from torch import nn
 
@@ -110,7 +111,7 @@ def check_keep_ratio(keep_ratio: object) -> float:
     Raises:
         ValueError: If it is not a number in (0, 1].
     """
-    if isinstance(keep_ratio, (int, float)) and not isinstance(keep_ratio, bool) and 0 < keep_ratio <= 1:
+    if isinstance(keep_ratio, Real) and not isinstance(keep_ratio, bool) and 0 < float(keep_ratio) <= 1:
         return float(keep_ratio)
     raise ValueError(f"`keep_ratio` must be a number in (0, 1], the fraction of the model to keep, got {keep_ratio!r}.")
 

@@ -32,7 +32,8 @@ class LowRankCompression(Callback):
 
     At the start of each chosen epoch the errors of all layers are computed, one budget is allocated over them, and each
     chosen layer is replaced by two smaller ones. Optimizers and schedulers go on as they are; checkpoints can be
-    resumed, tested and restored whether they are from before or after.
+    resumed, tested and restored whether they are from before or after. A Trainer takes one of these callbacks; for
+    several compressions give it lists.
 
     Args:
         keep_ratio: fraction of all parameters (or of ``cost``) to keep, in (0, 1]; or one for each epoch in ``epochs``.

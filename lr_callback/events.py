@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 from lr_callback.analysis import check_keep_ratio
 
 
@@ -20,7 +22,7 @@ def read_events(keep_ratio: object, epochs: object) -> dict[int, float]:
         >>> read_events([0.3, 0.5], [20, 10])
         {10: 0.5, 20: 0.3}
     """
-    listed = [_epoch(epoch) for epoch in (epochs if isinstance(epochs, (list, tuple)) else [epochs])]
+    listed = [_epoch(epoch) for epoch in (epochs if isinstance(epochs, (list, tuple, range)) else [epochs])]
     if not listed or len(set(listed)) < len(listed):
         raise ValueError(f"`epochs` must name at least one epoch and none twice, got {epochs!r}.")
     ratios = list(keep_ratio) if isinstance(keep_ratio, (list, tuple)) else [keep_ratio] * len(listed)
@@ -33,6 +35,6 @@ def read_events(keep_ratio: object, epochs: object) -> dict[int, float]:
 
 
 def _epoch(epoch: object) -> int:
-    if isinstance(epoch, int) and not isinstance(epoch, bool) and epoch >= 0:
-        return epoch
+    if isinstance(epoch, Integral) and not isinstance(epoch, bool) and int(epoch) >= 0:
+        return int(epoch)
     raise ValueError(f"`epochs` must be whole numbers from 0, got {epoch!r}.")

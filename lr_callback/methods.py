@@ -250,5 +250,5 @@ def _check_foldings(foldings: Sequence[str]) -> None:
 
 
 def _check_at_least_one(name: str, value: int | None) -> None:
-    if value is not None and (not isinstance(value, int) or value < 1):
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
         raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")

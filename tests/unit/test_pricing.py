@@ -54,3 +54,10 @@ def test_a_lazy_layer_cannot_be_counted_and_is_named():
     model = nn.Sequential(nn.Linear(64, 64), nn.LazyLinear(8))
     with pytest.raises(ValueError, match=r"^1\.weight: it is not initialised yet.*run one batch first"):
         lrc.allocate(model, 0.5)
+
+
+def test_numbers_of_numpy_are_numbers():
+    numpy = pytest.importorskip("numpy")
+    assert lrc.allocate(network(), numpy.float32(0.5)).keep_ratio == 0.5
+    assert lrc.LowRankCompression([0.5, 0.3], epochs=range(1, 3)).events == {1: 0.5, 2: 0.3}
+    assert lrc.LowRankCompression(0.5, epochs=numpy.int64(3)).events == {3: 0.5}
