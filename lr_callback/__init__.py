@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from lr_callback.allocation import Allocation as Allocation
@@ -49,7 +50,5 @@ __all__ = [
 def __getattr__(name: str) -> object:
     """Import the callback on first use: the rest of the package does without Lightning."""
     if name == "LowRankCompression":
-        from lr_callback.callback import LowRankCompression  # noqa: PLC0415
-
-        return LowRankCompression
+        return import_module("lr_callback.callback").LowRankCompression
     raise AttributeError(f"module 'lr_callback' has no attribute {name!r}")

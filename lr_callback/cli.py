@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Trainer
@@ -34,7 +33,7 @@ class CompressionCLI(LightningCLI):
         """Add the arguments of the callback."""
         parser.add_lightning_class_args(LowRankCompression, "compress")
 
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:  # noqa: ANN401  LightningCLI's own signature
+    def instantiate_trainer(self, **kwargs: object) -> Trainer:
         """Leave out the callback of ``compress`` where ``trainer.callbacks`` names one.
 
         Raises:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
@@ -19,6 +19,16 @@ from lr_callback.table import align
 def is_disabled(bar: object) -> bool:
     """Return whether a Lightning progress bar shows nothing; a bar that does not say is taken to show itself."""
     return bool(getattr(bar, "is_disabled", False))
+
+
+class _RichProgress(Protocol):
+    """What is used of Rich's progress display; Rich is an optional package."""
+
+    def add_task(self, description: str, *, total: float) -> int:
+        """Add a line."""
+
+    def update(self, task: int, **changes: object) -> None:
+        """Change a line."""
 
 
 @contextmanager
@@ -37,7 +47,7 @@ def analysis_progress(bar: object | None) -> Iterator[Progress | None]:
 
 
 @contextmanager
-def _rich_line(rich: Any) -> Iterator[Progress]:  # noqa: ANN401  Rich is an optional package, its type too
+def _rich_line(rich: _RichProgress) -> Iterator[Progress]:
     task = rich.add_task("Low-rank analysis", total=1)  # the number of layers is not known yet
     try:
         yield lambda done, total, name: rich.update(task, completed=done, total=total)

@@ -7,8 +7,8 @@ as torchvision's transforms need, is ten times slower and would call for worker 
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (the name every PyTorch reader knows)
 from torch import Tensor
+from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
 Batch = tuple[Tensor, Tensor]
@@ -78,7 +78,7 @@ def shift_and_mirror(images: Tensor, shift: int, mirror: bool) -> Tensor:
     columns = top_left[1] + torch.arange(width)
     if mirror:
         columns = torch.where(torch.rand(batch, 1) < 0.5, columns.flip(1), columns)
-    padded = F.pad(images, (shift, shift, shift, shift))
+    padded = functional.pad(images, (shift, shift, shift, shift))
     which = torch.arange(batch).view(-1, 1, 1, 1)
     return padded[which, torch.arange(channels).view(-1, 1, 1), rows[:, None, :, None], columns[:, None, None, :]]
 

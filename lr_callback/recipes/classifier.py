@@ -4,9 +4,9 @@ import math
 from typing import Literal
 
 import lightning.pytorch as pl
-import torch.nn.functional as F  # noqa: N812 (the name every PyTorch reader knows)
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.classification import MulticlassAccuracy
@@ -78,7 +78,7 @@ class ImageClassifier(pl.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the loss of one batch and log its mean over the epoch."""
         images, labels = batch
-        loss = F.cross_entropy(self(images), labels)
+        loss = functional.cross_entropy(self(images), labels)
         self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(labels))
         return loss
 
@@ -94,7 +94,7 @@ class ImageClassifier(pl.LightningModule):
         images, labels = batch
         scores = self(images)
         accuracy.update(scores, labels)
-        loss = F.cross_entropy(scores, labels)
+        loss = functional.cross_entropy(scores, labels)
         self.log(f"{stage}_loss", loss, batch_size=len(labels), sync_dist=True)
         self.log(f"{stage}_accuracy", accuracy, prog_bar=True, batch_size=len(labels))
 

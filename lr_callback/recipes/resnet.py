@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (the name every PyTorch reader knows)
 from torch import Tensor, nn
+from torch.nn import functional
 
 
 class _BasicBlock(nn.Module):
@@ -24,12 +24,12 @@ class _BasicBlock(nn.Module):
             return x
         before = self.new_planes // 2
         every_second = x[:, :, :: self.stride, :: self.stride]
-        return F.pad(every_second, (0, 0, 0, 0, before, self.new_planes - before))
+        return functional.pad(every_second, (0, 0, 0, 0, before, self.new_planes - before))
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
+        out = functional.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
-        return F.relu(out + self._shortcut(x))
+        return functional.relu(out + self._shortcut(x))
 
 
 class CifarResNet(nn.Module):
@@ -95,7 +95,7 @@ class CifarResNet(nn.Module):
         Returns:
             Scores before the softmax, ``(batch, num_classes)``.
         """
-        out = F.relu(self.bn1(self.conv1(x)))
+        out = functional.relu(self.bn1(self.conv1(x)))
         out = self.layer3(self.layer2(self.layer1(out)))
         scores: Tensor = self.linear(out.mean(dim=(2, 3)))
         return scores
