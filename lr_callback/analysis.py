@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import floor
 from numbers import Real
 
@@ -51,10 +52,15 @@ class Analysis:
         """Cost of what is not a layer here: it is paid whatever is chosen."""
         return self.dense_cost - sum(layer.dense_cost for layer in self.layers.values())
 
+    @cached_property
+    def smallest_cost(self) -> int:
+        """Smallest cost of the whole model that the method can reach; the same for every budget."""
+        return self.fixed_cost + self.method.smallest_cost(self.layers)
+
     @property
     def reachable(self) -> tuple[float, float]:
         """Smallest and largest ``keep_ratio`` that can be met."""
-        return (self.fixed_cost + self.method.smallest_cost(self.layers)) / self.dense_cost, 1.0
+        return self.smallest_cost / self.dense_cost, 1.0
 
     def allocate(self, keep_ratio: float) -> Allocation:
         """Choose what every layer becomes.
@@ -68,9 +74,8 @@ class Analysis:
         check_keep_ratio(keep_ratio)
         # The epsilon keeps a ratio that was made by division (cost / dense_cost) from losing its last unit.
         budget = floor(keep_ratio * self.dense_cost * (1 + 1e-12))
-        smallest = self.fixed_cost + self.method.smallest_cost(self.layers)
-        if budget < smallest:
-            raise ValueError(self._out_of_reach(keep_ratio, budget, smallest))
+        if budget < self.smallest_cost:
+            raise ValueError(self._out_of_reach(keep_ratio, budget))
         choices = self.method.choose(self.layers, budget - self.fixed_cost)
         chosen = {name: _factorization(self.layers[name], choices[name]) for name in self.layers}
         saved = sum(one.dense_cost - one.cost for one in chosen.values() if one is not None)
@@ -87,12 +92,12 @@ class Analysis:
             method=self.method.to_dict(),
         )
 
-    def _out_of_reach(self, keep_ratio: float, budget: int, smallest: int) -> str:
+    def _out_of_reach(self, keep_ratio: float, budget: int) -> str:
         unit = self.unit.replace("_", "-")
         return (
-            f"`keep_ratio`={keep_ratio}: the budget must be at least {smallest:,} {unit}, got {budget:,}. "
+            f"`keep_ratio`={keep_ratio}: the budget must be at least {self.smallest_cost:,} {unit}, got {budget:,}. "
             f"{self.fixed_cost:,} are in layers that are not factorized, and the cheapest form of the others takes "
-            f"{smallest - self.fixed_cost:,}. Reachable: keep_ratio from {self.reachable[0]:.4f} to 1."
+            f"{self.smallest_cost - self.fixed_cost:,}. Reachable: keep_ratio from {self.reachable[0]:.4f} to 1."
         )
 
 
@@ -144,7 +149,7 @@ def allocate(
     Raises:
         TypeError: If ``model`` is no module, or ``method`` no method.
         ValueError: If an argument is out of range, a pattern matches nothing, there is nothing to factorize, a weight
-                is not finite, or the budget cannot be met (the message states the reachable range).
+            is not finite, or the budget cannot be met (the message states the reachable range).
 
     Example::
 

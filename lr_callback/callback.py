@@ -132,15 +132,15 @@ class LowRankCompression(Callback):
         if self.cost == "multiply_adds":
             self._observation = observe_example(trainer, pl_module)
 
+    @property
+    def _counted_on(self) -> Observation | None:
+        """What costs are counted on: None for parameters, and for multiply-adds while no input was seen."""
+        return self._observation if self.cost == "multiply_adds" else None
+
     def _check_budgets(self, pl_module: LightningModule) -> None:
         """Refuse budgets that cannot be met before the training, not in the middle of it."""
-        prices = survey(
-            pl_module,
-            self.method,
-            observation=self._observation if self.cost == "multiply_adds" else None,
-            include=self.include,
-            exclude=self.exclude,
-        )
+        counted, include, exclude = self._counted_on, self.include, self.exclude
+        prices = survey(pl_module, self.method, observation=counted, include=include, exclude=exclude)
         for keep_ratio in self.events.values():
             prices.allocate(keep_ratio)
 
@@ -175,7 +175,7 @@ class LowRankCompression(Callback):
             analysis = analyze(
                 pl_module,
                 self.method,
-                observation=self._observation if self.cost == "multiply_adds" else None,
+                observation=self._counted_on,
                 include=self.include,
                 exclude=self.exclude,
                 progress=progress,

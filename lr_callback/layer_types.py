@@ -8,9 +8,9 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from lr_callback.allocation import Factorization
-from lr_callback.costs import Call
+from lr_callback.costs import Call, LayerCost
 from lr_callback.folding import Geometry
-from lr_callback.layers import FactorizedConv2d, FactorizedLayer, FactorizedLinear
+from lr_callback.layers import FactorizedConv2d, FactorizedLayer, FactorizedLinear, dense_bias
 
 
 class LayerType(Protocol):
@@ -78,3 +78,16 @@ _FACTORIZED: Mapping[type[nn.Module], LayerType] = {row.factorized: row for row 
 def layer_type(layer: nn.Module) -> LayerType | None:
     """Return the row of a dense or factorized layer, None if its type is not in the table."""
     return LAYER_TYPES.get(type(layer)) or _FACTORIZED.get(type(layer))
+
+
+def layer_cost(layer: nn.Module, calls: tuple[Call, ...] | None = None) -> LayerCost:
+    """Return the cost of a dense or factorized layer: in parameters, or in the multiply-adds of observed calls."""
+    kind, bias = layer_type(layer), dense_bias(layer)
+    assert kind is not None
+    return LayerCost(kind.geometry(layer), 0 if bias is None else bias.numel(), calls)
+
+
+def saved_cost(layer: FactorizedLayer, calls: tuple[Call, ...] | None = None) -> int:
+    """Return how much less a factorized layer costs than the dense one."""
+    cost = layer_cost(layer, calls)
+    return cost.dense - cost.factorized(layer.folding, layer.num_slices, layer.rank)

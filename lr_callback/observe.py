@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lr_callback.costs import Call, LayerCost
+from lr_callback.costs import Call
 from lr_callback.find import find_layers
-from lr_callback.layer_types import layer_type
+from lr_callback.layer_types import layer_type, saved_cost
 from lr_callback.layers import FactorizedLayer
 
 
@@ -55,18 +55,10 @@ def saved_multiply_adds(model: nn.Module, calls: Mapping[str, tuple[Call, ...]])
     """Return how many multiply-adds the factorized layers of a model save in the named calls."""
     layers = find_layers(model).layers
     return sum(
-        _saved(layer, calls[name])
+        saved_cost(layer, calls[name])
         for name, layer in layers.items()
         if isinstance(layer, FactorizedLayer) and name in calls
     )
-
-
-def _saved(layer: FactorizedLayer, calls: tuple[Call, ...]) -> int:
-    """Return how many multiply-adds a factorized layer saves."""
-    kind = layer_type(layer)
-    assert kind is not None
-    cost = LayerCost(kind.geometry(layer), calls=calls)
-    return cost.dense - cost.factorized(layer.folding, layer.num_slices, layer.rank)
 
 
 def observe(model: nn.Module, example_input: object) -> Observation:

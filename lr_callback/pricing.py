@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lr_callback.costs import Call, LayerCost
+from lr_callback.costs import LayerCost
 from lr_callback.find import Found, check_weight
-from lr_callback.layer_types import layer_type
-from lr_callback.layers import FactorizedLayer, dense_bias
+from lr_callback.layer_types import layer_cost, saved_cost
+from lr_callback.layers import FactorizedLayer
 from lr_callback.observe import Observation
 
 
@@ -24,19 +24,16 @@ def dense_parameters(model: nn.Module) -> int:
         if is_lazy(parameter):
             raise ValueError(f"{name}: it is not initialised yet and cannot be counted; run one batch first.")
     own = sum(parameter.numel() for parameter in model.parameters())
-    return own + sum(_saved_parameters(layer) for layer in model.modules() if isinstance(layer, FactorizedLayer))
-
-
-def _saved_parameters(layer: FactorizedLayer) -> int:
-    encoder, decoder = layer.factors
-    return layer.weight.numel() - encoder.numel() - decoder.numel()
+    return own + sum(saved_cost(layer) for layer in model.modules() if isinstance(layer, FactorizedLayer))
 
 
 def dense_again(model: nn.Module, skipped: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
     """Return the dense weight's shape of each layer that is left out and factorized."""
     layers = {name: layer for name, layer in model.named_modules() if name in skipped}
     return {
-        name: tuple(layer.weight.shape) for name, layer in layers.items() if isinstance(layer, FactorizedLayer)
+        name: layer_cost(layer).geometry.weight_shape
+        for name, layer in layers.items()
+        if isinstance(layer, FactorizedLayer)
     }
 
 
@@ -52,11 +49,5 @@ def layer_costs(found: Found, observation: Observation | None, skip_zero: bool =
         if reason is not None:
             found.skipped[name] = reason
             continue
-        costs[name] = _layer_cost(layer, calls)
+        costs[name] = layer_cost(layer, calls)
     return costs
-
-
-def _layer_cost(layer: nn.Module, calls: tuple[Call, ...] | None) -> LayerCost:
-    kind, bias = layer_type(layer), dense_bias(layer)
-    assert kind is not None
-    return LayerCost(kind.geometry(layer), 0 if bias is None else bias.numel(), calls)
