@@ -255,9 +255,7 @@ def _read_shape(name: str, written: object) -> tuple[int, ...]:
     )
 
 
-def _checked(
-    written: Mapping[str, Any], fields: Mapping[str, type | tuple[type, ...]], where: str
-) -> dict[str, Any]:
+def _checked(written: Mapping[str, Any], fields: Mapping[str, type | tuple[type, ...]], where: str) -> dict[str, Any]:
     """Return the named fields of a written value; refuse a missing one and one of another type."""
     for name, kind in fields.items():
         if name not in written:

@@ -13,16 +13,16 @@ from lr_callback.allocation import Allocation
 from lr_callback.analysis import analyze, check_method, survey
 from lr_callback.checkpoint import install_hook
 from lr_callback.costs import check_cost
+from lr_callback.cut import cut
 from lr_callback.events import read_events
 from lr_callback.host import check_strategy, is_smoke_test, observe_example
+from lr_callback.journal import log_compression, log_multiply_adds
 from lr_callback.methods import Method
-from lr_callback.metrics import compression_metrics
 from lr_callback.observe import Observation
-from lr_callback.optimizers import names_of, rebind, unwrapped
-from lr_callback.pricing import dense_parameters
+from lr_callback.optimizers import names_of, rebind
 from lr_callback.probe import Probe
 from lr_callback.report import analysis_progress, show
-from lr_callback.surgery import SurgeryReport, factorize_
+from lr_callback.surgery import SurgeryReport
 
 _GROUPS = "lr_callback_optimizer_names"
 
@@ -181,9 +181,9 @@ class LowRankCompression(Callback):
                 progress=progress,
             )
         allocation = analysis.allocate(keep_ratio)
-        report = factorize_(pl_module, allocation, optimizers=unwrapped(trainer.optimizers))
+        report = cut(trainer, pl_module, allocation)
         self.allocation = allocation
-        self._log(trainer, pl_module, allocation, perf_counter() - started)
+        log_compression(trainer, pl_module, allocation, self._observation, perf_counter() - started)
         if self.show_table:
             show(trainer, f"Low-rank compression at the start of epoch {trainer.current_epoch}\n{allocation}")
         return report
@@ -206,7 +206,7 @@ class LowRankCompression(Callback):
         if self.cost == "multiply_adds":
             self._check_budgets(pl_module)
         if self.allocation is not None:
-            self._log_multiply_adds(trainer, pl_module)
+            log_multiply_adds(trainer, pl_module, self._observation)
 
     def _count(self, probe: Probe) -> Observation | None:
         """Count the multiply-adds of the probed calls; a model that cannot be run again does without, where it can."""
@@ -232,32 +232,6 @@ class LowRankCompression(Callback):
         """Write the last snapshot."""
         if self.allocation is not None:
             self._snapshot(trainer, "final")
-
-    def _log(self, trainer: Trainer, pl_module: LightningModule, allocation: Allocation, seconds: float) -> None:
-        """Log the metrics of a compression, at this step to the loggers and for this epoch to other callbacks."""
-        parameters = (sum(parameter.numel() for parameter in pl_module.parameters()), dense_parameters(pl_module))
-        metrics = compression_metrics(allocation, parameters, self._multiply_adds(pl_module), seconds)
-        metrics.to(pl_module.device)
-        for name, metric in metrics.items():
-            pl_module.log(name, metric, on_step=False, on_epoch=True, logger=False, metric_attribute=name)
-        self._log_now(trainer, {name: float(value) for name, value in metrics.compute().items()})
-
-    def _log_multiply_adds(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log what could not be counted yet when the first epoch began with a compression."""
-        counted = self._multiply_adds(pl_module)
-        if counted is not None:
-            name, value = "compression/kept_multiply_adds", counted[0] / counted[1]
-            pl_module.log(name, value, on_step=False, on_epoch=True, logger=False, batch_size=1)
-            self._log_now(trainer, {name: value})
-
-    def _multiply_adds(self, pl_module: LightningModule) -> tuple[int, int] | None:
-        if self._observation is None:
-            return None
-        return self._observation.multiply_adds(pl_module), self._observation.dense_multiply_adds
-
-    def _log_now(self, trainer: Trainer, values: dict[str, float]) -> None:
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=trainer.global_step)
 
     def _snapshot(self, trainer: Trainer, name: str) -> None:
         """Write the weights of this moment to a file."""

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lr_callback.allocation import Allocation, Factorization
+from lr_callback.build import dense_skeleton, skeleton
 from lr_callback.find import find_layers
 from lr_callback.folding import FOLDINGS, Geometry
 from lr_callback.layer_types import layer_type
 from lr_callback.layers import FactorizedLayer
 from lr_callback.source import is_extra, load, state_dict_of
-from lr_callback.surgery import dense_skeleton, factorize_, replace_layers, skeleton
+from lr_callback.surgery import factorize_, replace_layers
 
 _ENTRIES = ("weight", "bias", "encoder.weight", "decoder.weight", "decoder.bias")
 """Names of what a dense or a factorized layer holds."""

@@ -137,4 +137,3 @@ def find_measure(error: str) -> Measure:
     if error not in ERRORS:
         raise ValueError(f"`error` must be one of {list(ERRORS)}, got {error!r}.")
     return ERRORS[error]
-

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lr_callback as lrc
-from lr_callback import surgery
+from lr_callback import build
 from lr_callback.folding import FOLDINGS
 from lr_callback.layers import FactorizedLayer
 
@@ -209,7 +209,7 @@ def test_nothing_changes_if_a_decomposition_fails(nth, error, monkeypatch):
     trained(model, optimizer)
     allocation = lrc.allocate(model, 0.3)
     assert len(allocation.factorized) == 5
-    before, truncate = bits(model, [optimizer]), surgery.truncate
+    before, truncate = bits(model, [optimizer]), build.truncate
 
     def fail(*arguments):
         done.append(1)
@@ -217,7 +217,7 @@ def test_nothing_changes_if_a_decomposition_fails(nth, error, monkeypatch):
             raise error("out of memory")
         return truncate(*arguments)
 
-    monkeypatch.setattr(surgery, "truncate", fail)
+    monkeypatch.setattr(build, "truncate", fail)
     with pytest.raises(error, match="out of memory"):
         lrc.factorize_(model, allocation, optimizers=optimizer)
     assert len(done) == nth + 1

@@ -64,8 +64,9 @@ def test_factorized_multiply_adds_are_the_products_of_both_convolutions(num_slic
     geometry, width = Geometry(5, 12, kernel), num_slices * rank
     encoder = torch.zeros(width, 12 // num_slices, *geometry.encoder_kernel(folding))
     decoder = torch.zeros(5, width, *geometry.decoder_kernel(folding))
-    strides, paddings = ([own(values, folding, side, less) for side in (False, True)]
-                         for values, less in ((stride, 1), (padding, 0)))
+    strides, paddings = (
+        [own(values, folding, side, less) for side in (False, True)] for values, less in ((stride, 1), (padding, 0))
+    )
     inner = conv2d(torch.zeros(2, 12, *size), encoder, stride=strides[0], padding=paddings[0], groups=num_slices)
     outer = conv2d(inner, decoder, stride=strides[1], padding=paddings[1])
     cost = LayerCost(geometry, bias=5, calls=(Call(2, size, tuple(outer.shape[2:])),))

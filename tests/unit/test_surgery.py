@@ -10,8 +10,9 @@ from torch import nn
 from torch.nn.utils import prune
 
 import lr_callback as lrc
+from lr_callback.build import check_allocation, dense_skeleton, factors, skeleton
 from lr_callback.parallel import workers
-from lr_callback.surgery import check_allocation, dense_skeleton, factors, replace_layers, skeleton
+from lr_callback.surgery import replace_layers
 
 
 def network(dtype=torch.float32):

@@ -1,0 +1,159 @@
+"""Build: the layers that an allocation asks for, with weights, beside a model that is not changed.
+
+Everything that can fail is done here (checks, decompositions, memory); :mod:`lr_callback.surgery` only swaps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lr_callback.allocation import Allocation, Factorization
+from lr_callback.find import find_layers
+from lr_callback.folding import Geometry, fold, unfold_decoder, unfold_encoder
+from lr_callback.layer_types import layer_type
+from lr_callback.layers import FactorizedLayer, dense_bias, dense_weight, weight_of
+from lr_callback.parallel import Workers
+from lr_callback.spectrum import truncate
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+
+
+def check_allocation(model: nn.Module, allocation: Allocation) -> dict[str, nn.Module]:
+    """Return the layers of the model that an allocation names.
+
+    Raises:
+        TypeError: If it is not an allocation.
+        ValueError: If one is missing, cannot be factorized, has another shape, or its slices do not divide it.
+    """
+    if not isinstance(allocation, Allocation):
+        raise TypeError(f"`allocation` must be an Allocation, got {type(allocation).__name__}.")
+    found = find_layers(model)
+    missing = [name for name in allocation.layers if name not in found.layers]
+    if missing:
+        raise ValueError(
+            f"The allocation is of another model: it names {_some(missing)}, this model has "
+            f"{_some(list(found.layers)) or 'no layer that can be factorized'}. Nothing was changed."
+        )
+    for name, choice in allocation.layers.items():
+        _check_layer(name, found.layers[name], allocation.shapes[name], choice)
+    return {name: found.layers[name] for name in allocation.layers}
+
+
+def _check_layer(name: str, layer: nn.Module, shape: tuple[int, ...], choice: Factorization | None) -> None:
+    kind = layer_type(layer)
+    assert kind is not None
+    geometry = kind.geometry(layer)
+    if geometry.weight_shape != tuple(shape):
+        raise ValueError(
+            f"{name}: the allocation is for a weight of shape {tuple(shape)}, this model's is "
+            f"{geometry.weight_shape}. Nothing was changed."
+        )
+    if choice is None:
+        return
+    if geometry.in_channels % choice.num_slices:
+        raise ValueError(
+            f"{name}: `num_slices` must divide the {geometry.in_channels} input channels, got {choice.num_slices}. "
+            "Nothing was changed."
+        )
+    full = geometry.full_rank(choice.folding, choice.num_slices)
+    if choice.rank > full:
+        raise ValueError(
+            f"{name}: `rank` must be at most {full}, the smaller side of a slice, got {choice.rank}. "
+            "Nothing was changed."
+        )
+
+
+def _some(names: Sequence[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def build_layers(targets: Mapping[str, nn.Module], allocation: Allocation, crew: Workers) -> dict[str, nn.Module]:
+    """Return the new form of each layer that is not yet as the allocation asks.
+
+    Args:
+        targets: as :func:`check_allocation` returned them.
+        allocation: what each becomes.
+        crew: where the decompositions are computed.
+    """
+    made = {name: _rebuild(layer, allocation.layers[name], crew) for name, layer in targets.items()}
+    return {name: layer for name, layer in made.items() if layer is not None}
+
+
+def _rebuild(layer: nn.Module, choice: Factorization | None, crew: Workers) -> nn.Module | None:
+    """Return the layer as chosen, None if it already is."""
+    if choice is None:
+        return densified(layer) if isinstance(layer, FactorizedLayer) else None
+    if isinstance(layer, FactorizedLayer) and _structure(layer) == (choice.folding, choice.num_slices, choice.rank):
+        return None
+    made = skeleton(layer, choice)
+    encoder, decoder = factors(dense_weight(layer), choice, crew)
+    with torch.no_grad():
+        made.factors[0].copy_(encoder)
+        made.factors[1].copy_(decoder)
+    return made
+
+
+def _structure(layer: FactorizedLayer) -> tuple[str, int, int]:
+    return layer.folding, layer.num_slices, layer.rank
+
+
+def factors(weight: Tensor, choice: Factorization, crew: Workers) -> tuple[Tensor, Tensor]:
+    """Return the encoder's and the decoder's weight, float64, of a dense weight."""
+    geometry = Geometry(weight.shape[0], weight.shape[1], tuple(weight.shape[2:]))
+    left, right = truncate(fold(weight, choice.folding, choice.num_slices), choice.rank, crew)
+    return unfold_encoder(right, geometry, choice.folding), unfold_decoder(left, geometry, choice.folding)
+
+
+def skeleton(layer: nn.Module, choice: Factorization) -> FactorizedLayer:
+    """Return the factorized form of a layer with its bias, mode and hooks, but weights that are not set."""
+    kind = layer_type(layer)
+    assert kind is not None
+    with torch.inference_mode(False):
+        made = kind.build(layer, choice)
+    _take_over(made, made.decoder, layer, made.factors)
+    return made
+
+
+def dense_skeleton(layer: FactorizedLayer) -> nn.Module:
+    """Return the dense form of a layer with its bias, mode and hooks, but a weight that is not set."""
+    with torch.inference_mode(False):
+        made = layer.dense_skeleton()
+    _take_over(made, made, layer, (weight_of(made),))
+    return made
+
+
+def densified(layer: FactorizedLayer) -> nn.Module:
+    """Return the dense form of a layer, the factors multiplied back."""
+    made = dense_skeleton(layer)
+    with torch.no_grad():
+        weight_of(made).copy_(layer.weight)
+    return made
+
+
+def _take_over(made: nn.Module, owner: nn.Module, layer: nn.Module, weights: Sequence[nn.Parameter]) -> None:
+    """Give a new layer what the old one has besides its weight; the bias stays the same parameter."""
+    old = weights_held(layer)[0]
+    for weight in weights:
+        weight.requires_grad_(old.requires_grad)
+    owner._parameters["bias"] = dense_bias(layer)
+    made.train(layer.training)
+    for hooks in _HOOKS:
+        # The same dict: handles that users hold still remove their hooks.
+        setattr(made, hooks, getattr(layer, hooks))
+
+
+def weights_held(layer: nn.Module) -> tuple[nn.Parameter, ...]:
+    """Return a dense layer's weight, or a factorized one's two factors."""
+    return layer.factors if isinstance(layer, FactorizedLayer) else (weight_of(layer),)

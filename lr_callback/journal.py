@@ -1,0 +1,57 @@
+"""Journal: what a compression logs, at its step to the loggers and for its epoch to other callbacks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from lightning.pytorch import LightningModule, Trainer
+
+from lr_callback.allocation import Allocation
+from lr_callback.metrics import compression_metrics
+from lr_callback.observe import Observation
+from lr_callback.pricing import dense_parameters
+
+
+def log_compression(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    allocation: Allocation,
+    observation: Observation | None,
+    seconds: float,
+) -> None:
+    """Log the metrics of a compression.
+
+    Args:
+        trainer: whose loggers are told.
+        pl_module: after the compression.
+        allocation: that was carried out.
+        observation: of a batch; without one multiply-adds are not logged.
+        seconds: that it took.
+    """
+    parameters = (sum(parameter.numel() for parameter in pl_module.parameters()), dense_parameters(pl_module))
+    metrics = compression_metrics(allocation, parameters, _multiply_adds(pl_module, observation), seconds)
+    metrics.to(pl_module.device)
+    for name, metric in metrics.items():
+        pl_module.log(name, metric, on_step=False, on_epoch=True, logger=False, metric_attribute=name)
+    _log_now(trainer, {name: float(value) for name, value in metrics.compute().items()})
+
+
+def log_multiply_adds(trainer: Trainer, pl_module: LightningModule, observation: Observation | None) -> None:
+    """Log what could not be counted yet when the first epoch began with a compression."""
+    counted = _multiply_adds(pl_module, observation)
+    if counted is not None:
+        name, value = "compression/kept_multiply_adds", counted[0] / counted[1]
+        pl_module.log(name, value, on_step=False, on_epoch=True, logger=False, batch_size=1)
+        _log_now(trainer, {name: value})
+
+
+def _multiply_adds(pl_module: LightningModule, observation: Observation | None) -> tuple[int, int] | None:
+    """Return the module's multiply-adds now and with all layers dense."""
+    if observation is None:
+        return None
+    return observation.multiply_adds(pl_module), observation.dense_multiply_adds
+
+
+def _log_now(trainer: Trainer, values: Mapping[str, float]) -> None:
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(values), step=trainer.global_step)
