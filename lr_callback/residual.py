@@ -4,27 +4,29 @@ With ``k`` slices truncated to rank ``j`` the residual of a layer is ``R_j = [R_
 
     ``||R_j||_2^2 = lambda_max(R_j R_j^T) = lambda_max(sum_i sum_{l > j} (sigma_il u_il)(sigma_il u_il)^T)``.
 
-The scaled left vectors of all ranks are rows of one matrix ``A``; rank ``j`` keeps those with ``l > j``. So one product
-with ``A`` and one with ``A^T`` advance a Lanczos recurrence for *many* ranks: each is a column with its own mask. A
-column is dropped when its value has settled, and earlier if it is already known to be too large to be of use.
+The scaled left vectors of all ranks are rows of one matrix; rank ``j`` keeps those with ``l > j``. Consecutive ranks
+make a *block*: what all of its ranks keep is one matrix that they share, what they do not share is a mask over few
+rows. A *chunk* of blocks is solved side by side.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lr_callback.lanczos import Lanczos
 from lr_callback.parallel import Workers
 
-_STEPS = 8  # Lanczos steps between two looks at convergence
+_FIRST = 32  # Lanczos steps before the first look at convergence
+_STEPS = 8  # between two looks
+_STRIDE = 4  # between two questions which ranks are over
 _MOST_STEPS = 160  # what has not converged by then is solved densely
 _SMALL = 64  # up to this size a dense eigenvalue decomposition is cheaper than a recurrence
-_COLUMNS = 64  # the most ranks that are solved side by side
-_GROUPS = 4  # the most tasks of a slicing, whatever the number of workers
-_LEAST = 16  # the fewest ranks of a task
+_COLUMNS = 32  # the most ranks of a block
+_LEAST_COLUMNS = 8  # even where slices are many
+_CHUNK = 2**19  # numbers in the shared matrices of a chunk
 
 
 def residual_norms(scaled: Tensor, last: int, workers: Workers, limit: Tensor | None = None) -> Tensor:
@@ -43,8 +45,11 @@ def residual_norms(scaled: Tensor, last: int, workers: Workers, limit: Tensor | 
     by_rank = scaled.transpose(0, 1)  # rank first: what a rank keeps is a run of consecutive entries
     solved = min(last + 1, by_rank.shape[0])
     useless = torch.full((solved,), torch.inf, dtype=torch.float64) if limit is None else limit[:solved].square()
-    groups = torch.arange(solved).tensor_split(max(1, min(_GROUPS, solved // _LEAST)))
-    squared = torch.cat(workers.map(lambda ranks: _group(by_rank, ranks.tolist(), useless.to(scaled.device)), groups))
+    chunks = _chunks(by_rank, solved, useless.to(scaled.device))
+    sums = workers.map(_gram, [*(chunk.rows.flatten(0, 1) for chunk in chunks[1:]), by_rank[solved:].flatten(0, 1)])
+    for index in range(len(sums) - 2, -1, -1):
+        sums[index] += sums[index + 1]
+    squared = torch.cat(workers.map(_solve, zip(chunks, sums, strict=True)))[:solved]
     norms = _never_rising(squared).clamp(min=0).sqrt()
     return torch.nn.functional.pad(norms, (0, last + 1 - solved))
 
@@ -55,112 +60,127 @@ def _never_rising(squared: Tensor) -> Tensor:
     return torch.where(squared.isinf(), squared, known.flip(0).cummax(0).values.flip(0))
 
 
-def _group(by_rank: Tensor, ranks: list[int], useless: Tensor) -> Tensor:
-    """Return the largest eigenvalues for consecutive ranks, worked off from the last to the first."""
-    _, num_slices, size = by_rank.shape
-    start, stop = ranks[0], ranks[-1] + 1
-    # A step costs 2 size^2 for what all columns share and 4 k columns size for what they do not: keep them even.
-    columns = min(_COLUMNS, max(8, size // (2 * num_slices)))
-    rest = by_rank[stop:].reshape(-1, size)
-    common = rest.mT @ rest
-    found: list[Tensor] = []
-    for end in range(stop, start, -columns):
-        first = max(start, end - columns)
-        rows = by_rank[first:end].reshape(-1, size)
-        found.append(_largest_eigenvalues(rows, common, num_slices, useless[first:end]))
-        common.addmm_(rows.mT, rows)
-    return torch.cat(found[::-1])
+def _gram(rows: Tensor) -> Tensor:
+    return rows.mT @ rows
 
 
 @dataclass
-class _Krylov:
-    """The three-term recurrence of several symmetric operators side by side, one a column."""
-
-    current: Tensor
-    previous: Tensor
-    scale: Tensor
-    diagonal: list[Tensor] = field(default_factory=list)
-    beside: list[Tensor] = field(default_factory=list)
-
-    @classmethod
-    def start(cls, size: int, columns: int, like: Tensor) -> _Krylov:
-        """Begin every column with one random unit vector, always the same."""
-        seed = torch.Generator().manual_seed(size)
-        vector = torch.randn(size, 1, generator=seed, dtype=torch.float64).to(like)
-        current = (vector / vector.norm()).expand(size, columns)
-        return cls(current, torch.zeros_like(current), torch.zeros_like(current[0]))
-
-    def advance(self, image: Tensor) -> None:
-        """Take the image of the current vectors, and make the next ones."""
-        alpha = (self.current * image).sum(0)
-        image = image - alpha * self.current
-        if self.beside:
-            image -= self.beside[-1] * self.previous
-        beta = image.norm(dim=0)
-        self.scale = torch.maximum(self.scale, alpha.abs())
-        # An invariant subspace ends the column: zero vectors add zeros to its tridiagonal matrix, which is harmless.
-        alive = beta > self.scale * torch.finfo(image.dtype).eps
-        beta = torch.where(alive, beta, 0.0)
-        self.previous, self.current = self.current, torch.where(alive, image / beta, 0.0)
-        self.diagonal.append(alpha)
-        self.beside.append(beta)
-
-    def largest(self) -> Tensor:
-        """Return the largest Ritz value of each column, float64: at most its largest eigenvalue."""
-        matrix = torch.diag_embed(torch.stack(self.diagonal, -1).double())
-        beside = torch.stack(self.beside[:-1], -1).double()
-        matrix += torch.diag_embed(beside, 1) + torch.diag_embed(beside, -1)
-        values: Tensor = torch.linalg.eigvalsh(matrix)
-        return values[:, -1]
-
-    def keep(self, columns: Tensor) -> None:
-        """Drop all columns but the named ones."""
-        self.current, self.previous = self.current[:, columns], self.previous[:, columns]
-        self.scale = self.scale[columns]
-        self.diagonal = [values[columns] for values in self.diagonal]
-        self.beside = [values[columns] for values in self.beside]
-
-
-def _largest_eigenvalues(rows: Tensor, common: Tensor, num_slices: int, useless: Tensor) -> Tensor:
-    """Return ``lambda_max(common + A_c^T A_c)`` for each column ``c``, ``A_c`` being ``rows`` from rank ``c`` on.
+class _Chunk:
+    """Consecutive ranks, in blocks.
 
     Args:
-        rows: ``(columns * k, n)``, rank by rank.
-        common: ``(n, n)``.
+        rows: ``(blocks, columns * k, n)``, rank by rank.
+        useless: ``(blocks, columns)``, from this value on a rank is given up; 0 for one that fills up the last block.
         num_slices: ``k``, rows of a rank.
-        useless: ``(columns,)``: from this value on a column is given up and is infinity.
     """
-    columns = torch.arange(len(useless), device=rows.device)
-    size = common.shape[0]
-    if size <= _SMALL:
-        return _solve_densely(columns.tolist(), rows, common, num_slices)
-    krylov = _Krylov.start(size, len(columns), rows)
-    found, values = torch.zeros_like(useless), torch.zeros_like(useless)
-    while len(columns) and len(krylov.diagonal) < _MOST_STEPS:
-        for _ in range(_STEPS):
-            krylov.advance(_image(rows, common, krylov.current, columns, num_slices))
-        before, values = values, krylov.largest()
-        hopeless = values >= useless[columns]
-        found[columns] = torch.where(hopeless, torch.inf, values)
-        moving = ~hopeless & (values - before > 8 * torch.finfo(rows.dtype).eps * values)
-        if not moving.all():
-            krylov.keep(moving)
-            columns, values = columns[moving], values[moving]
-    if len(columns):
-        found[columns] = _solve_densely(columns.tolist(), rows, common, num_slices)
-    return found
+
+    rows: Tensor
+    useless: Tensor
+    num_slices: int
+
+    def shared(self, beyond: Tensor) -> Tensor:
+        """Return ``(blocks, n, n)``, what all ranks of each block keep; ``beyond`` is kept by those of the last."""
+        shared = torch.empty(len(self.rows), *beyond.shape, dtype=beyond.dtype, device=beyond.device)
+        shared[-1] = beyond
+        for block in range(len(shared) - 1, 0, -1):
+            torch.addmm(shared[block], self.rows[block].mT, self.rows[block], out=shared[block - 1])
+        return shared
 
 
-def _image(rows: Tensor, common: Tensor, vectors: Tensor, columns: Tensor, num_slices: int) -> Tensor:
-    """Apply each column's operator to its vector: ``common v + A_c^T A_c v``."""
-    inner = (rows @ vectors).view(-1, num_slices, len(columns))
-    ranks = torch.arange(len(inner), device=rows.device).unsqueeze(1)
-    inner *= (ranks >= columns).to(inner.dtype).unsqueeze(1)
-    return torch.addmm(common @ vectors, rows.mT, inner.flatten(0, 1))
+def _chunks(by_rank: Tensor, solved: int, useless: Tensor) -> list[_Chunk]:
+    """Cut the ranks to solve into chunks of equal blocks, the last one filled up with ranks of no use."""
+    _, num_slices, size = by_rank.shape
+    # A step costs 2 n^2 for what the ranks of a block share and 4 k columns n for what they do not: keep them even.
+    blocks = -(-solved // min(_COLUMNS, max(_LEAST_COLUMNS, size // (2 * num_slices))))
+    columns = -(-solved // blocks)
+    blocks = min(max(1, _CHUNK // size**2), -(-blocks // 2))
+    chunks = []
+    for first in range(0, solved, blocks * columns):
+        have = min(blocks, -(-(solved - first) // columns)) * columns
+        rows = by_rank[first : min(first + have, solved)].flatten(0, 1)
+        limits = useless[first : first + have]
+        rows = torch.nn.functional.pad(rows, (0, 0, 0, have * num_slices - len(rows))) if len(limits) < have else rows
+        limits = torch.nn.functional.pad(limits, (0, have - len(limits)))
+        chunks.append(_Chunk(rows.view(-1, columns * num_slices, size), limits.view(-1, columns), num_slices))
+    return chunks
 
 
-def _solve_densely(columns: Iterable[int], rows: Tensor, common: Tensor, num_slices: int) -> Tensor:
-    """Return the largest eigenvalues of the named columns from dense decompositions, in float64."""
-    kept = [rows[column * num_slices :].double() for column in columns]
-    values: Tensor = torch.linalg.eigvalsh(torch.stack([common.double() + one.mT @ one for one in kept]))
-    return values[:, -1]
+def _solve(task: tuple[_Chunk, Tensor]) -> Tensor:
+    """Return the largest eigenvalues of a chunk's ranks, infinity for those that are of no use."""
+    chunk, beyond = task
+    shared = chunk.shared(beyond)
+    found = torch.full_like(chunk.useless, torch.inf)
+    pending = chunk.useless > 0
+    if len(beyond) > _SMALL:
+        pending = _Iteration(chunk, shared, found).run(pending)
+    for block, column in pending.nonzero().tolist():
+        rows = chunk.rows[block, column * chunk.num_slices :].double()
+        value = torch.linalg.eigvalsh(shared[block].double() + rows.mT @ rows)[-1]
+        found[block, column] = torch.where(value >= chunk.useless[block, column], torch.inf, value)
+    return found.flatten()
+
+
+class _Iteration:
+    """A chunk on its way: which of its ranks are still going on, and where they stand.
+
+    Args:
+        chunk: to solve.
+        shared: of its blocks.
+        found: ``(blocks, columns)``, filled in as ranks settle.
+    """
+
+    def __init__(self, chunk: _Chunk, shared: Tensor, found: Tensor) -> None:
+        self._rows, self._shared, self._num_slices = chunk.rows, shared, chunk.num_slices
+        self._found, self._values = found.view(-1), torch.zeros_like(found).view(-1)
+        self._places = torch.arange(found.numel(), device=found.device).view_as(found)
+        self._width = found.shape[1]
+        self._lanczos = Lanczos(shared.shape[-1], chunk.useless, chunk.rows)
+
+    def run(self, going: Tensor) -> Tensor:
+        """Advance the ranks of a mask ``(blocks, columns)`` until none is left; return which could not be settled."""
+        shape, lanczos = going.shape, self._lanczos
+        going = self._drop(going)
+        while going.any() and lanczos.steps < _MOST_STEPS:
+            mask = self._mask()
+            for _ in range(_STRIDE):
+                lanczos.advance(self._images(mask))
+            going = going & ~lanczos.over
+            if lanczos.steps >= _FIRST and lanczos.steps % _STEPS == 0 and going.any():
+                going = going & ~self._look(going)
+            going = self._drop(going)
+        pending = torch.zeros(len(self._found), dtype=torch.bool, device=going.device)
+        pending[self._places[going]] = True
+        return pending.view(shape)
+
+    def _images(self, mask: Tensor) -> Tensor:
+        """Apply each rank's operator to its vector: what its block shares, and the rows that it keeps itself."""
+        vectors = self._lanczos.vectors
+        inner = self._rows @ vectors
+        inner.view(len(inner), -1, self._num_slices, inner.shape[-1]).mul_(mask)
+        return torch.baddbmm(self._shared @ vectors, self._rows.mT, inner)
+
+    def _mask(self) -> Tensor:
+        """Return ``(blocks, ranks, 1, columns)``: 1 where the column's rank keeps the rows of a rank of its block."""
+        ranks = torch.arange(self._width, device=self._rows.device).view(-1, 1, 1)
+        return (ranks >= (self._places % self._width)[:, None, None]).to(self._rows.dtype)
+
+    def _look(self, going: Tensor) -> Tensor:
+        """Return which of the ranks that are going on have settled, and note the values."""
+        places, values = self._places[going], self._lanczos.largest(going)
+        settled = values - self._values[places] <= 8 * torch.finfo(self._rows.dtype).eps * values
+        self._values[places] = values
+        self._found[places[settled]] = values[settled]
+        return torch.zeros_like(going).masked_scatter(going, settled)
+
+    def _drop(self, going: Tensor) -> Tensor:
+        """Let what is not going on go, once that makes the products half as large."""
+        counts = going.sum(1)
+        blocks, width = counts.nonzero().flatten(), int(counts.max())
+        if 2 * len(blocks) * width > going.numel() or not width:
+            return going
+        columns = (~going[blocks]).to(torch.uint8).argsort(dim=1, stable=True)[:, :width]
+        self._lanczos.keep(blocks, columns)
+        self._places = self._places[blocks].gather(1, columns)
+        if len(blocks) < len(going):
+            self._rows, self._shared = self._rows[blocks], self._shared[blocks]
+        return going[blocks].gather(1, columns)

@@ -159,7 +159,7 @@ def scaled_left_vectors(
     def task(part: slice) -> None:
         vectors[part], values[part] = _scaled(slicing.gram[part], slicing.slices[part], scale, dtype)
 
-    workers.map(task, _ranges(slicing.gram))
+    workers.map(task, _ranges(slicing.slices if slicing.gram[0].numel() < slicing.slices[0].numel() else slicing.gram))
     return vectors, values
 
 
@@ -167,11 +167,12 @@ def _scaled(gram: Tensor, slices: Tensor, scale: float, dtype: torch.dtype) -> t
     """Return the scaled left vectors and singular values of a few slices, from their Gram matrices and themselves."""
     eigenvalues, vectors = torch.linalg.eigh(gram)
     values = _to_singular(eigenvalues)
+    rows = vectors.mT  # LAPACK's columns lie one after the other: these are blocks of memory
     if is_wide(slices):
-        vectors.mul_(values.flip(-1).unsqueeze(-2) / scale)
+        rows.mul_(values.flip(-1).unsqueeze(-1) / scale)
     else:
-        vectors = (slices.double() @ vectors).div_(scale)
-    return vectors.to(dtype).flip(-1).mT, values
+        rows = torch.bmm(rows, slices.mT.double()).div_(scale)
+    return rows.to(dtype).flip(-2), values
 
 
 def truncate(slices: Tensor, rank: int, workers: Workers) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,84 @@
+"""Lanczos: the largest eigenvalues of many symmetric operators of one size, advanced side by side.
+
+Operators stand in blocks of columns, each column with a vector of its own: a step is then a few products of matrices
+for all of them, and not many of a matrix with a vector. A column ends as soon as its value has settled, or earlier, as
+soon as it is known to reach a limit: the pivots of ``T - limit I`` say so at each step, ``T`` being the column's
+tridiagonal matrix, whose eigenvalues are never above those of the operator.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Lanczos:
+    """The three-term recurrence of several operators.
+
+    Args:
+        size: of a vector, ``n``.
+        limits: ``(blocks, columns)`` float64: a column whose eigenvalue reaches its limit is over.
+        like: gives the working precision and the device.
+
+    Attributes:
+        vectors: ``(blocks, n, columns)``, what the operators are to be applied to next.
+        over: ``(blocks, columns)``, the columns that have reached their limit.
+    """
+
+    def __init__(self, size: int, limits: Tensor, like: Tensor) -> None:
+        blocks, columns = limits.shape
+        # Begin every column with one random unit vector, always the same.
+        seed = torch.Generator().manual_seed(size)
+        start = torch.randn(1, size, 1, generator=seed, dtype=torch.float64)
+        self.vectors = (start / start.norm()).to(like).expand(blocks, size, columns)
+        self.over = torch.zeros_like(limits, dtype=torch.bool)
+        self._before = torch.zeros_like(self.vectors)
+        self._limits = limits
+        self._pivots = torch.full_like(limits, -torch.inf)
+        self._scale = torch.zeros_like(self.vectors[:, 0])
+        self._diagonal: list[Tensor] = []
+        self._beside: list[Tensor] = [torch.zeros_like(self._scale)]
+
+    @property
+    def steps(self) -> int:
+        """Number of steps that were made."""
+        return len(self._diagonal)
+
+    def advance(self, images: Tensor) -> None:
+        """Take the images of the vectors, which are overwritten, and make the next vectors."""
+        diagonal, beside = torch.linalg.vecdot(self.vectors, images, dim=1), self._beside[-1]
+        images.addcmul_(self.vectors, diagonal.unsqueeze(1), value=-1)
+        images.addcmul_(self._before, beside.unsqueeze(1), value=-1)
+        norms = torch.linalg.vector_norm(images, dim=1)
+        self._pivots = diagonal - self._limits - beside.square() / self._pivots
+        self.over |= self._pivots >= 0
+        self._scale = torch.maximum(self._scale, diagonal.abs())
+        # An invariant subspace ends a column: zero vectors add zeros to its tridiagonal matrix, which is harmless.
+        alive = norms > self._scale * torch.finfo(images.dtype).eps
+        images *= torch.where(alive, 1 / norms, 0.0).unsqueeze(1)
+        self._before, self.vectors = self.vectors, images
+        self._diagonal.append(diagonal)
+        self._beside.append(torch.where(alive, norms, 0.0))
+
+    def largest(self, chosen: Tensor) -> Tensor:
+        """Return the largest Ritz value, float64, of the columns chosen by a mask ``(blocks, columns)``."""
+        matrix = torch.diag_embed(torch.stack([values[chosen] for values in self._diagonal], -1).double())
+        beside = torch.stack([values[chosen] for values in self._beside[1:]], -1)[:, :-1].double()
+        matrix += torch.diag_embed(beside, 1) + torch.diag_embed(beside, -1)
+        values: Tensor = torch.linalg.eigvalsh(matrix)
+        return values[:, -1]
+
+    def keep(self, blocks: Tensor, columns: Tensor) -> None:
+        """Go on with some of the columns.
+
+        Args:
+            blocks: ``(kept,)``, their numbers.
+            columns: ``(kept, width)``, the numbers of the columns that go on in each of them.
+        """
+        wide = columns.unsqueeze(1).expand(-1, self.vectors.shape[1], -1)
+        self.vectors, self._before = self.vectors[blocks].gather(2, wide), self._before[blocks].gather(2, wide)
+        self.over, self._limits, self._pivots, self._scale = (
+            each[blocks].gather(1, columns) for each in (self.over, self._limits, self._pivots, self._scale)
+        )
+        self._diagonal = [values[blocks].gather(1, columns) for values in self._diagonal]
+        self._beside = [values[blocks].gather(1, columns) for values in self._beside]
