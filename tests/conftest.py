@@ -33,3 +33,69 @@ def crew() -> Iterator[Workers]:
     """Open workers for the length of a test."""
     with workers() as opened:
         yield opened
+
+
+SITUATIONS = Path(__file__).resolve().parents[1] / "docs" / "SITUATIONS.md"
+_HEADER = """# Situations
+
+What the callback was tried in, as the tests found it: `works` or `refused` with a clear text before the first training
+step. `pytest --write-situations` writes this page from the results of the tests; a run of all tests fails if it is
+another.
+"""
+_NOT_TRIED = {
+    "Strategies": ("NCCL on several GPUs", "FSDP and DeepSpeed on GPUs", "XLA", "several machines"),
+    "Precision": ("TransformerEngine, bitsandbytes",),
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-situations", action="store_true", help="write docs/SITUATIONS.md from the results")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        # Properties of a test travel from the processes that run it to the one that writes.
+        item.user_properties += [("situation", list(mark.args)) for mark in item.iter_markers("situation")]
+
+
+class Situations:
+    """Gather what became of the tests of each situation; compare it with the page, or write it."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+        self.rows: dict[tuple[str, str], set[str]] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        for key, value in report.user_properties:
+            if key == "situation" and (report.when == "call" or report.outcome != "passed"):
+                group, name, result = value
+                found = {"passed": result, "skipped": "not tested"}.get(report.outcome, "fails")
+                self.rows.setdefault((group, name), set()).add(found)
+
+    def page(self) -> str:
+        rows = {key: " / ".join(sorted(found)) for key, found in self.rows.items()}
+        rows |= {(group, name): "not tested" for group, names in _NOT_TRIED.items() for name in names}
+        lines = [_HEADER]
+        for group in sorted({group for group, _ in rows}):
+            lines += [f"## {group}\n", "| situation | result |", "| --- | --- |"]
+            lines += [f"| {name} | {result} |" for (own, name), result in sorted(rows.items()) if own == group]
+            lines.append("")
+        return "\n".join(lines)
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if self.config.getoption("--write-situations"):
+            SITUATIONS.write_text(self.page())
+        elif _runs_everything(self.config) and session.exitstatus == 0 and SITUATIONS.read_text() != self.page():
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+            reporter = self.config.pluginmanager.get_plugin("terminalreporter")
+            reporter.write_line("docs/SITUATIONS.md differs from the results: pytest --write-situations", red=True)
+
+
+def _runs_everything(config: pytest.Config) -> bool:
+    chosen = any(config.getoption(name) for name in ("keyword", "markexpr", "deselect", "collectonly", "lf"))
+    return config.args_source == pytest.Config.ArgsSource.TESTPATHS and not chosen
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Situations(config))
