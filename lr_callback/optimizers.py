@@ -1,7 +1,8 @@
 """Optimizers: follow a surgery in place, so that wrappers and schedulers keep what they hold.
 
 The optimizer object, its group dicts and the number and order of its groups stay; only the contents of each group's
-``params`` change. The state of parameters that were not replaced is not touched; new ones start without state.
+``params`` change. The state of parameters that were not replaced is not touched; new ones start without state, or
+with what :mod:`lr_callback.projection` makes of the old one.
 """
 
 from __future__ import annotations
@@ -13,22 +14,33 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from lr_callback.layers import FactorizedLayer
+from lr_callback.projection import projected_state
+
 Replacements = Mapping[nn.Parameter, Sequence[nn.Parameter]]
 """Old parameter -> the new ones that take its place, in order; empty: it goes without one."""
 
 
 def replace_parameters(
-    optimizers: Iterable[Optimizer], replacements: Replacements, names: Mapping[nn.Parameter, str]
+    optimizers: Iterable[Optimizer],
+    replacements: Replacements,
+    names: Mapping[nn.Parameter, str],
+    projected: Mapping[nn.Parameter, FactorizedLayer] | None = None,
 ) -> Callable[[], None]:
     """Let optimizers hold the new parameters where they held the old ones.
 
     Args:
-        optimizers: torch optimizers, or wrappers that share ``param_groups`` and ``state`` with one.
+        optimizers: torch optimizers, or wrappers around one.
         replacements: which parameter gives way to which.
         names: name of each parameter of the new layers, for groups that were made from ``named_parameters()``.
+        projected: old weight -> the layer whose factors take over its state, see :mod:`lr_callback.projection`; the
+            others start without state.
 
     Returns:
         A function that undoes it.
+
+    Raises:
+        RuntimeError: If an optimizer does not let its groups be edited. All of them are as they were.
     """
     undo: list[Callable[[], None]] = []
 
@@ -36,14 +48,62 @@ def replace_parameters(
         for step in reversed(undo):
             step()
 
+    # A wrapper may share groups and state with what it wraps: what each held must be read before any is edited.
+    held = [(optimizer, _held(optimizer, replacements)) for optimizer in with_inner(optimizers)]
     try:
-        for optimizer in optimizers:
+        for optimizer, old in held:
             undo.append(_remember(optimizer))
-            _replace(optimizer, replacements, names)
+            _replace(optimizer, old, replacements, names, projected or {})
+        for optimizer, old in held:
+            _check(optimizer, old, replacements, names)
     except BaseException:
         undo_all()
         raise
     return undo_all
+
+
+def with_inner(optimizers: Iterable[Any]) -> list[Optimizer]:
+    """Return optimizers and those that they wrap, each once, what is inside before what is around it.
+
+    A wrapper may share groups and state with the optimizer inside (Lightning's, SAM, Lookahead), or have its own.
+    """
+    listed: list[Optimizer] = []
+    for optimizer in optimizers:
+        for one in (*with_inner(optimizers_in(optimizer)), optimizer):
+            if not any(one is other for other in listed):
+                listed.append(one)
+    return listed
+
+
+def optimizers_in(holder: object) -> list[Optimizer]:
+    """Return the torch optimizers that an object has as attributes, or in a list, tuple or dict that is one."""
+    found: list[Optimizer] = []
+    for value in getattr(holder, "__dict__", {}).values():
+        values = (
+            value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else [value]
+        )
+        found += [one for one in values if isinstance(one, Optimizer) and one is not holder]
+    return found
+
+
+def _held(optimizer: Optimizer, replacements: Replacements) -> list[nn.Parameter]:
+    """Return the parameters in an optimizer's groups that are to be replaced."""
+    return [one for group in optimizer.param_groups for one in group["params"] if one in replacements]
+
+
+def _check(
+    optimizer: Optimizer, old: Sequence[nn.Parameter], replacements: Replacements, names: Mapping[nn.Parameter, str]
+) -> None:
+    """Refuse an optimizer whose groups do not hold the heirs of all that they held: those would never be trained."""
+    now = {id(one) for group in optimizer.param_groups for one in group["params"]}
+    lost = [names[heir] for one in old for heir in replacements[one] if id(heir) not in now]
+    if lost:
+        raise RuntimeError(
+            f"{type(optimizer).__name__}: its `param_groups` must be lists that can be edited in place, but after the "
+            f"edit they lack {', '.join(lost[:3])}{', ...' if len(lost) > 3 else ''}, which would never be trained. "
+            "Nothing was changed. Let `param_groups` be the lists that the optimizer steps through, or compress "
+            "before it is made: `lr_callback.factorize_` in `configure_model`."
+        )
 
 
 def _remember(optimizer: Optimizer) -> Callable[[], None]:
@@ -69,20 +129,26 @@ def _remember(optimizer: Optimizer) -> Callable[[], None]:
     return restore
 
 
-def _replace(optimizer: Optimizer, replacements: Replacements, names: Mapping[nn.Parameter, str]) -> None:
-    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+def _replace(
+    optimizer: Optimizer,
+    old: Sequence[nn.Parameter],
+    replacements: Replacements,
+    names: Mapping[nn.Parameter, str],
+    projected: Mapping[nn.Parameter, FactorizedLayer],
+) -> None:
     for group in optimizer.param_groups:
         _replace_in_group(group, replacements, names)
-    if not any(parameter in replacements for parameter in held):
-        return
-    for old in replacements:
-        optimizer.state.pop(old, None)
-    if isinstance(optimizer, torch.optim.LBFGS):
+    for parameter in old:
+        state = optimizer.state.pop(parameter, {})
+        if parameter in projected:
+            optimizer.state.update(projected_state(optimizer, state, projected[parameter]))
+    if isinstance(optimizer, torch.optim.LBFGS) and old:
         # Its history is over one flat vector of all parameters, whose length has changed.
         optimizer.state.clear()
         optimizer._numel_cache = None
-    if isinstance(optimizer, torch.optim.SGD):
-        _give_momentum(optimizer, replacements)
+    new = {heir for parameter in old for heir in replacements[parameter]}
+    for group in optimizer.param_groups:
+        _give_state(optimizer, group, [one for one in group["params"] if one in new and one not in optimizer.state])
 
 
 def _replace_in_group(group: dict[str, Any], replacements: Replacements, names: Mapping[nn.Parameter, str]) -> None:
@@ -100,19 +166,18 @@ def _replace_in_group(group: dict[str, Any], replacements: Replacements, names: 
         old_names[:] = new_names
 
 
-def _give_momentum(optimizer: torch.optim.SGD, replacements: Replacements) -> None:
-    """Give new parameters a momentum of zero where others of the group have one; the fused kernel needs it."""
-    new = {heir for heirs in replacements.values() for heir in heirs}
-    for group in optimizer.param_groups:
+def _give_state(optimizer: Optimizer, group: Mapping[str, Any], new: Sequence[nn.Parameter]) -> None:
+    """Give new parameters the state that an optimizer does not make at its next step, but needs there."""
+    if isinstance(optimizer, torch.optim.SGD):
+        # The fused kernel needs a momentum of each parameter, or of none.
         started = any("momentum_buffer" in optimizer.state.get(parameter, {}) for parameter in group["params"])
-        for parameter in group["params"]:
-            if started and group["momentum"] and group.get("fused") and parameter in new:
-                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-
-
-def unwrapped(optimizers: Sequence[Any]) -> list[Optimizer]:
-    """Return the torch optimizers inside wrappers that hold them as ``optimizer``, such as Lightning's."""
-    return [getattr(one, "optimizer", one) for one in optimizers]
+        for parameter in new if started and group["momentum"] and group.get("fused") else ():
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    if type(optimizer) is torch.optim.Adagrad:
+        for parameter in new:  # in older releases of torch only its constructor makes state
+            start, fused = group["initial_accumulator_value"], group.get("fused")
+            made = torch.optim.Adagrad([parameter], initial_accumulator_value=start, fused=fused)
+            optimizer.state[parameter] = made.state[parameter]
 
 
 def names_of(optimizers: Sequence[Optimizer], named: Mapping[str, nn.Parameter]) -> list[list[list[str | None]]]:
