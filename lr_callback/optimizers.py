@@ -196,12 +196,18 @@ def rebind(
     An optimizer that was made before a checkpoint gave the model its structure holds parameters of layers that are
     gone; one that chose its groups by name may hold the right ones in another order than the file's states.
 
+    Where groups are made one for each parameter there are more of them now than in the file; they become those of the
+    file, each with the options of the group that had its first parameter, until the file gives its own.
+
     Args:
         optimizers: without state yet.
-        names: as :func:`names_of` wrote them; optimizers or groups that do not match in number are left alone.
+        names: as :func:`names_of` wrote them; an optimizer that does not match in its groups or in what they hold is
+            left alone.
         named: the model's parameters.
     """
     for optimizer, groups in zip(optimizers, names, strict=False):
+        if len(groups) != len(optimizer.param_groups):
+            _regroup(optimizer, groups, named)
         if len(groups) != len(optimizer.param_groups):
             continue
         for group, wanted in zip(optimizer.param_groups, groups, strict=True):
@@ -210,3 +216,13 @@ def rebind(
                 group["params"][:] = [parameter for _, parameter in known]
                 if "param_names" in group:
                     group["param_names"][:] = [name for name, _ in known]
+
+
+def _regroup(optimizer: Optimizer, names: Sequence[Sequence[str | None]], named: Mapping[str, nn.Parameter]) -> None:
+    """Leave of an optimizer's groups one for each that is named, if together they hold the same parameters."""
+    of_parameter = {id(one): group for group in optimizer.param_groups for one in group["params"]}
+    wanted = [[id(named[name]) if name is not None and name in named else 0 for name in group] for group in names]
+    if sorted(one for group in wanted for one in group) == sorted(of_parameter) and all(wanted):
+        kept = [of_parameter[group[0]] for group in wanted]
+        if len({id(group) for group in kept}) == len(kept):
+            optimizer.param_groups[:] = kept
