@@ -20,6 +20,7 @@ from lr_callback.parallel import workers
 from lr_callback.projection import OptimizerState
 from lr_callback.rewind import check_schedules, rewind, schedules_of
 from lr_callback.surgery import SurgeryReport, replace_layers
+from lr_callback.unmoved import watch_first_step
 
 
 def cut(
@@ -51,6 +52,9 @@ def cut(
     with ExitStack() as undo:
         followers = [*trainer.optimizers, *optimizers_in(pl_module)]
         report = replace_layers(pl_module, made, followers, undo, optimizer_state)
+        new = [heir for heirs in report.replacements.values() for heir in heirs]
+        for optimizer in trainer.optimizers:
+            watch_first_step(optimizer, new, undo)
         if start is not None:
             rewind(trainer.optimizers, schedulers_of(trainer), start, undo)
         undo.pop_all()

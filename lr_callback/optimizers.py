@@ -88,7 +88,11 @@ def optimizers_in(holder: object) -> list[Optimizer]:
 
 def _held(optimizer: Optimizer, replacements: Replacements) -> list[nn.Parameter]:
     """Return the parameters in an optimizer's groups that are to be replaced."""
-    return [one for group in optimizer.param_groups for one in group["params"] if one in replacements]
+    held = [one for group in optimizer.param_groups for one in group["params"] if one in replacements]
+    other = {type(group["params"]).__name__ for group in optimizer.param_groups} - {"list"}
+    if held and other:
+        raise _refusal(optimizer, f"they are of type {', '.join(sorted(other))}")
+    return held
 
 
 def _check(
@@ -98,12 +102,15 @@ def _check(
     now = {id(one) for group in optimizer.param_groups for one in group["params"]}
     lost = [names[heir] for one in old for heir in replacements[one] if id(heir) not in now]
     if lost:
-        raise RuntimeError(
-            f"{type(optimizer).__name__}: its `param_groups` must be lists that can be edited in place, but after the "
-            f"edit they lack {', '.join(lost[:3])}{', ...' if len(lost) > 3 else ''}, which would never be trained. "
-            "Nothing was changed. Let `param_groups` be the lists that the optimizer steps through, or compress "
-            "before it is made: `lr_callback.factorize_` in `configure_model`."
-        )
+        raise _refusal(optimizer, f"after the edit they lack {', '.join(lost[:3])}{', ...' if len(lost) > 3 else ''}")
+
+
+def _refusal(optimizer: Optimizer, found: str) -> RuntimeError:
+    return RuntimeError(
+        f"{type(optimizer).__name__}: the parameters of its `param_groups` must be lists that can be edited in place, "
+        f"{found}; new parameters would never be trained. Nothing was changed. Let `param_groups` hold the lists that "
+        "the optimizer steps through, or compress before it is made: `lr_callback.factorize_` in `configure_model`."
+    )
 
 
 def _remember(optimizer: Optimizer) -> Callable[[], None]:
