@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
 from torch.optim import SGD, Adam, AdamW, lr_scheduler
 from torch.optim.swa_utils import SWALR
 
@@ -236,6 +236,36 @@ def test_rewinding_can_begin_with_a_run_that_is_resumed(tmp_path, loader, new_mo
     again = new_trainer(tmp_path, compression(learning_rate_rewind=True), watch, max_epochs=EPOCHS)
     again.fit(new_module(optimize), loader(), loader(), ckpt_path=tmp_path / "epoch=2.ckpt")
     assert [groups[1]["lr"] for groups in watch.seen[:2]] == [0.05, 0.05 * 0.9]
+
+
+def test_a_rate_that_was_found_is_what_the_run_begins_with(fit, new_module):
+    module = new_module(lambda one: SGD(one.parameters(), lr=one.lr))
+    module.lr = 0.123
+    finder = LearningRateFinder(num_training_steps=20, early_stop_threshold=None)
+    seen = rates(fit, module, compression(learning_rate_rewind=True), finder, enable_checkpointing=True)
+    assert module.lr != 0.123
+    assert {groups[0]["lr"] for groups in seen} == {module.lr}
+
+
+def test_a_scheduler_that_cannot_be_rewound_ends_the_run_and_nothing_is_changed(fit, new_module):
+    class Broken(lr_scheduler.ExponentialLR):
+        def load_state_dict(self, state_dict):
+            if state_dict["last_epoch"] == 0:
+                raise RuntimeError("no way back")
+            super().load_state_dict(state_dict)
+
+    module, kept = new_module(scheduled("broken", make={"broken": lambda o: Broken(o, 0.5)})), {}
+
+    class Kept(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            optimizer, schedule = trainer.optimizers[0], trainer.lr_scheduler_configs[0].scheduler
+            kept.update(layers=list(module.network), state=str((optimizer.state_dict(), schedule.state_dict())))
+            kept.update(optimizer=optimizer, schedule=schedule)
+
+    with pytest.raises(RuntimeError, match="no way back"):
+        fit(module, Kept(), compression(learning_rate_rewind=True), max_epochs=EPOCHS)
+    assert list(map(id, module.network)) == list(map(id, kept["layers"]))
+    assert str((kept["optimizer"].state_dict(), kept["schedule"].state_dict())) == kept["state"]
 
 
 def test_a_file_of_a_run_with_another_number_of_schedulers_is_refused_before_training(

@@ -215,6 +215,27 @@ def test_what_was_factorized_before_starts_anew():
         assert {factor in optimizer.state for factor in model[0].factors} == {keep_ratio == 0.5}
 
 
+class Around(torch.optim.Optimizer):
+    def __init__(self, inner):
+        self.inner = inner
+        super().__init__(inner.param_groups, {})
+        self.param_groups = inner.param_groups
+
+
+def test_momentum_inside_a_wrapper_is_projected():
+    states = []
+    for wrap in (lambda one: one, Around, lambda one: Around(Around(one))):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 64))
+        inner = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        model(torch.ones(2, 64)).square().mean().backward()
+        inner.step()
+        lrc.factorize_(model, lrc.allocate(model, 0.5), optimizers=wrap(inner), optimizer_state="project")
+        states.append([inner.state[factor]["momentum_buffer"] for factor in model[0].factors])
+    assert all(torch.equal(*pair) for other in states[1:] for pair in zip(states[0], other, strict=True))
+    assert states[0][0].any()
+
+
 def test_projected_and_reset_states_are_the_same_in_a_group_without_state():
     for optimizer_state in ("reset", "project"):
         model = nn.Sequential(nn.Linear(64, 64))
