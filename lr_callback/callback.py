@@ -129,7 +129,7 @@ class LowRankCompression(Callback):
         self._applied, self.snapshot_files, self._countable = [], {}, True
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the optimizers' parameters in the order of the file, and check that the budgets can be met."""
+        """Put the optimizers' parameters in the order of the file; check optimizers, schedules and budgets."""
         if self._saved_names is not None:
             rebind(trainer.optimizers, self._saved_names, dict(pl_module.named_parameters()))
             self._saved_names = None
@@ -140,11 +140,6 @@ class LowRankCompression(Callback):
             self._observe_example(trainer, pl_module)
         if self.cost == "parameters" or self._observation is not None:
             self._check_budgets(pl_module)
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note where the schedules of a run begin; what comes before may have found a learning rate."""
-        if self.learning_rate_rewind and trainer.global_step == 0:
-            self._start = start_of(trainer)
 
     def _observe_example(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count on the module's example input, where a budget in multiply-adds is due before any batch was seen."""

@@ -93,6 +93,26 @@ def test_what_was_noted_does_not_change_and_is_read_without_unpickling(cycle):
     assert torch.load(file, weights_only=True) == noted
 
 
+def test_a_scheduler_may_change_its_state_in_place():
+    class Noting(lr_scheduler.StepLR):
+        def __init__(self, optimizer):
+            self.seen = []
+            super().__init__(optimizer, 1)
+
+        def step(self, *args):
+            super().step(*args)
+            self.seen.append(self.get_last_lr()[0])
+
+    optimizer = SGD([parameter()], lr=0.1)
+    scheduler = Noting(optimizer)
+    noted, start = schedules_of([optimizer], [scheduler]), list(scheduler.seen)
+    for _ in range(2):
+        stepped(optimizer, [scheduler], 2)
+        assert len(scheduler.seen) == len(start) + 2
+        rewind([optimizer], [scheduler], noted, ExitStack())
+        assert scheduler.seen == start
+
+
 def test_a_rate_that_is_a_tensor_stays_that_tensor():
     rate = torch.tensor(0.25)
     optimizer = Adam([parameter()], lr=rate, foreach=False)
