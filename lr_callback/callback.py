@@ -16,7 +16,7 @@ from lr_callback.checkpoint import install_hook
 from lr_callback.costs import check_cost
 from lr_callback.cut import cut, start_of
 from lr_callback.events import read_events
-from lr_callback.host import check_optimizers, check_strategy, is_smoke_test, observe_example
+from lr_callback.host import check_optimizers, check_strategy, is_smoke_test, observe_example, schedulers_of
 from lr_callback.journal import log_compression, log_multiply_adds
 from lr_callback.methods import Method
 from lr_callback.observe import Observation
@@ -131,7 +131,8 @@ class LowRankCompression(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the optimizers' parameters in the order of the file; check optimizers, schedules and budgets."""
         if self._saved_names is not None:
-            rebind(trainer.optimizers, self._saved_names, dict(pl_module.named_parameters()))
+            named = dict(pl_module.named_parameters())
+            rebind(trainer.optimizers, self._saved_names, named, schedulers_of(trainer))
             self._saved_names = None
         check_optimizers(trainer, self.optimizer_state)
         if self.learning_rate_rewind:

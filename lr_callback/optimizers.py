@@ -197,6 +197,7 @@ def rebind(
     optimizers: Sequence[Optimizer],
     names: Sequence[Sequence[Sequence[str | None]]],
     named: Mapping[str, nn.Parameter],
+    schedulers: Sequence[Any] = (),
 ) -> None:
     """Put the parameters with these names into the optimizers' groups, in this order.
 
@@ -211,10 +212,11 @@ def rebind(
         names: as :func:`names_of` wrote them; an optimizer that does not match in its groups or in what they hold is
             left alone.
         named: the model's parameters.
+        schedulers: of these optimizers; those with a function for each group keep the ones of the groups that stay.
     """
     for optimizer, groups in zip(optimizers, names, strict=False):
         if len(groups) != len(optimizer.param_groups):
-            _regroup(optimizer, groups, named)
+            _regroup(optimizer, groups, named, schedulers)
         if len(groups) != len(optimizer.param_groups):
             continue
         for group, wanted in zip(optimizer.param_groups, groups, strict=True):
@@ -225,11 +227,28 @@ def rebind(
                     group["param_names"][:] = [name for name, _ in known]
 
 
-def _regroup(optimizer: Optimizer, names: Sequence[Sequence[str | None]], named: Mapping[str, nn.Parameter]) -> None:
+def _regroup(
+    optimizer: Optimizer,
+    names: Sequence[Sequence[str | None]],
+    named: Mapping[str, nn.Parameter],
+    schedulers: Sequence[Any],
+) -> None:
     """Leave of an optimizer's groups one for each that is named, if together they hold the same parameters."""
-    of_parameter = {id(one): group for group in optimizer.param_groups for one in group["params"]}
+    place = {id(one): index for index, group in enumerate(optimizer.param_groups) for one in group["params"]}
     wanted = [[id(named[name]) if name is not None and name in named else 0 for name in group] for group in names]
-    if sorted(one for group in wanted for one in group) == sorted(of_parameter) and all(wanted):
-        kept = [of_parameter[group[0]] for group in wanted]
-        if len({id(group) for group in kept}) == len(kept):
-            optimizer.param_groups[:] = kept
+    if sorted(one for group in wanted for one in group) != sorted(place) or not all(wanted):
+        return
+    kept = [place[group[0]] for group in wanted]
+    if len(set(kept)) == len(kept):
+        optimizer.param_groups[:] = [optimizer.param_groups[index] for index in kept]
+        for scheduler in schedulers:
+            _keep_functions(scheduler, optimizer, kept)
+
+
+def _keep_functions(scheduler: object, optimizer: Optimizer, kept: Sequence[int]) -> None:
+    """Leave the rules of the groups that stay; a scheduler restores everything else from a file by itself."""
+    for inner in getattr(scheduler, "_schedulers", ()):
+        _keep_functions(inner, optimizer, kept)
+    rules = getattr(scheduler, "lr_lambdas", None)
+    if rules is not None and getattr(scheduler, "optimizer", None) is optimizer:
+        rules[:] = [rules[index] for index in kept]

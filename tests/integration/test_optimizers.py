@@ -3,6 +3,7 @@
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import optim
+from torch.optim.lr_scheduler import LambdaLR, LinearLR, SequentialLR
 
 from lr_callback import LowRankCompression
 
@@ -111,10 +112,19 @@ def named_groups(module):
     return optim.SGD([{"params": biases, "lr": 0.1}, {"params": weights}], lr=0.05, momentum=0.9)
 
 
+def rule_of_each_parameter(module):
+    optimizer = rate_of_each_parameter(module)
+    rules = [lambda step, power=one.dim(): 0.98 ** (step * power) for one in module.parameters()]
+    warm = LinearLR(optimizer, 0.5, total_iters=2)
+    course = SequentialLR(optimizer, [warm, LambdaLR(optimizer, rules)], milestones=[2])
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": course, "interval": "step"}}
+
+
 GROUPS = {
     "weights and biases apart": groups_by_kind,
     "a rate for each layer": rate_of_each_layer,
     "a group for each parameter": rate_of_each_parameter,
+    "a group and a rule for each parameter": rule_of_each_parameter,
     "named parameters": named,
     "groups of named parameters": named_groups,
 }
