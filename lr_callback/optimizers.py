@@ -2,7 +2,8 @@
 
 The optimizer object, its group dicts and the number and order of its groups stay; only the contents of each group's
 ``params`` change. The state of parameters that were not replaced is not touched; new ones start without state, or
-with what :mod:`lr_callback.projection` makes of the old one.
+with what :mod:`lr_callback.projection` makes of the old one. Options of groups stay as they are, weight decay too: on
+two factors it pulls at their squared norms, which is not the squared norm of their product.
 """
 
 from __future__ import annotations

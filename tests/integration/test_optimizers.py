@@ -114,7 +114,8 @@ def named_groups(module):
 
 def rule_of_each_parameter(module):
     optimizer = rate_of_each_parameter(module)
-    rules = [lambda step, power=one.dim(): 0.98 ** (step * power) for one in module.parameters()]
+    powers = [one.dim() for one in module.parameters()]
+    rules = [lambda step, power=power: 0.98 ** (step * power) for power in powers]
     warm = LinearLR(optimizer, 0.5, total_iters=2)
     course = SequentialLR(optimizer, [warm, LambdaLR(optimizer, rules)], milestones=[2])
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": course, "interval": "step"}}
