@@ -33,8 +33,8 @@ def watch_first_step(optimizer: Optimizer, parameters: Sequence[nn.Parameter], u
     before = [(one, one.detach().clone()) for one in parameters if one.requires_grad and id(one) in held]
 
     def look(stepped: Optimizer, args: object, kwargs: object) -> None:
-        handle.remove()
         could = [(one, value) for one, value in before if one.grad is not None and _is_some(one.grad)]
+        before.clear()  # once only; a hook that took itself away here would break torch's walk through the hooks
         if could and all(torch.equal(one, value) for one, value in could):
             warnings.warn(_message(stepped, len(could)), stacklevel=2)
 

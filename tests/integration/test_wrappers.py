@@ -196,6 +196,7 @@ class Mine(SGD):
 def test_an_optimizer_that_steps_its_groups_is_not_warned_of(warm, fit, new_module):
     def optimize(module):
         made = Mine(module.parameters(), lr=0.05, momentum=0.9)
+        module.on_train_epoch_start = lambda: made.register_step_post_hook(lambda *_: None)  # a hook after ours
         schedule = lr_scheduler.LambdaLR(made, lambda step: 0.0 if warm and step in (0, 4) else 1.0)
         return {"optimizer": made, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
