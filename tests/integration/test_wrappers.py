@@ -179,7 +179,6 @@ class KnowsItsOwn(Optimizer):
         return loss
 
 
-@pytest.mark.situation("Optimizers", "another package's, which does not look at its groups again", "warned of")
 def test_an_optimizer_that_leaves_new_parameters_where_they_are_is_warned_of_once(fit, new_module):
     module, at_cut = new_module(lambda one: KnowsItsOwn(one.parameters(), lr=0.05)), AtCut()
     with pytest.warns(UserWarning, match="KnowsItsOwn: its first step after the compression moved none") as caught:
