@@ -1,7 +1,7 @@
 """Rewind: learning rates and schedulers of a run, noted when it begins and put back at a compression.
 
-The paper retrains each compressed network with the schedule of its training (arXiv 2107.11442, section 3 and its
-appendix on hyperparameters): after every cut the learning rates start again as they are written in the configuration.
+As the paper retrains a compressed network (arXiv 2107.11442): after every cut the learning rates start again as they
+are written in the configuration. Here that is optional, and the epochs of the run are not counted anew.
 What is noted is plain data, so that a checkpoint of the run can carry it.
 """
 
