@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -13,14 +14,15 @@ from lr_callback.allocation import Allocation
 from lr_callback.analysis import analyze, check_method, survey
 from lr_callback.checkpoint import install_hook
 from lr_callback.costs import check_cost
-from lr_callback.cut import cut
+from lr_callback.cut import cut, start_of
 from lr_callback.events import read_events
-from lr_callback.host import check_strategy, is_smoke_test, observe_example
+from lr_callback.host import check_optimizers, check_strategy, is_smoke_test, observe_example, schedulers_of
 from lr_callback.journal import log_compression, log_multiply_adds
 from lr_callback.methods import Method
 from lr_callback.observe import Observation
 from lr_callback.optimizers import names_of, rebind
 from lr_callback.probe import Probe
+from lr_callback.projection import OptimizerState, check_optimizer_state
 from lr_callback.report import analysis_progress, show
 from lr_callback.surgery import SurgeryReport
 
@@ -44,6 +46,10 @@ class LowRankCompression(Callback):
             ``example_input_array``).
         include: glob patterns of layer names; only these are factorized. By default all.
         exclude: glob patterns of layer names that stay dense.
+        optimizer_state: what the optimizer knows of new factors: ``reset``, nothing; or ``project``, the momentum of
+            their dense weight through the chain rule, for SGD, Adam and AdamW (:mod:`lr_callback.projection`).
+        learning_rate_rewind: after each compression let all learning rates and their schedulers start again as they
+            did when the run began; by default they go on as if nothing had happened.
         show_table: print the table of all layers at each compression.
         snapshots: write weights-only checkpoints ``dense.ckpt`` (before the first compression), ``cut.ckpt`` (right
             after the latest) and ``final.ckpt`` into the folder ``compression`` of the log folder.
@@ -68,18 +74,23 @@ class LowRankCompression(Callback):
         cost: str = "parameters",
         include: list[str] | None = None,
         exclude: list[str] | None = None,
+        optimizer_state: OptimizerState = "reset",
+        learning_rate_rewind: bool = False,
         show_table: bool = True,
         snapshots: bool = False,
     ) -> None:
         super().__init__()
         check_cost(cost)
+        check_optimizer_state(optimizer_state)
         self.events = read_events(keep_ratio, epochs)
         self.method = check_method(method)
         self.cost, self.include, self.exclude = cost, include, exclude
+        self.optimizer_state, self.learning_rate_rewind = optimizer_state, learning_rate_rewind
         self.show_table, self.snapshots = show_table, snapshots
         self.allocation: Allocation | None = None
         self.snapshot_files: dict[str, str] = {}
         self._applied: list[int] = []
+        self._start: dict[str, Any] | None = None
         self._observation: Observation | None = None
         self._probe: Probe | None = None
         self._countable = True
@@ -114,14 +125,18 @@ class LowRankCompression(Callback):
 
     def _forget(self) -> None:
         """Begin anew: an earlier run of this callback may have been with another model or other batches."""
-        self.allocation, self._observation, self._probe = None, None, None
+        self.allocation, self._observation, self._probe, self._start = None, None, None, None
         self._applied, self.snapshot_files, self._countable = [], {}, True
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the optimizers' parameters in the order of the file, and check that the budgets can be met."""
+        """Put the optimizers' parameters in the order of the file; check optimizers, schedules and budgets."""
         if self._saved_names is not None:
-            rebind(trainer.optimizers, self._saved_names, dict(pl_module.named_parameters()))
+            named = dict(pl_module.named_parameters())
+            rebind(trainer.optimizers, self._saved_names, named, schedulers_of(trainer))
             self._saved_names = None
+        check_optimizers(trainer, self.optimizer_state)
+        if self.learning_rate_rewind:
+            self._start = start_of(trainer, self._start)
         if self._observation is None and (0 in self.events or is_smoke_test(trainer)):
             self._observe_example(trainer, pl_module)
         if self.cost == "parameters" or self._observation is not None:
@@ -181,7 +196,7 @@ class LowRankCompression(Callback):
                 progress=progress,
             )
         allocation = analysis.allocate(keep_ratio)
-        report = cut(trainer, pl_module, allocation)
+        report = cut(trainer, pl_module, allocation, self.optimizer_state, self._start)
         self.allocation = allocation
         log_compression(trainer, pl_module, allocation, self._observation, perf_counter() - started)
         if self.show_table:
@@ -249,6 +264,7 @@ class LowRankCompression(Callback):
             "applied": list(self._applied),
             "allocation": None if self.allocation is None else self.allocation.to_dict(),
             "observation": None if self._observation is None else self._observation.to_dict(),
+            "start": copy.deepcopy(self._start),
             "snapshot_files": dict(self.snapshot_files),
         }
 
@@ -258,6 +274,7 @@ class LowRankCompression(Callback):
         self._applied = list(state_dict["applied"])
         self.allocation = None if allocation is None else Allocation.from_dict(allocation)
         self._observation = None if observation is None else Observation.from_dict(observation)
+        self._start = copy.deepcopy(state_dict.get("start")) if self.learning_rate_rewind else None
         written: dict[str, str] = state_dict["snapshot_files"]
         self.snapshot_files = {name: path for name, path in written.items() if Path(path).is_file()}
 

@@ -178,6 +178,12 @@ def unfold_decoder(matrices: Tensor, geometry: Geometry, folding: str) -> Tensor
     return ordered.reshape(geometry.out_channels, num_slices * rank, *kernel)
 
 
+def decoder_matrices(decoder: Tensor, num_slices: int) -> Tensor:
+    """Return the matrices ``(k, F * D, j)`` of a decoder's weight, the inverse of :func:`unfold_decoder`."""
+    split = decoder.reshape(decoder.shape[0], num_slices, decoder.shape[1] // num_slices, -1)
+    return split.permute(1, 0, 3, 2).flatten(1, 2)
+
+
 def compose(encoder: Tensor, decoder: Tensor, num_slices: int) -> Tensor:
     """Multiply the two factors back to the dense weight.
 
@@ -197,8 +203,8 @@ def compose(encoder: Tensor, decoder: Tensor, num_slices: int) -> Tensor:
     """
     kernel = tuple(max(a, b) for a, b in zip(encoder.shape[2:], decoder.shape[2:], strict=True))
     rank = encoder.shape[0] // num_slices
-    left = decoder.reshape(decoder.shape[0], num_slices, rank, -1).permute(1, 0, 3, 2).flatten(1, 2)
-    joined = left @ encoder.reshape(num_slices, rank, -1)  # one product per slice: (F, D) by (C / k, E)
+    left, right = decoder_matrices(decoder, num_slices), encoder.reshape(num_slices, rank, -1)
+    joined = left @ right  # one product per slice: (F, D) by (C / k, E)
     rows = (decoder.shape[0], *decoder.shape[2:])
     columns = (encoder.shape[1], *encoder.shape[2:])
     split = joined.reshape(num_slices, *rows, *columns)

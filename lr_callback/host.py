@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lightning.fabric.utilities import move_data_to_device
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lr_callback.observe import Observation, observe
+from lr_callback.optimizers import optimizers_in, with_inner
+from lr_callback.projection import OptimizerState, can_project
 
 
 def is_smoke_test(trainer: Trainer) -> bool:
@@ -26,6 +31,39 @@ def check_strategy(trainer: Trainer) -> None:
             f"{trainer.world_size} processes. Train with `devices=1`, or compress before the training: "
             "`lr_callback.factorize_(model, lr_callback.allocate(model, keep_ratio))`."
         )
+
+
+_SHARDED = ("ZeroRedundancyOptimizer", "PostLocalSGDOptimizer", "DistributedOptimizer")
+"""Optimizers of torch.distributed that keep parameters, or copies of their groups, where no edit reaches them."""
+
+
+def check_optimizers(trainer: Trainer, optimizer_state: OptimizerState) -> None:
+    """Refuse optimizers that would not follow a surgery; warn of those whose momentum cannot be projected.
+
+    Raises:
+        MisconfigurationException: If an optimizer of torch.distributed is among them.
+    """
+    inner = with_inner(trainer.optimizers)
+    kinds = {kind.__name__ for one in inner for kind in type(one).__mro__}
+    for name in _SHARDED:
+        if name in kinds:
+            raise MisconfigurationException(
+                "LowRankCompression: the optimizer must let its parameters be exchanged while it runs, and "
+                f"{name} does not: it keeps them, or how they are shared out over the processes, where new ones are "
+                "not seen and would never be trained. Give the optimizer inside it to the Trainer, or compress before "
+                "it is made: `lr_callback.factorize_` in `configure_model`."
+            )
+    reset = sorted({type(one).__name__ for one in inner if not optimizers_in(one) and not can_project(one)})
+    if optimizer_state == "project" and reset:
+        rank_zero_warn(
+            f"LowRankCompression: optimizer_state='project' is for SGD, Adam and AdamW; factors start without state in "
+            f"{', '.join(reset)}."
+        )
+
+
+def schedulers_of(trainer: Trainer) -> list[Any]:
+    """Return the learning rate schedulers of a run."""
+    return [config.scheduler for config in trainer.lr_scheduler_configs]
 
 
 def observe_example(trainer: Trainer, pl_module: LightningModule) -> Observation:

@@ -1,7 +1,9 @@
 """Optimizers: follow a surgery in place, so that wrappers and schedulers keep what they hold.
 
 The optimizer object, its group dicts and the number and order of its groups stay; only the contents of each group's
-``params`` change. The state of parameters that were not replaced is not touched; new ones start without state.
+``params`` change. The state of parameters that were not replaced is not touched; new ones start without state, or
+with what :mod:`lr_callback.projection` makes of the old one. Options of groups stay as they are, weight decay too: on
+two factors it pulls at their squared norms, which is not the squared norm of their product.
 """
 
 from __future__ import annotations
@@ -13,22 +15,33 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from lr_callback.layers import FactorizedLayer
+from lr_callback.projection import projected_state
+
 Replacements = Mapping[nn.Parameter, Sequence[nn.Parameter]]
 """Old parameter -> the new ones that take its place, in order; empty: it goes without one."""
 
 
 def replace_parameters(
-    optimizers: Iterable[Optimizer], replacements: Replacements, names: Mapping[nn.Parameter, str]
+    optimizers: Iterable[Optimizer],
+    replacements: Replacements,
+    names: Mapping[nn.Parameter, str],
+    projected: Mapping[nn.Parameter, FactorizedLayer] | None = None,
 ) -> Callable[[], None]:
     """Let optimizers hold the new parameters where they held the old ones.
 
     Args:
-        optimizers: torch optimizers, or wrappers that share ``param_groups`` and ``state`` with one.
+        optimizers: torch optimizers, or wrappers around one.
         replacements: which parameter gives way to which.
         names: name of each parameter of the new layers, for groups that were made from ``named_parameters()``.
+        projected: old weight -> the layer whose factors take over its state, see :mod:`lr_callback.projection`; the
+            others start without state.
 
     Returns:
         A function that undoes it.
+
+    Raises:
+        RuntimeError: If an optimizer does not let its groups be edited. All of them are as they were.
     """
     undo: list[Callable[[], None]] = []
 
@@ -36,14 +49,69 @@ def replace_parameters(
         for step in reversed(undo):
             step()
 
+    # A wrapper may share groups and state with what it wraps: what each held must be read before any is edited.
+    held = [(optimizer, _held(optimizer, replacements)) for optimizer in with_inner(optimizers)]
     try:
-        for optimizer in optimizers:
+        for optimizer, old in held:
             undo.append(_remember(optimizer))
-            _replace(optimizer, replacements, names)
+            _replace(optimizer, old, replacements, names, projected or {})
+        for optimizer, old in held:
+            _check(optimizer, old, replacements, names)
     except BaseException:
         undo_all()
         raise
     return undo_all
+
+
+def with_inner(optimizers: Iterable[Any]) -> list[Optimizer]:
+    """Return optimizers and those that they wrap, each once, what is inside before what is around it.
+
+    A wrapper may share groups and state with the optimizer inside (Lightning's, SAM, Lookahead), or have its own.
+    """
+    listed: list[Optimizer] = []
+    for optimizer in optimizers:
+        for one in (*with_inner(optimizers_in(optimizer)), optimizer):
+            if not any(one is other for other in listed):
+                listed.append(one)
+    return listed
+
+
+def optimizers_in(holder: object) -> list[Optimizer]:
+    """Return the torch optimizers that an object has as attributes, or in a list, tuple or dict that is one."""
+    found: list[Optimizer] = []
+    for value in getattr(holder, "__dict__", {}).values():
+        values = (
+            value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else [value]
+        )
+        found += [one for one in values if isinstance(one, Optimizer) and one is not holder]
+    return found
+
+
+def _held(optimizer: Optimizer, replacements: Replacements) -> list[nn.Parameter]:
+    """Return the parameters in an optimizer's groups that are to be replaced."""
+    held = [one for group in optimizer.param_groups for one in group["params"] if one in replacements]
+    other = {type(group["params"]).__name__ for group in optimizer.param_groups} - {"list"}
+    if held and other:
+        raise _refusal(optimizer, f"they are of type {', '.join(sorted(other))}")
+    return held
+
+
+def _check(
+    optimizer: Optimizer, old: Sequence[nn.Parameter], replacements: Replacements, names: Mapping[nn.Parameter, str]
+) -> None:
+    """Refuse an optimizer whose groups do not hold the heirs of all that they held: those would never be trained."""
+    now = {id(one) for group in optimizer.param_groups for one in group["params"]}
+    lost = [names[heir] for one in old for heir in replacements[one] if id(heir) not in now]
+    if lost:
+        raise _refusal(optimizer, f"after the edit they lack {', '.join(lost[:3])}{', ...' if len(lost) > 3 else ''}")
+
+
+def _refusal(optimizer: Optimizer, found: str) -> RuntimeError:
+    return RuntimeError(
+        f"{type(optimizer).__name__}: the parameters of its `param_groups` must be lists that can be edited in place, "
+        f"{found}; new parameters would never be trained. Nothing was changed. Let `param_groups` hold the lists that "
+        "the optimizer steps through, or compress before it is made: `lr_callback.factorize_` in `configure_model`."
+    )
 
 
 def _remember(optimizer: Optimizer) -> Callable[[], None]:
@@ -69,20 +137,26 @@ def _remember(optimizer: Optimizer) -> Callable[[], None]:
     return restore
 
 
-def _replace(optimizer: Optimizer, replacements: Replacements, names: Mapping[nn.Parameter, str]) -> None:
-    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+def _replace(
+    optimizer: Optimizer,
+    old: Sequence[nn.Parameter],
+    replacements: Replacements,
+    names: Mapping[nn.Parameter, str],
+    projected: Mapping[nn.Parameter, FactorizedLayer],
+) -> None:
     for group in optimizer.param_groups:
         _replace_in_group(group, replacements, names)
-    if not any(parameter in replacements for parameter in held):
-        return
-    for old in replacements:
-        optimizer.state.pop(old, None)
-    if isinstance(optimizer, torch.optim.LBFGS):
+    for parameter in old:
+        state = optimizer.state.pop(parameter, {})
+        if parameter in projected:
+            optimizer.state.update(projected_state(optimizer, state, projected[parameter]))
+    if isinstance(optimizer, torch.optim.LBFGS) and old:
         # Its history is over one flat vector of all parameters, whose length has changed.
         optimizer.state.clear()
         optimizer._numel_cache = None
-    if isinstance(optimizer, torch.optim.SGD):
-        _give_momentum(optimizer, replacements)
+    new = {heir for parameter in old for heir in replacements[parameter]}
+    for group in optimizer.param_groups:
+        _give_state(optimizer, group, [one for one in group["params"] if one in new and one not in optimizer.state])
 
 
 def _replace_in_group(group: dict[str, Any], replacements: Replacements, names: Mapping[nn.Parameter, str]) -> None:
@@ -100,19 +174,18 @@ def _replace_in_group(group: dict[str, Any], replacements: Replacements, names: 
         old_names[:] = new_names
 
 
-def _give_momentum(optimizer: torch.optim.SGD, replacements: Replacements) -> None:
-    """Give new parameters a momentum of zero where others of the group have one; the fused kernel needs it."""
-    new = {heir for heirs in replacements.values() for heir in heirs}
-    for group in optimizer.param_groups:
+def _give_state(optimizer: Optimizer, group: Mapping[str, Any], new: Sequence[nn.Parameter]) -> None:
+    """Give new parameters the state that an optimizer does not make at its next step, but needs there."""
+    if isinstance(optimizer, torch.optim.SGD):
+        # The fused kernel needs a momentum of each parameter, or of none.
         started = any("momentum_buffer" in optimizer.state.get(parameter, {}) for parameter in group["params"])
-        for parameter in group["params"]:
-            if started and group["momentum"] and group.get("fused") and parameter in new:
-                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-
-
-def unwrapped(optimizers: Sequence[Any]) -> list[Optimizer]:
-    """Return the torch optimizers inside wrappers that hold them as ``optimizer``, such as Lightning's."""
-    return [getattr(one, "optimizer", one) for one in optimizers]
+        for parameter in new if started and group["momentum"] and group.get("fused") else ():
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    if type(optimizer) is torch.optim.Adagrad:
+        for parameter in new:  # in older releases of torch only its constructor makes state
+            start, fused = group["initial_accumulator_value"], group.get("fused")
+            made = torch.optim.Adagrad([parameter], initial_accumulator_value=start, fused=fused)
+            optimizer.state[parameter] = made.state[parameter]
 
 
 def names_of(optimizers: Sequence[Optimizer], named: Mapping[str, nn.Parameter]) -> list[list[list[str | None]]]:
@@ -125,18 +198,26 @@ def rebind(
     optimizers: Sequence[Optimizer],
     names: Sequence[Sequence[Sequence[str | None]]],
     named: Mapping[str, nn.Parameter],
+    schedulers: Sequence[Any] = (),
 ) -> None:
     """Put the parameters with these names into the optimizers' groups, in this order.
 
     An optimizer that was made before a checkpoint gave the model its structure holds parameters of layers that are
     gone; one that chose its groups by name may hold the right ones in another order than the file's states.
 
+    Where groups are made one for each parameter there are more of them now than in the file; they become those of the
+    file, each with the options of the group that had its first parameter, until the file gives its own.
+
     Args:
         optimizers: without state yet.
-        names: as :func:`names_of` wrote them; optimizers or groups that do not match in number are left alone.
+        names: as :func:`names_of` wrote them; an optimizer that does not match in its groups or in what they hold is
+            left alone.
         named: the model's parameters.
+        schedulers: of these optimizers; those with a function for each group keep the ones of the groups that stay.
     """
     for optimizer, groups in zip(optimizers, names, strict=False):
+        if len(groups) != len(optimizer.param_groups):
+            _regroup(optimizer, groups, named, schedulers)
         if len(groups) != len(optimizer.param_groups):
             continue
         for group, wanted in zip(optimizer.param_groups, groups, strict=True):
@@ -145,3 +226,30 @@ def rebind(
                 group["params"][:] = [parameter for _, parameter in known]
                 if "param_names" in group:
                     group["param_names"][:] = [name for name, _ in known]
+
+
+def _regroup(
+    optimizer: Optimizer,
+    names: Sequence[Sequence[str | None]],
+    named: Mapping[str, nn.Parameter],
+    schedulers: Sequence[Any],
+) -> None:
+    """Leave of an optimizer's groups one for each that is named, if together they hold the same parameters."""
+    place = {id(one): index for index, group in enumerate(optimizer.param_groups) for one in group["params"]}
+    wanted = [[id(named[name]) if name is not None and name in named else 0 for name in group] for group in names]
+    if sorted(one for group in wanted for one in group) != sorted(place) or not all(wanted):
+        return
+    kept = [place[group[0]] for group in wanted]
+    if len(set(kept)) == len(kept):
+        optimizer.param_groups[:] = [optimizer.param_groups[index] for index in kept]
+        for scheduler in schedulers:
+            _keep_functions(scheduler, optimizer, kept)
+
+
+def _keep_functions(scheduler: object, optimizer: Optimizer, kept: Sequence[int]) -> None:
+    """Leave the rules of the groups that stay; a scheduler restores everything else from a file by itself."""
+    for inner in getattr(scheduler, "_schedulers", ()):
+        _keep_functions(inner, optimizer, kept)
+    rules = getattr(scheduler, "lr_lambdas", None)
+    if rules is not None and getattr(scheduler, "optimizer", None) is optimizer:
+        rules[:] = [rules[index] for index in kept]

@@ -18,6 +18,7 @@ from lr_callback.build import build_layers, check_allocation, densified, weights
 from lr_callback.layers import FactorizedLayer
 from lr_callback.optimizers import Replacements, replace_parameters
 from lr_callback.parallel import workers
+from lr_callback.projection import OptimizerState, check_optimizer_state
 
 _Place = tuple[nn.Module, str, nn.Module, nn.Module]
 """Where a layer stands: parent, name of the child, old layer, new layer."""
@@ -45,7 +46,11 @@ class SurgeryReport:
 
 
 def factorize_(
-    model: nn.Module, allocation: Allocation, *, optimizers: Iterable[Optimizer] | Optimizer = ()
+    model: nn.Module,
+    allocation: Allocation,
+    *,
+    optimizers: Iterable[Optimizer] | Optimizer = (),
+    optimizer_state: OptimizerState = "reset",
 ) -> SurgeryReport:
     """Carry out an allocation, in place.
 
@@ -57,13 +62,17 @@ def factorize_(
         model: whose layers are replaced.
         allocation: from :func:`~lr_callback.analysis.allocate` on this model, or one with the same layers.
         optimizers: edited in place: the factors join the group of their weight, state of other parameters stays.
+        optimizer_state: what the factors start with: ``reset``, no state; or ``project``, the momentum of their dense
+            weight through the chain rule (:mod:`lr_callback.projection`), for SGD, Adam and AdamW.
 
     Returns:
         What was done.
 
     Raises:
         TypeError: If ``allocation`` is not an :class:`~lr_callback.allocation.Allocation`.
-        ValueError: If the model lacks a layer of the allocation, or has it with another shape. Nothing was changed.
+        ValueError: If the model lacks a layer of the allocation, or has it with another shape, or if
+            ``optimizer_state`` is another word. Nothing was changed.
+        RuntimeError: If an optimizer does not let its groups be edited. Nothing was changed.
 
     Example::
 
@@ -73,10 +82,11 @@ def factorize_(
         >>> sum(p.numel() for p in model.parameters()) == report.parameters_after <= 2405
         True
     """
+    check_optimizer_state(optimizer_state)
     targets = check_allocation(model, allocation)
     with workers() as crew:
         made = build_layers(targets, allocation, crew)
-    return replace_layers(model, made, optimizers)
+    return replace_layers(model, made, optimizers, optimizer_state=optimizer_state)
 
 
 def densify_(model: nn.Module, *, optimizers: Iterable[Optimizer] | Optimizer = ()) -> SurgeryReport:
@@ -111,6 +121,7 @@ def replace_layers(
     made: Mapping[str, nn.Module],
     optimizers: Iterable[Optimizer] | Optimizer = (),
     undo: ExitStack | None = None,
+    optimizer_state: OptimizerState = "reset",
 ) -> SurgeryReport:
     """Swap layers under all of their names, and let optimizers follow; undo both if anything interrupts it.
 
@@ -119,6 +130,10 @@ def replace_layers(
         made: name of a layer -> the layer that takes its place.
         optimizers: edited in place.
         undo: given what undoes the whole, for a caller with more to do that may fail.
+        optimizer_state: ``reset`` or ``project``, for dense layers that become factors; all others start without.
+
+    Raises:
+        RuntimeError: If an optimizer does not let its groups be edited. Nothing was changed.
     """
     listed = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
     before = sum(parameter.numel() for parameter in model.parameters())
@@ -127,7 +142,8 @@ def replace_layers(
     places = _places(model, {layer: made[name] for name, layer in old.items()})
     with ExitStack() as steps:
         steps.callback(_put_back, places)
-        steps.callback(replace_parameters(listed, replacements, _names_of_new(made)))
+        projected = _heirs_of_dense(old, made) if optimizer_state == "project" else {}
+        steps.callback(replace_parameters(listed, replacements, _names_of_new(made), projected))
         for parent, child, _, new in places:
             parent._modules[child] = new
         report = _report(model, made, before, replacements)
@@ -176,6 +192,15 @@ def _replacements(old: Mapping[str, nn.Module], made: Mapping[str, nn.Module]) -
             pairs.update(dict.fromkeys(before[1:], ()))
             pairs[before[0]] = after
     return pairs
+
+
+def _heirs_of_dense(old: Mapping[str, nn.Module], made: Mapping[str, nn.Module]) -> dict[nn.Parameter, FactorizedLayer]:
+    """Pair the weight of each dense layer with the factorized one in its place."""
+    return {
+        weights_held(old[name])[0]: layer
+        for name, layer in made.items()
+        if isinstance(layer, FactorizedLayer) and not isinstance(old[name], FactorizedLayer)
+    }
 
 
 def _names_of_new(made: Mapping[str, nn.Module]) -> dict[nn.Parameter, str]:

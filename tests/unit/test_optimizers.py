@@ -80,6 +80,16 @@ def test_only_a_fused_sgd_with_momentum_gets_zeros_for_the_new_ones(momentum, fu
     assert torch.allclose(new, torch.full((3,), 0.9))
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_adagrad_gets_what_its_constructor_gives(fused):
+    stays, old, new = parameter(2), parameter(2), parameter(3)
+    optimizer = stepped(torch.optim.Adagrad([stays, old], lr=0.1, initial_accumulator_value=0.5, fused=fused))
+    replace_parameters([optimizer], {old: (new,)}, {new: "new"})
+    assert optimizer.state[new].keys() == optimizer.state[stays].keys()
+    assert torch.equal(optimizer.state[new]["sum"], torch.full((3,), 0.5))
+    assert optimizer.state[new]["step"] == 0
+
+
 def test_names_follow_also_of_a_bias_that_stays():
     weight, bias, left, right = parameter(2), parameter(2), parameter(1), parameter(1)
     optimizer = torch.optim.SGD([("0.weight", weight), ("0.bias", bias)], lr=0.1)
@@ -134,8 +144,32 @@ def test_rebind_puts_the_named_parameters_in_this_order():
     assert optimizer.param_groups[0]["param_names"] == ["bias", "weight"]
 
 
+def test_rebind_makes_groups_of_one_parameter_each_those_of_the_file():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    named = dict(model.named_parameters())
+    groups = [{"params": [one], "lr": 0.1 * index} for index, one in enumerate(named.values(), start=1)]
+    optimizer = torch.optim.SGD(groups, lr=1.0)
+    rebind([optimizer], [[["1.weight", "0.weight"], ["1.bias"], ["0.bias"]]], named)
+    assert ids(optimizer) == [
+        [id(named["1.weight"]), id(named["0.weight"])],
+        [id(named["1.bias"])],
+        [id(named["0.bias"])],
+    ]
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.3, 0.4, 0.2])
+
+
 @pytest.mark.parametrize(
-    "names", [[], [[]], [[["weight"], ["bias"]]], [[["weight", None]]], [[["weight", "gone"]]]], ids=str
+    "names",
+    [
+        [],
+        [[]],
+        [[["weight"], ["gone"]]],
+        [[["weight"], [None]]],
+        [[["weight"], ["bias"]]],
+        [[["weight", None]]],
+        [[["weight", "gone"]]],
+    ],
+    ids=str,
 )
 def test_rebind_leaves_alone_what_does_not_match(names):
     old, new = nn.Linear(2, 2), nn.Linear(2, 2)
