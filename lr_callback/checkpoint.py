@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -25,6 +26,8 @@ from lr_callback.surgery import factorize_, replace_layers
 
 _ENTRIES = ("weight", "bias", "encoder.weight", "decoder.weight", "decoder.bias")
 """Names of what a dense or a factorized layer holds."""
+_HELD: WeakSet[nn.Module] = WeakSet()
+"""Modules in training, whose optimizers hold the parameters of the layers as they are; a copy is not one of them."""
 
 
 def restore_(model: nn.Module, source: Allocation | Mapping[str, Any] | str | Path) -> None:
@@ -119,8 +122,29 @@ def structure_hook(
     made = _restructured(module, state_dict, prefix)
     if made and strict and not prefix:
         _check_weights(module, state_dict)  # torch would find out after the layers were replaced
+    if made and module in _HELD and getattr(module, "_current_fx_name", None) != "on_train_end":
+        raise ValueError(_refusal(list(made)))
     if made:
         replace_layers(module, made)
+
+
+def hold_structure(module: nn.Module) -> None:
+    """Refuse state dicts of another structure for a module with the hook, until it is released."""
+    _HELD.add(module)
+
+
+def release_structure(module: nn.Module) -> None:
+    """Let a module adapt its structure again."""
+    _HELD.discard(module)
+
+
+def _refusal(names: list[str]) -> str:
+    return (
+        f"load_state_dict: in the middle of a training the file must have the model's structure, {len(names)} layers "
+        f"differ (factorized in one, dense or of another rank in the other), the first is {names[0]}. The optimizers "
+        "would go on training parameters that the model no longer has. Load it before or after the training, or "
+        "resume from the file: `trainer.fit(model, ckpt_path=...)`. Nothing was changed."
+    )
 
 
 def install_hook(module: nn.Module) -> None:

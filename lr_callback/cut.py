@@ -17,13 +17,15 @@ from lr_callback.parallel import workers
 from lr_callback.surgery import SurgeryReport, replace_layers
 
 
-def cut(trainer: Trainer, pl_module: LightningModule, allocation: Allocation) -> SurgeryReport:
+def cut(trainer: Trainer, pl_module: LightningModule, allocation: Allocation, undo: ExitStack) -> SurgeryReport:
     """Carry out an allocation inside ``Trainer.fit``.
 
     Args:
         trainer: whose optimizers follow.
         pl_module: whose layers are replaced.
         allocation: made for this module.
+        undo: given what undoes each step before that step edits anything; the cut stands once the caller takes
+            everything off the stack, together with whatever else belongs to it.
 
     Returns:
         What was done.
@@ -34,7 +36,4 @@ def cut(trainer: Trainer, pl_module: LightningModule, allocation: Allocation) ->
     targets = check_allocation(pl_module, allocation)
     with workers() as crew:
         made = build_layers(targets, allocation, crew)
-    with ExitStack() as undo:
-        report = replace_layers(pl_module, made, unwrapped(trainer.optimizers), undo)
-        undo.pop_all()
-    return report
+    return replace_layers(pl_module, made, unwrapped(trainer.optimizers), undo)

@@ -38,7 +38,7 @@ def replace_parameters(
 
     try:
         for optimizer in optimizers:
-            undo.append(_remember(optimizer))
+            undo.append(remember(optimizer))
             _replace(optimizer, replacements, names)
     except BaseException:
         undo_all()
@@ -46,8 +46,12 @@ def replace_parameters(
     return undo_all
 
 
-def _remember(optimizer: Optimizer) -> Callable[[], None]:
-    """Return a function that puts back the parameters of each group and the state of each parameter."""
+def remember(optimizer: Optimizer) -> Callable[[], None]:
+    """Return a function that puts back the parameters of each group and the state of each parameter.
+
+    Args:
+        optimizer: as it is to be again; any later edit of its groups and state is undone.
+    """
     groups = [(group, list(group["params"]), list(group.get("param_names", ()))) for group in optimizer.param_groups]
     state = dict(optimizer.state)
     inner = {key: dict(value) for key, value in state.items() if isinstance(value, dict)}
