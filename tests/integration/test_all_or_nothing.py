@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import pkgutil
 import resource
 import signal
 import sys
@@ -28,7 +29,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*there is no last checkpoint available"),
 ]
 PACKAGE = Path(lr_callback.__file__).parent
-EDITING = {str(PACKAGE / f"{name}.py") for name in ("build", "callback", "cut", "journal", "optimizers", "snapshots", "surgery")}
+EDITING = {
+    str(PACKAGE / f"{name}.py")
+    for name in ("build", "callback", "cut", "journal", "optimizers", "snapshots", "surgery")
+}
 """The files whose lines change something, or stand around those that do."""
 EVENTS = [1, 2]
 EPOCHS = 4
@@ -63,7 +67,9 @@ def state_of(trainer, callback):
     """Return all that a compression may change: the very objects, and a copy of every value."""
     module, [optimizer] = trainer.lightning_module, trainer.optimizers
     objects = [id(one) for one in (*module.modules(), *module.parameters(), *module.buffers())]
-    groups = [(id(group), id(group["params"]), [id(one) for one in group["params"]]) for group in optimizer.param_groups]
+    groups = [
+        (id(group), id(group["params"]), [id(one) for one in group["params"]]) for group in optimizer.param_groups
+    ]
     state = [(id(one), id(held), list(held)) for one, held in optimizer.state.items()]
     modes = [one.training for one in module.modules()]
     hooks = [(len(one._forward_hooks), len(one._forward_pre_hooks)) for one in module.modules()]
@@ -164,7 +170,8 @@ def test_interrupt_at_any_line_leaves_everything_as_it_was_or_done_and_the_run_g
     trainer.fit(new_module(adam), loader(), loader())
     assert same(finished(trainer), whole.end)
     assert {Path(file).stem for (file, _), _ in left} == {"callback", "snapshots"}
-    assert len(left) < 12 < 200 < len(moments(whole.lines))
+    assert len(left) < 12
+    assert len(moments(whole.lines)) > 200
 
 
 @pytest.fixture
@@ -211,3 +218,96 @@ def test_run_that_was_interrupted_is_resumed_bit_for_bit(whole, crash, resume, p
     assert type(error) is SystemExit  # as Lightning ends an interrupted run
     assert (callback.state_dict()["applied"] == EVENTS) is (part > 0.9)
     assert same(resume(name), whole.end[:2])
+
+
+def failing(function, error, at):
+    """Return a function that is another one, but raises when it is called for the ``at``-th time."""
+    calls = iter(range(1, 1000))
+
+    def called(*arguments, **named):
+        if next(calls) == at:
+            raise error
+        return function(*arguments, **named)
+
+    return called
+
+
+FAILURES = {
+    "decomposition in the analysis": ("torch.linalg.eigvalsh", torch.linalg.LinAlgError("no"), 3),
+    "decomposition of the second layer": ("lr_callback.build.truncate", torch.linalg.LinAlgError("no"), 2),
+    "memory for the first layer": ("lr_callback.build.skeleton", torch.OutOfMemoryError("no"), 1),
+    "memory for the second layer": ("lr_callback.build.skeleton", MemoryError("no"), 2),
+    "edit of the optimizer": ("lr_callback.optimizers._replace", RuntimeError("no"), 1),
+    "report": ("lr_callback.surgery._report", RuntimeError("no"), 1),
+    "metrics": ("lr_callback.journal.compression_metrics", RuntimeError("no"), 1),
+    "table": ("lr_callback.callback.show", BrokenPipeError("no"), 1),
+    "snapshot on a full disk": ("lightning.pytorch.Trainer.save_checkpoint", OSError(errno.ENOSPC, "no"), 1),
+    "interrupt": ("lr_callback.surgery._report", KeyboardInterrupt("no"), 1),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES)
+@pytest.mark.situation("All or nothing", "a compression that fails", "works")
+def test_failure_changes_nothing_ends_the_run_with_its_cause_and_can_be_resumed(
+    whole, tmp_path, crash, resume, monkeypatch, failure
+):
+    place, error, at = failure
+    callback, before = compression(), []
+
+    def break_it(trainer, pl_module):
+        before.append((state_of(trainer, callback), files_in(tmp_path)))
+        owner, name = pkgutil.resolve_name(place.rpartition(".")[0]), place.rpartition(".")[2]
+        monkeypatch.setattr(owner, name, failing(getattr(owner, name), error, at))
+
+    found, trainer = crash(callback, AtTheEvent(break_it))
+    monkeypatch.undo()
+    assert found is error or (type(error) is KeyboardInterrupt and type(found) is SystemExit)
+    [(state, files)] = before
+    assert same(state_of(trainer, callback), state)
+    assert {path: content for path, content in files_in(tmp_path).items() if path.name != "raised.ckpt"} == files
+    assert same(resume("raised.ckpt"), whole.end[:2])
+    assert same(resume(LAST), whole.end[:2])
+
+
+class Broken(CSVLogger):
+    """A logger that loses its connection."""
+
+    def log_metrics(self, metrics, step=None):
+        if "compression/worst_error" in metrics and step == 8:
+            raise ConnectionError("gone")
+        super().log_metrics(metrics, step)
+
+
+@pytest.mark.situation("All or nothing", "a logger that fails at a compression", "works")
+def test_logger_that_fails_undoes_the_compression_that_it_was_told_of(whole, tmp_path, crash, resume):
+    callback = compression()
+    found, trainer = crash(callback, logger=Broken(tmp_path / "logs"))
+    assert type(found) is ConnectionError
+    assert callback.state_dict()["applied"] == [1]
+    assert callback.allocation.keep_ratio == 0.6
+    assert type(trainer.lightning_module.network[10]) is nn.Linear
+    assert same(resume("raised.ckpt"), whole.end[:2])
+
+
+@pytest.mark.situation("All or nothing", "a snapshot that the disk has no room for", "works")
+def test_snapshot_that_does_not_fit_on_the_disk_leaves_the_former_one(whole, tmp_path, crash, resume):
+    limits, callback, kept = resource.getrlimit(resource.RLIMIT_FSIZE), compression(), []
+
+    def fill_the_disk(trainer, pl_module):
+        kept.append(files_in(tmp_path))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+
+    class Room(Callback):
+        def on_exception(self, *_):
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    try:
+        found, _ = crash(callback, AtTheEvent(fill_the_disk), Room())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert isinstance(found, OSError)
+    assert found.errno == errno.EFBIG
+    assert callback.state_dict()["applied"] == [1]
+    assert {path: content for path, content in files_in(tmp_path).items() if path.name != "raised.ckpt"} == kept[0]
+    assert same(resume("raised.ckpt"), whole.end[:2])
+    assert same(resume(LAST), whole.end[:2])
