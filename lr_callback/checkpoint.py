@@ -7,7 +7,7 @@ model has a factorized one means dense. So files that hold weights alone are eno
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -138,12 +138,13 @@ def release_structure(module: nn.Module) -> None:
     _HELD.discard(module)
 
 
-def _refusal(names: list[str]) -> str:
+def _refusal(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
     return (
-        f"load_state_dict: in the middle of a training the file must have the model's structure, {len(names)} layers "
-        f"differ (factorized in one, dense or of another rank in the other), the first is {names[0]}. The optimizers "
-        "would go on training parameters that the model no longer has. Load it before or after the training, or "
-        "resume from the file: `trainer.fit(model, ckpt_path=...)`. Nothing was changed."
+        "load_state_dict: in the middle of a training the state dict must have the structure that the model has, it is "
+        f"factorized otherwise at {', '.join(names[:4])}{more}. The optimizers would go on with parameters that the "
+        "model no longer has. Load it before or after the training, or resume from its checkpoint: "
+        "`trainer.fit(model, ckpt_path=...)`. Nothing was changed."
     )
 
 

@@ -278,6 +278,7 @@ class Broken(CSVLogger):
         super().log_metrics(metrics, step)
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 @pytest.mark.situation("All or nothing", "a logger that fails at a compression", "works")
 def test_logger_that_fails_undoes_the_compression_that_it_was_told_of(whole, tmp_path, crash, resume):
     callback = compression()
