@@ -120,8 +120,10 @@ def structure_hook(
     processes can hold it.
     """
     made = _restructured(module, state_dict, prefix)
-    if made and strict and not prefix:
-        _check_weights(module, state_dict)  # torch would find out after the layers were replaced
+    if made and not prefix:
+        # Torch would find out after the layers were replaced. Whether a name may be missing only torch knows: `strict`
+        # is True here even if it was called with False.
+        _check_weights(module, state_dict, partial=True)
     if made and module in _HELD and getattr(module, "_current_fx_name", None) != "on_train_end":
         raise ValueError(_refusal(list(made)))
     if made:
@@ -219,8 +221,8 @@ def _fitting(geometry: Geometry, encoder: tuple[int, ...], decoder: tuple[int, .
     return None
 
 
-def _check_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Refuse a state dict that would not load after the structure was adapted."""
+def _check_weights(model: nn.Module, state: Mapping[str, Tensor], partial: bool = False) -> None:
+    """Refuse a state dict that would not load after the structure was adapted; ``partial``: names may be missing."""
     own = {name: value for name, value in model.state_dict().items() if not is_extra(name)}
     expected = {name: _shape(value, state.get(name)) for name, value in own.items()}
     for layer, names in _names_of_layers(model).items():
@@ -230,6 +232,9 @@ def _check_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
                 expected.pop(f"{name}.{inner}", None)
             expected.update({f"{name}.{inner}": shape for inner, shape in shapes.items()})
     found = {name: tuple(value.shape) for name, value in state.items() if not is_extra(name)}
+    if partial:
+        common = expected.keys() & found.keys()
+        expected, found = ({name: shapes[name] for name in shapes if name in common} for shapes in (expected, found))
     if expected != found:
         raise ValueError(_differences(expected, found))
 
