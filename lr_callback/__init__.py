@@ -24,6 +24,8 @@ from lr_callback.surgery import factorize_ as factorize_
 
 if TYPE_CHECKING:
     from lr_callback.callback import LowRankCompression as LowRankCompression
+    from lr_callback.loading import LowRankMixin as LowRankMixin
+    from lr_callback.loading import load_from_checkpoint as load_from_checkpoint
 
 __version__ = "0.1.0"
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "FactorizedLinear",
     "Factorization",
     "LowRankCompression",
+    "LowRankMixin",
     "Method",
     "SingularValueThreshold",
     "SurgeryReport",
@@ -43,12 +46,19 @@ __all__ = [
     "analyze",
     "densify_",
     "factorize_",
+    "load_from_checkpoint",
     "restore_",
 ]
 
+_OF_LIGHTNING = {
+    "LowRankCompression": "lr_callback.callback",
+    "LowRankMixin": "lr_callback.loading",
+    "load_from_checkpoint": "lr_callback.loading",
+}
+
 
 def __getattr__(name: str) -> object:
-    """Import the callback on first use: the rest of the package does without Lightning."""
-    if name == "LowRankCompression":
-        return import_module("lr_callback.callback").LowRankCompression
+    """Import what is for Lightning on first use: the rest of the package does without it."""
+    if name in _OF_LIGHTNING:
+        return getattr(import_module(_OF_LIGHTNING[name]), name)
     raise AttributeError(f"module 'lr_callback' has no attribute {name!r}")

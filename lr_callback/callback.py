@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import ExitStack
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -11,8 +12,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lr_callback.allocation import Allocation
-from lr_callback.analysis import analyze, check_method, survey
-from lr_callback.checkpoint import install_hook
+from lr_callback.analysis import Analysis, analyze, check_method, survey
+from lr_callback.checkpoint import hold_structure, install_hook, release_structure
 from lr_callback.costs import check_cost
 from lr_callback.cut import cut, start_of
 from lr_callback.events import read_events
@@ -24,6 +25,8 @@ from lr_callback.optimizers import names_of, rebind
 from lr_callback.probe import Probe
 from lr_callback.projection import OptimizerState, check_optimizer_state
 from lr_callback.report import analysis_progress, show
+from lr_callback.resume import begin_epoch_anew
+from lr_callback.snapshots import publish, write_part, write_snapshot
 from lr_callback.surgery import SurgeryReport
 
 _GROUPS = "lr_callback_optimizer_names"
@@ -52,7 +55,8 @@ class LowRankCompression(Callback):
             did when the run began; by default they go on as if nothing had happened.
         show_table: print the table of all layers at each compression.
         snapshots: write weights-only checkpoints ``dense.ckpt`` (before the first compression), ``cut.ckpt`` (right
-            after the latest) and ``final.ckpt`` into the folder ``compression`` of the log folder.
+            after the latest) and ``final.ckpt`` into the folder ``compression`` of the log folder; without a logger of
+            ``default_root_dir``, under ``fast_dev_run`` nowhere.
 
     Raises:
         TypeError: If ``method`` is no method.
@@ -104,12 +108,14 @@ class LowRankCompression(Callback):
         """
         if is_smoke_test(trainer) and not self._applied:
             return self.events[min(self.events)]
-        due = [event for event in self.events if event <= trainer.current_epoch and event not in self._applied]
+        last = max(self._applied, default=-1)
+        due = [event for event in self.events if last < event <= trainer.current_epoch]
         return self.events[max(due)] if due else None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, and let the module take the structure of any checkpoint."""
         install_hook(pl_module)
+        release_structure(pl_module)
         self._saved_names = None  # of a file that was read for a test, perhaps; a file to resume from comes later
         if stage != "fit":
             return
@@ -159,20 +165,25 @@ class LowRankCompression(Callback):
         for keep_ratio in self.events.values():
             prices.allocate(keep_ratio)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse from now on a state dict of another structure: the optimizers would keep the layers that are gone."""
+        hold_structure(pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let the module take any structure again."""
+        release_structure(pl_module)
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compress, if it is time."""
         keep_ratio = self.should_compress(trainer, pl_module)
-        if keep_ratio is None:
-            return
-        if "dense" not in self.snapshot_files:
-            self._snapshot(trainer, "dense")
-        self.compress(trainer, pl_module, keep_ratio)
-        passed = min(self.events) if is_smoke_test(trainer) else trainer.current_epoch
-        self._applied = sorted({*self._applied, *(event for event in self.events if event <= passed)})
-        self._snapshot(trainer, "cut")
+        if keep_ratio is not None:
+            self.compress(trainer, pl_module, keep_ratio)
 
     def compress(self, trainer: Trainer, pl_module: LightningModule, keep_ratio: float) -> SurgeryReport:
-        """Analyse, allocate, replace the layers and let the optimizers follow; then log and print.
+        """Analyse, allocate, replace the layers and let the optimizers follow; write snapshots, log and print.
+
+        It is done as a whole or not at all: whatever is raised on the way, also by a logger, a full disk or a person's
+        interrupt, leaves the model, the optimizers and this callback as they were.
 
         Args:
             trainer: whose optimizers are edited.
@@ -184,10 +195,33 @@ class LowRankCompression(Callback):
             MisconfigurationException: If multiply-adds are to be counted and no input is known. Nothing was changed.
         """
         started = perf_counter()
+        with ExitStack() as undo:
+            undo.callback(vars(self).update, dict(vars(self)))
+            if "dense" not in self.snapshot_files:
+                self._snapshot(trainer, "dense")
+            allocation = self._analyze(trainer, pl_module).allocate(keep_ratio)
+            self._note(trainer, allocation)
+            report = cut(trainer, pl_module, allocation, undo, optimizer_state=self.optimizer_state, start=self._start)
+            seconds = perf_counter() - started
+            part = write_part(trainer, "cut", undo) if self.snapshots else None
+            log_compression(trainer, pl_module, allocation, self._observation, seconds)
+            if self.show_table:
+                show(trainer, f"Low-rank compression at the start of epoch {trainer.current_epoch}\n{allocation}")
+            undo.pop_all()
+        self.snapshot_files = self.snapshot_files | publish(trainer, part)
+        return report
+
+    def _note(self, trainer: Trainer, allocation: Allocation) -> None:
+        """Note what is done now, and that the events until now have passed."""
+        self.allocation = allocation
+        passed = min(self.events) if is_smoke_test(trainer) else trainer.current_epoch
+        self._applied = sorted({*self._applied, *(event for event in self.events if event <= passed)})
+
+    def _analyze(self, trainer: Trainer, pl_module: LightningModule) -> Analysis:
         if self._observation is None:
             self._observe_example(trainer, pl_module)
         with analysis_progress(trainer.progress_bar_callback) as progress:
-            analysis = analyze(
+            return analyze(
                 pl_module,
                 self.method,
                 observation=self._counted_on,
@@ -195,13 +229,6 @@ class LowRankCompression(Callback):
                 exclude=self.exclude,
                 progress=progress,
             )
-        allocation = analysis.allocate(keep_ratio)
-        report = cut(trainer, pl_module, allocation, self.optimizer_state, self._start)
-        self.allocation = allocation
-        log_compression(trainer, pl_module, allocation, self._observation, perf_counter() - started)
-        if self.show_table:
-            show(trainer, f"Low-rank compression at the start of epoch {trainer.current_epoch}\n{allocation}")
-        return report
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
         """Watch the first batch: how the network is called is not known before."""
@@ -239,6 +266,7 @@ class LowRankCompression(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hooks of ours behind."""
+        release_structure(pl_module)
         if self._probe is not None:
             self._probe.stop()
             self._probe = None
@@ -249,13 +277,8 @@ class LowRankCompression(Callback):
             self._snapshot(trainer, "final")
 
     def _snapshot(self, trainer: Trainer, name: str) -> None:
-        """Write the weights of this moment to a file."""
-        if not self.snapshots:
-            return
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / "compression"
-        path = str(folder / f"{name}.ckpt")
-        trainer.save_checkpoint(path, weights_only=True)
-        self.snapshot_files[name] = path
+        if self.snapshots:
+            self.snapshot_files = self.snapshot_files | write_snapshot(trainer, name)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, as plain data."""
@@ -283,5 +306,6 @@ class LowRankCompression(Callback):
         checkpoint[_GROUPS] = names_of(trainer.optimizers, dict(pl_module.named_parameters()))
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Read the names of the parameters in each optimizer's groups."""
+        """Read the names of the parameters in each optimizer's groups; let an epoch that had not begun begin."""
+        begin_epoch_anew(checkpoint)
         self._saved_names = checkpoint.get(_GROUPS)

@@ -7,9 +7,10 @@ model has a factorized one means dense. So files that hold weights alone are eno
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -25,6 +26,8 @@ from lr_callback.surgery import factorize_, replace_layers
 
 _ENTRIES = ("weight", "bias", "encoder.weight", "decoder.weight", "decoder.bias")
 """Names of what a dense or a factorized layer holds."""
+_HELD: WeakSet[nn.Module] = WeakSet()
+"""Modules in training, whose optimizers hold the parameters of the layers as they are; a copy is not one of them."""
 
 
 def restore_(model: nn.Module, source: Allocation | Mapping[str, Any] | str | Path) -> None:
@@ -117,10 +120,34 @@ def structure_hook(
     processes can hold it.
     """
     made = _restructured(module, state_dict, prefix)
-    if made and strict and not prefix:
-        _check_weights(module, state_dict)  # torch would find out after the layers were replaced
+    if made and not prefix:
+        # Torch would find out after the layers were replaced. Whether a name may be missing only torch knows: `strict`
+        # is True here even if it was called with False.
+        _check_weights(module, state_dict, partial=True)
+    if made and module in _HELD and getattr(module, "_current_fx_name", None) != "on_train_end":
+        raise ValueError(_refusal(list(made)))
     if made:
         replace_layers(module, made)
+
+
+def hold_structure(module: nn.Module) -> None:
+    """Refuse state dicts of another structure for a module with the hook, until it is released."""
+    _HELD.add(module)
+
+
+def release_structure(module: nn.Module) -> None:
+    """Let a module adapt its structure again."""
+    _HELD.discard(module)
+
+
+def _refusal(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return (
+        "load_state_dict: in the middle of a training the state dict must have the structure that the model has, it is "
+        f"factorized otherwise at {', '.join(names[:4])}{more}. The optimizers would go on with parameters that the "
+        "model no longer has. Load it before or after the training, or resume from its checkpoint: "
+        "`trainer.fit(model, ckpt_path=...)`. Nothing was changed."
+    )
 
 
 def install_hook(module: nn.Module) -> None:
@@ -194,8 +221,8 @@ def _fitting(geometry: Geometry, encoder: tuple[int, ...], decoder: tuple[int, .
     return None
 
 
-def _check_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Refuse a state dict that would not load after the structure was adapted."""
+def _check_weights(model: nn.Module, state: Mapping[str, Tensor], partial: bool = False) -> None:
+    """Refuse a state dict that would not load after the structure was adapted; ``partial``: names may be missing."""
     own = {name: value for name, value in model.state_dict().items() if not is_extra(name)}
     expected = {name: _shape(value, state.get(name)) for name, value in own.items()}
     for layer, names in _names_of_layers(model).items():
@@ -205,6 +232,9 @@ def _check_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
                 expected.pop(f"{name}.{inner}", None)
             expected.update({f"{name}.{inner}": shape for inner, shape in shapes.items()})
     found = {name: tuple(value.shape) for name, value in state.items() if not is_extra(name)}
+    if partial:
+        common = expected.keys() & found.keys()
+        expected, found = ({name: shapes[name] for name in shapes if name in common} for shapes in (expected, found))
     if expected != found:
         raise ValueError(_differences(expected, found))
 

@@ -27,6 +27,8 @@ def cut(
     trainer: Trainer,
     pl_module: LightningModule,
     allocation: Allocation,
+    undo: ExitStack,
+    *,
     optimizer_state: OptimizerState = "reset",
     start: Mapping[str, Any] | None = None,
 ) -> SurgeryReport:
@@ -36,6 +38,8 @@ def cut(
         trainer: whose optimizers follow; so do those that the module has as attributes.
         pl_module: whose layers are replaced.
         allocation: made for this module.
+        undo: given what undoes each step before that step edits anything; the cut stands once the caller takes
+            everything off the stack, together with whatever else belongs to it.
         optimizer_state: what factors of dense layers start with, ``reset`` or ``project``.
         start: to where learning rates and schedulers are rewound, see :mod:`lr_callback.rewind`.
 
@@ -49,15 +53,13 @@ def cut(
     targets = check_allocation(pl_module, allocation)
     with workers() as crew:
         made = build_layers(targets, allocation, crew)
-    with ExitStack() as undo:
-        followers = [*trainer.optimizers, *optimizers_in(pl_module)]
-        report = replace_layers(pl_module, made, followers, undo, optimizer_state)
-        new = [heir for heirs in report.replacements.values() for heir in heirs]
-        for optimizer in trainer.optimizers:
-            watch_first_step(optimizer, new, undo)
-        if start is not None:
-            rewind(trainer.optimizers, schedulers_of(trainer), start, undo)
-        undo.pop_all()
+    followers = [*trainer.optimizers, *optimizers_in(pl_module)]
+    report = replace_layers(pl_module, made, followers, undo, optimizer_state)
+    new = [heir for heirs in report.replacements.values() for heir in heirs]
+    for optimizer in trainer.optimizers:
+        watch_first_step(optimizer, new, undo)
+    if start is not None:
+        rewind(trainer.optimizers, schedulers_of(trainer), start, undo)
     return report
 
 

@@ -53,7 +53,7 @@ def replace_parameters(
     held = [(optimizer, _held(optimizer, replacements)) for optimizer in with_inner(optimizers)]
     try:
         for optimizer, old in held:
-            undo.append(_remember(optimizer))
+            undo.append(remember(optimizer))
             _replace(optimizer, old, replacements, names, projected or {})
         for optimizer, old in held:
             _check(optimizer, old, replacements, names)
@@ -114,8 +114,12 @@ def _refusal(optimizer: Optimizer, found: str) -> RuntimeError:
     )
 
 
-def _remember(optimizer: Optimizer) -> Callable[[], None]:
-    """Return a function that puts back the parameters of each group and the state of each parameter."""
+def remember(optimizer: Optimizer) -> Callable[[], None]:
+    """Return a function that puts back the parameters of each group and the state of each parameter.
+
+    Args:
+        optimizer: as it is to be again; any later edit of its groups and state is undone.
+    """
     groups = [(group, list(group["params"]), list(group.get("param_names", ()))) for group in optimizer.param_groups]
     state = dict(optimizer.state)
     inner = {key: dict(value) for key, value in state.items() if isinstance(value, dict)}
@@ -123,7 +127,8 @@ def _remember(optimizer: Optimizer) -> Callable[[], None]:
 
     def restore() -> None:
         for group, params, names in groups:
-            group["params"][:] = params
+            if isinstance(group["params"], list):  # nobody can have edited another kind
+                group["params"][:] = params
             if "param_names" in group:
                 group["param_names"][:] = names
         optimizer.state.clear()

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from lr_callback.allocation import Allocation
 from lr_callback.build import build_layers, check_allocation, densified, weights_held
 from lr_callback.layers import FactorizedLayer
-from lr_callback.optimizers import Replacements, replace_parameters
+from lr_callback.optimizers import Replacements, remember, replace_parameters, with_inner
 from lr_callback.parallel import workers
 from lr_callback.projection import OptimizerState, check_optimizer_state
 
@@ -129,7 +129,8 @@ def replace_layers(
         model: whose layers are replaced.
         made: name of a layer -> the layer that takes its place.
         optimizers: edited in place.
-        undo: given what undoes the whole, for a caller with more to do that may fail.
+        undo: given what undoes the whole, before anything is changed, for a caller with more to do that may fail; the
+            surgery is then undone unless the caller takes everything off the stack.
         optimizer_state: ``reset`` or ``project``, for dense layers that become factors; all others start without.
 
     Raises:
@@ -140,16 +141,17 @@ def replace_layers(
     old = {name: model.get_submodule(name) for name in made}
     replacements = _replacements(old, made)
     places = _places(model, {layer: made[name] for name, layer in old.items()})
-    with ExitStack() as steps:
+    with ExitStack() as own:
+        steps = own if undo is None else undo  # never moved from one to the other: an interrupt could come in between
+        for optimizer in with_inner(listed):
+            steps.callback(remember(optimizer))
         steps.callback(_put_back, places)
         projected = _heirs_of_dense(old, made) if optimizer_state == "project" else {}
-        steps.callback(replace_parameters(listed, replacements, _names_of_new(made), projected))
+        replace_parameters(listed, replacements, _names_of_new(made), projected)
         for parent, child, _, new in places:
             parent._modules[child] = new
         report = _report(model, made, before, replacements)
-        kept = steps.pop_all()
-    if undo is not None:
-        undo.push(kept)
+        own.pop_all()
     return report
 
 

@@ -1,0 +1,51 @@
+"""Snapshots: weights of one moment in a file that is always whole.
+
+A file is written beside the one that it is to become, in the same folder, and takes its name in one step: whenever the
+process is killed, the name stands for the former file or for the new one.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+
+from lightning.pytorch import Trainer
+
+from lr_callback.host import is_smoke_test
+
+
+def write_snapshot(trainer: Trainer, name: str) -> dict[str, str]:
+    """Write the weights of this moment; return name -> path, nothing where none are written."""
+    with ExitStack() as undo:
+        written = publish(trainer, write_part(trainer, name, undo))
+        undo.pop_all()
+    return written
+
+
+def write_part(trainer: Trainer, name: str, undo: ExitStack) -> Path | None:
+    """Write the weights of this moment under a name that is not yet that of the snapshot.
+
+    Args:
+        trainer: whose module is written, into the folder ``compression`` of its log folder.
+        name: of the snapshot.
+        undo: given what removes the file again, before it is written.
+
+    Returns:
+        The file's path, for :func:`publish`; None under ``fast_dev_run``, which leaves nothing on the disk.
+    """
+    if is_smoke_test(trainer):
+        return None
+    part = Path(trainer.log_dir or trainer.default_root_dir) / "compression" / f"{name}.ckpt.part"
+    undo.callback(part.unlink, missing_ok=True)
+    trainer.save_checkpoint(part, weights_only=True)
+    return part
+
+
+def publish(trainer: Trainer, part: Path | None) -> dict[str, str]:
+    """Give a written snapshot its name, in place of an earlier one; return name -> path."""
+    if part is None:
+        return {}
+    snapshot = part.with_suffix("")
+    if trainer.is_global_zero:
+        part.replace(snapshot)
+    return {snapshot.stem: str(snapshot)}

@@ -1,0 +1,314 @@
+"""A compression that fails or is interrupted anywhere leaves everything as it was, and can be resumed."""
+
+import copy
+import errno
+import pkgutil
+import resource
+import signal
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+from torch.optim import Adam
+
+import lr_callback
+from lr_callback import LowRankCompression
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create"),
+    # With OnExceptionCheckpoint among the callbacks Lightning looks for its file by itself.
+    pytest.mark.filterwarnings("ignore:.*was called without a model"),
+    pytest.mark.filterwarnings("ignore:.*there is no last checkpoint available"),
+]
+PACKAGE = Path(lr_callback.__file__).parent
+EDITING = {
+    str(PACKAGE / f"{name}.py")
+    for name in ("build", "callback", "cut", "journal", "optimizers", "snapshots", "surgery")
+}
+"""The files whose lines change something, or stand around those that do."""
+EVENTS = [1, 2]
+EPOCHS = 4
+LAST = "epoch=1-step=8.ckpt"
+"""The file from just before the second event."""
+
+
+def adam(module):
+    return Adam(module.parameters(), lr=0.005)
+
+
+def compression():
+    return LowRankCompression([0.6, 0.4], EVENTS, include=["network.8", "network.10"], snapshots=True)
+
+
+def finished(trainer):
+    module, [optimizer] = trainer.lightning_module, trainer.optimizers
+    return copy.deepcopy((dict(module.state_dict()), optimizer.state_dict(), torch.get_rng_state()))
+
+
+def same(one, other):
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(same(value, other[key]) for key, value in one.items())
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+def state_of(trainer, callback):
+    """Return all that a compression may change: the very objects, and a copy of every value."""
+    module, [optimizer] = trainer.lightning_module, trainer.optimizers
+    objects = [id(one) for one in (*module.modules(), *module.parameters(), *module.buffers())]
+    groups = [
+        (id(group), id(group["params"]), [id(one) for one in group["params"]]) for group in optimizer.param_groups
+    ]
+    state = [(id(one), id(held), list(held)) for one, held in optimizer.state.items()]
+    modes = [one.training for one in module.modules()]
+    hooks = [(len(one._forward_hooks), len(one._forward_pre_hooks)) for one in module.modules()]
+    return objects, groups, state, modes, hooks, finished(trainer), callback.state_dict()
+
+
+def files_in(root):
+    return {path: path.read_bytes() for path in root.rglob("*.ckpt*")}
+
+
+class AtTheEvent(Callback):
+    """Call a function just before the second compression."""
+
+    def __init__(self, act):
+        self.act = act
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == EVENTS[1]:
+            self.act(trainer, pl_module)
+
+
+class Lines:
+    """Trace the lines of some files of the package that a call executes; raise at one of them, if told to."""
+
+    def __init__(self, stop=None):
+        self.stop, self.hits, self.order = stop, Counter(), []
+
+    def _frame(self, frame, event, argument):
+        return self._line if frame.f_code.co_filename in EDITING else None
+
+    def _line(self, frame, event, argument):
+        if event == "line":
+            place = (frame.f_code.co_filename, frame.f_lineno)
+            self.hits[place] += 1
+            self.order.append((place, self.hits[place]))
+            if self.order[-1] == self.stop:
+                raise KeyboardInterrupt
+        return self._line
+
+    def run(self, function, *arguments):
+        sys.settrace(self._frame)
+        try:
+            return function(*arguments)
+        finally:
+            sys.settrace(None)
+
+
+def traced(lines):
+    """Return the callback, with the lines of its second compression traced."""
+    callback = compression()
+    begin = callback.on_train_epoch_start
+
+    def on_train_epoch_start(trainer, pl_module):
+        if trainer.current_epoch == EVENTS[1]:
+            lines.run(begin, trainer, pl_module)
+        else:
+            begin(trainer, pl_module)
+
+    callback.on_train_epoch_start = on_train_epoch_start
+    return callback
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, loader, new_module, new_trainer):
+    """Return an uninterrupted run: its root, its end, and the lines that its second compression executed."""
+    root, lines = tmp_path_factory.mktemp("whole"), Lines()
+    files = ModelCheckpoint(root, "{epoch}-{step}", save_top_k=-1)
+    trainer = new_trainer(root, traced(lines), files, max_epochs=EPOCHS, enable_checkpointing=True)
+    torch.manual_seed(0)
+    trainer.fit(new_module(adam), loader(), loader())
+    return SimpleNamespace(root=root, end=finished(trainer), lines=lines)
+
+
+def moments(lines):
+    """Choose where to interrupt: each line when it is first, second and last executed."""
+    return [(place, hit) for place, hit in lines.order if hit in (1, 2, lines.hits[place])]
+
+
+@pytest.mark.situation("All or nothing", "interrupt at any line of a compression", "works")
+def test_interrupt_at_any_line_leaves_everything_as_it_was_or_done_and_the_run_goes_on_bit_for_bit(
+    whole, tmp_path, loader, new_module, new_trainer
+):
+    callback, left = compression(), moments(whole.lines)
+
+    def interrupt_everywhere(trainer, pl_module):
+        before, files = state_of(trainer, callback), files_in(tmp_path)
+        while left:
+            with pytest.raises(KeyboardInterrupt):
+                Lines(left[0]).run(callback.on_train_epoch_start, trainer, pl_module)
+            if callback.state_dict()["applied"] == EVENTS:
+                return  # all lines after the one at which the compression is done
+            assert same(state_of(trainer, callback), before), left[0]
+            assert files_in(tmp_path) == files
+            del left[0]
+
+    trainer = new_trainer(tmp_path, AtTheEvent(interrupt_everywhere), callback, max_epochs=EPOCHS)
+    torch.manual_seed(0)
+    trainer.fit(new_module(adam), loader(), loader())
+    assert same(finished(trainer), whole.end)
+    assert {Path(file).stem for (file, _), _ in left} == {"callback", "snapshots"}
+    assert len(left) < 12
+    assert len(moments(whole.lines)) > 200
+
+
+@pytest.fixture
+def crash(tmp_path, loader, new_module, new_trainer):
+    """Return a function that trains until something is raised, and returns that and the Trainer."""
+    handler = signal.getsignal(signal.SIGINT)
+
+    def run(callback, *others, **settings):
+        savers = [ModelCheckpoint(tmp_path, "{epoch}-{step}", save_top_k=-1), OnExceptionCheckpoint(tmp_path, "raised")]
+        callbacks = [*others, callback, *savers]
+        trainer = new_trainer(tmp_path, *callbacks, max_epochs=EPOCHS, enable_checkpointing=True, **settings)
+        torch.manual_seed(0)
+        with pytest.raises(BaseException) as raised:
+            trainer.fit(new_module(adam), loader(), loader())
+        return raised.value, trainer
+
+    yield run
+    signal.signal(signal.SIGINT, handler)  # Lightning ignores it once there was an interrupt
+
+
+@pytest.fixture
+def resume(tmp_path, loader, new_module, new_trainer):
+    """Return a function that goes on from a file, with everything made anew, and returns what is there at the end."""
+
+    def run(name, **settings):
+        trainer = new_trainer(tmp_path, compression(), **{"max_epochs": EPOCHS, **settings})
+        torch.manual_seed(0)
+        trainer.fit(new_module(adam), loader(), loader(), ckpt_path=tmp_path / name)
+        return finished(trainer)[:2]
+
+    return run
+
+
+PARTS = {"in the analysis": 0.02, "in the middle": 0.3, "while layers are swapped": 0.6, "done": 0.99, "over": 1.0}
+
+
+@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
+@pytest.mark.parametrize("name", [LAST, "raised.ckpt"])
+@pytest.mark.situation("Checkpoints", "file that OnExceptionCheckpoint writes in the middle of a compression", "works")
+def test_run_that_was_interrupted_is_resumed_bit_for_bit(whole, crash, resume, part, name):
+    chosen = moments(whole.lines)
+    callback = traced(Lines(chosen[round(part * (len(chosen) - 1))]))
+    error, _ = crash(callback)
+    assert type(error) is SystemExit  # as Lightning ends an interrupted run
+    assert (callback.state_dict()["applied"] == EVENTS) is (part > 0.9)
+    assert same(resume(name), whole.end[:2])
+
+
+def failing(function, error, at):
+    """Return a function that is another one, but raises when it is called for the ``at``-th time."""
+    calls = iter(range(1, 1000))
+
+    def called(*arguments, **named):
+        if next(calls) == at:
+            raise error
+        return function(*arguments, **named)
+
+    return called
+
+
+FAILURES = {
+    "decomposition in the analysis": ("torch.linalg.eigvalsh", torch.linalg.LinAlgError("no"), 3),
+    "decomposition of the second layer": ("lr_callback.build.truncate", torch.linalg.LinAlgError("no"), 2),
+    "memory for the first layer": ("lr_callback.build.skeleton", torch.OutOfMemoryError("no"), 1),
+    "memory for the second layer": ("lr_callback.build.skeleton", MemoryError("no"), 2),
+    "edit of the optimizer": ("lr_callback.optimizers._replace", RuntimeError("no"), 1),
+    "report": ("lr_callback.surgery._report", RuntimeError("no"), 1),
+    "metrics": ("lr_callback.journal.compression_metrics", RuntimeError("no"), 1),
+    "table": ("lr_callback.callback.show", BrokenPipeError("no"), 1),
+    "snapshot on a full disk": ("lightning.pytorch.Trainer.save_checkpoint", OSError(errno.ENOSPC, "no"), 1),
+    "interrupt": ("lr_callback.surgery._report", KeyboardInterrupt("no"), 1),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES)
+@pytest.mark.situation("All or nothing", "a compression that fails", "works")
+def test_failure_changes_nothing_ends_the_run_with_its_cause_and_can_be_resumed(
+    whole, tmp_path, crash, resume, monkeypatch, failure
+):
+    place, error, at = failure
+    callback, before = compression(), []
+
+    def break_it(trainer, pl_module):
+        before.append((state_of(trainer, callback), files_in(tmp_path)))
+        owner, name = pkgutil.resolve_name(place.rpartition(".")[0]), place.rpartition(".")[2]
+        monkeypatch.setattr(owner, name, failing(getattr(owner, name), error, at))
+
+    found, trainer = crash(callback, AtTheEvent(break_it))
+    monkeypatch.undo()
+    assert found is error or (type(error) is KeyboardInterrupt and type(found) is SystemExit)
+    [(state, files)] = before
+    assert same(state_of(trainer, callback), state)
+    assert {path: content for path, content in files_in(tmp_path).items() if path.name != "raised.ckpt"} == files
+    assert same(resume("raised.ckpt"), whole.end[:2])
+    assert same(resume(LAST), whole.end[:2])
+
+
+class Broken(CSVLogger):
+    """A logger that loses its connection."""
+
+    def log_metrics(self, metrics, step=None):
+        if "compression/worst_error" in metrics and step == 8:
+            raise ConnectionError("gone")
+        super().log_metrics(metrics, step)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.situation("All or nothing", "a logger that fails at a compression", "works")
+def test_logger_that_fails_undoes_the_compression_that_it_was_told_of(whole, tmp_path, crash, resume):
+    callback = compression()
+    found, trainer = crash(callback, logger=Broken(tmp_path / "logs"))
+    assert type(found) is ConnectionError
+    assert callback.state_dict()["applied"] == [1]
+    assert callback.allocation.keep_ratio == 0.6
+    assert type(trainer.lightning_module.network[10]) is nn.Linear
+    assert same(resume("raised.ckpt"), whole.end[:2])
+
+
+@pytest.mark.situation("All or nothing", "a snapshot that the disk has no room for", "works")
+def test_snapshot_that_does_not_fit_on_the_disk_leaves_the_former_one(whole, tmp_path, crash, resume):
+    limits, callback, kept = resource.getrlimit(resource.RLIMIT_FSIZE), compression(), []
+
+    def fill_the_disk(trainer, pl_module):
+        kept.append(files_in(tmp_path))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+
+    class Room(Callback):
+        def on_exception(self, *_):
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    try:
+        found, _ = crash(callback, AtTheEvent(fill_the_disk), Room())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert isinstance(found, OSError)
+    assert found.errno == errno.EFBIG
+    assert callback.state_dict()["applied"] == [1]
+    assert {path: content for path, content in files_in(tmp_path).items() if path.name != "raised.ckpt"} == kept[0]
+    assert same(resume("raised.ckpt"), whole.end[:2])
+    assert same(resume(LAST), whole.end[:2])
