@@ -14,20 +14,6 @@ def is_smoke_test(trainer: Trainer) -> bool:
     return bool(getattr(trainer, "fast_dev_run", False))
 
 
-def check_strategy(trainer: Trainer) -> None:
-    """Refuse a run on several processes: replacing layers there needs more than the callback does.
-
-    Raises:
-        MisconfigurationException: If there is more than one process.
-    """
-    if trainer.world_size > 1:
-        raise MisconfigurationException(
-            f"LowRankCompression: the run must be on one device, got {type(trainer.strategy).__name__} on "
-            f"{trainer.world_size} processes. Train with `devices=1`, or compress before the training: "
-            "`lr_callback.factorize_(model, lr_callback.allocate(model, keep_ratio))`."
-        )
-
-
 def observe_example(trainer: Trainer, pl_module: LightningModule) -> Observation:
     """Observe the module on its own example input, on its device and in the run's precision.
 
