@@ -59,9 +59,7 @@ class Processes:
         found = self._exchange((own, None))
         failures = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(found) if text is not None]
         if failures:
-            raise RuntimeError(
-                f"Another process of this run has failed, and so all of them stop. {'; '.join(failures)}"
-            )
+            raise RuntimeError(f"Another process of this run has failed, so this one stops too. {'; '.join(failures)}")
         return [value for value, _ in found]
 
     def _exchange(self, message: tuple[object, str | None]) -> list[Any]:
