@@ -71,11 +71,6 @@ def _synchronize(module: nn.Module) -> None:
 def _prepare(strategy: _Wraps, old: DistributedDataParallel, undo: ExitStack) -> None:
     """Detach the module, and what else belongs to the wrapper, from it."""
     undo.callback(_put_back, strategy, old, getattr(strategy, _STATIC_GRAPH_STARTED, None))
-    undo.callback(_grads_keeper(list(old.module.parameters())))
-    if old.gradient_as_bucket_view:
-        for parameter in old.module.parameters():
-            # A view of the old buckets: the new reducer would write into them, or keep them in memory.
-            parameter.grad = None if parameter.grad is None else parameter.grad.clone()
     for state in _comm_states(strategy, old):
         _restart(state, undo)
     if hasattr(strategy, _STATIC_GRAPH_STARTED):
@@ -90,16 +85,6 @@ def _put_back(strategy: _Wraps, old: DistributedDataParallel, static_graph_start
         _let_go(new)
     if static_graph_started is not None:
         setattr(strategy, _STATIC_GRAPH_STARTED, static_graph_started)
-
-
-def _grads_keeper(parameters: Sequence[nn.Parameter]) -> Callable[[], None]:
-    grads = [parameter.grad for parameter in parameters]
-
-    def put_back() -> None:
-        for parameter, grad in zip(parameters, grads, strict=True):
-            parameter.grad = grad
-
-    return put_back
 
 
 def _comm_states(strategy: _Wraps, old: DistributedDataParallel) -> list[object]:
@@ -142,6 +127,6 @@ def _wrap(strategy: _Wraps, old: DistributedDataParallel) -> None:
 
 @torch.no_grad()
 def _fill(kept: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Undo the constructor's broadcast of buffers: each rank may have its own, as in ``broadcast_buffers=False``."""
+    """Undo the constructor's broadcast of buffers: each rank may have its own, with ``forward_sync_buffers=False``."""
     for buffer, value in kept:
         buffer.copy_(value)

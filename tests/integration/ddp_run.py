@@ -19,6 +19,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
@@ -124,6 +126,22 @@ def of_state(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(key): of_state(one) for key, one in value.items()}
     return [of_state(one) for one in value] if isinstance(value, (list, tuple)) else value
+
+
+class Gathers(Module):
+    """Step at every fifth batch only, so that gradients are gathered over the start of an epoch, and over a cut."""
+
+    def __init__(self) -> None:
+        super().__init__(manual=True)
+        self.batches = 0
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
+        self.batches += 1
+        if self.batches % 5 == 0:
+            optimizer.step()
+            optimizer.zero_grad()
 
 
 class Watch(Callback):
@@ -246,16 +264,16 @@ def other_signs() -> dict[str, Any]:
 
 
 def buffers() -> dict[str, Any]:
-    """Keep batch norm's statistics apart, as ``broadcast_buffers=False`` asks for."""
+    """Let each rank keep batch norm's statistics for itself; the newer setting makes them equal at the start alone."""
+    newer = "forward_sync_buffers" in signature(DistributedDataParallel).parameters
+    apart = DDPStrategy(**{"forward_sync_buffers" if newer else "broadcast_buffers": False})
     taken: list[str] = []
 
     def note(host: Trainer, module: LightningModule) -> None:
         taken.append(digest(module.named_buffers()))
 
     module, compression = Module(norm=True), events()
-    host = trainer(
-        OnEpoch(1, note), compression, OnEpoch(1, note), strategy=DDPStrategy(broadcast_buffers=False), max_epochs=2
-    )
+    host = trainer(OnEpoch(1, note), compression, OnEpoch(1, note), strategy=apart, max_epochs=2)
     host.fit(module, loader())
     return {"buffers": taken, "applied": compression.state_dict()["applied"]}
 
@@ -548,6 +566,7 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "bf16 hook": lambda: run(hook(lambda: None, default_hooks.bf16_compress_hook)),
     "accumulation": lambda: run(accumulate_grad_batches=2),
     "manual optimization": lambda: run(module=Module(manual=True)),
+    "gradients gathered over a cut": lambda: run(module=Gathers(), strategy=DDPStrategy(gradient_as_bucket_view=True)),
     "bf16-mixed": lambda: run(precision="bf16-mixed"),
     "bf16-true": lambda: run(precision="bf16-true"),
     "Adam": lambda: run(module=Module(adam=True)),
