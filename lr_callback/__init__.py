@@ -10,6 +10,7 @@ from lr_callback.allocation import Factorization as Factorization
 from lr_callback.analysis import Analysis as Analysis
 from lr_callback.analysis import allocate as allocate
 from lr_callback.analysis import analyze as analyze
+from lr_callback.checkpoint import prepare as prepare
 from lr_callback.checkpoint import restore_ as restore_
 from lr_callback.layers import FactorizedConv2d as FactorizedConv2d
 from lr_callback.layers import FactorizedLinear as FactorizedLinear
@@ -47,6 +48,7 @@ __all__ = [
     "densify_",
     "factorize_",
     "load_from_checkpoint",
+    "prepare",
     "restore_",
 ]
 

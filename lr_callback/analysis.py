@@ -19,6 +19,7 @@ from lr_callback.methods import ALDS, Choice, Method
 from lr_callback.observe import Observation, observe
 from lr_callback.parallel import workers
 from lr_callback.pricing import dense_again, dense_parameters, layer_costs
+from lr_callback.processes import Processes
 
 Progress = Callable[[int, int, str], None]
 """Called before each layer with the number done, the number of all, and its name."""
@@ -177,6 +178,7 @@ def analyze(
     include: Sequence[str] | str | None = None,
     exclude: Sequence[str] | str | None = None,
     progress: Progress | None = None,
+    processes: Processes | None = None,
 ) -> Analysis:
     """Compute every layer's candidates, for any budget afterwards.
 
@@ -186,21 +188,39 @@ def analyze(
         observation: of one run of the model; with it costs are multiply-adds, without parameters.
         include: see :func:`allocate`.
         exclude: see :func:`allocate`.
-        progress: told of each layer.
+        progress: told of each layer that this process computes.
+        processes: each computes a part of the layers, and all return all of them; None: this one alone. The model must
+            be the same on every process.
 
     Raises:
         ValueError: See :func:`allocate`.
+        RuntimeError: If another process failed.
     """
-    method = check_method(method)
-    found = find_layers(model, include, exclude)
-    costs = layer_costs(found, observation)
-    layers: dict[str, LayerCandidates] = {}
-    with workers() as crew:
-        for done, (name, layer_cost) in enumerate(costs.items()):
-            if progress is not None:
-                progress(done, len(costs), name)
-            layers[name] = method.candidates(dense_weight(found.layers[name]), layer_cost, crew)
+    method, processes = check_method(method), processes or Processes()
+
+    def prices() -> tuple[Found, dict[str, LayerCost]]:
+        found = find_layers(model, include, exclude)
+        return found, layer_costs(found, observation)
+
+    found, costs = processes.agree(prices)
+    owners = dict(zip(costs, processes.owners(cost.geometry.work for cost in costs.values()), strict=True))
+    own = {name: found.layers[name] for name, owner in owners.items() if owner == processes.rank}
+    parts = processes.gather(lambda: _candidates(own, costs, method, progress))
+    layers = {name: parts[owner][name] for name, owner in owners.items()}
     return _analysis(model, method, observation, found, costs, layers)
+
+
+def _candidates(
+    layers: Mapping[str, nn.Module], costs: Mapping[str, LayerCost], method: Method, progress: Progress | None
+) -> dict[str, LayerCandidates]:
+    """Compute the candidates of some layers."""
+    made: dict[str, LayerCandidates] = {}
+    with workers() as crew:
+        for done, (name, layer) in enumerate(layers.items()):
+            if progress is not None:
+                progress(done, len(layers), name)
+            made[name] = method.candidates(dense_weight(layer), costs[name], crew)
+    return made
 
 
 def survey(

@@ -16,6 +16,7 @@ from lr_callback.folding import Geometry, fold, unfold_decoder, unfold_encoder
 from lr_callback.layer_types import layer_type
 from lr_callback.layers import FactorizedLayer, dense_bias, dense_weight, weight_of
 from lr_callback.parallel import Workers
+from lr_callback.processes import Processes
 from lr_callback.spectrum import truncate
 
 _HOOKS = (
@@ -52,9 +53,7 @@ def check_allocation(model: nn.Module, allocation: Allocation) -> dict[str, nn.M
 
 
 def _check_layer(name: str, layer: nn.Module, shape: tuple[int, ...], choice: Factorization | None) -> None:
-    kind = layer_type(layer)
-    assert kind is not None
-    geometry = kind.geometry(layer)
+    geometry = _geometry(layer)
     if geometry.weight_shape != tuple(shape):
         raise ValueError(
             f"{name}: the allocation is for a weight of shape {tuple(shape)}, this model's is "
@@ -75,33 +74,72 @@ def _check_layer(name: str, layer: nn.Module, shape: tuple[int, ...], choice: Fa
         )
 
 
+def _geometry(layer: nn.Module) -> Geometry:
+    kind = layer_type(layer)
+    assert kind is not None
+    return kind.geometry(layer)
+
+
 def _some(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def build_layers(targets: Mapping[str, nn.Module], allocation: Allocation, crew: Workers) -> dict[str, nn.Module]:
+def build_layers(
+    targets: Mapping[str, nn.Module], allocation: Allocation, crew: Workers, processes: Processes | None = None
+) -> dict[str, nn.Module]:
     """Return the new form of each layer that is not yet as the allocation asks.
 
     Args:
         targets: as :func:`check_allocation` returned them.
         allocation: what each becomes.
         crew: where the decompositions are computed.
+        processes: each decomposes a part of the layers, and all get the same factors, bit for bit; None: this one
+            alone. Where bits differ between processes (the sign of a singular vector may), so would all that follows.
+
+    Raises:
+        ValueError: If factors are not finite.
+        RuntimeError: If another process failed.
     """
-    made = {name: _rebuild(layer, allocation.layers[name], crew) for name, layer in targets.items()}
-    return {name: layer for name, layer in made.items() if layer is not None}
+    processes = processes or Processes()
+    chosen = {name: allocation.layers[name] for name in targets}
+    pending = [name for name, layer in targets.items() if not _is_as_chosen(layer, chosen[name])]
+    owners = dict(zip(pending, processes.owners(_geometry(targets[name]).work for name in pending), strict=True))
+
+    def build() -> dict[str, nn.Module]:
+        return {
+            name: _rebuild(name, targets[name], chosen[name], crew if owner == processes.rank else None)
+            for name, owner in owners.items()
+        }
+
+    made = processes.agree(build)
+    for name, layer in made.items():
+        processes.send(weights_held(layer), owners[name])
+    return made
 
 
-def _rebuild(layer: nn.Module, choice: Factorization | None, crew: Workers) -> nn.Module | None:
-    """Return the layer as chosen, None if it already is."""
+def _is_as_chosen(layer: nn.Module, choice: Factorization | None) -> bool:
+    if choice is None or not isinstance(layer, FactorizedLayer):
+        return choice is None and not isinstance(layer, FactorizedLayer)
+    return _structure(layer) == (choice.folding, choice.num_slices, choice.rank)
+
+
+def _rebuild(name: str, layer: nn.Module, choice: Factorization | None, crew: Workers | None) -> nn.Module:
+    """Return the layer as chosen; without a crew its factors are not set, another process has them."""
     if choice is None:
-        return densified(layer) if isinstance(layer, FactorizedLayer) else None
-    if isinstance(layer, FactorizedLayer) and _structure(layer) == (choice.folding, choice.num_slices, choice.rank):
-        return None
+        assert isinstance(layer, FactorizedLayer)
+        return densified(layer)
     made = skeleton(layer, choice)
+    if crew is None:
+        return made
     encoder, decoder = factors(dense_weight(layer), choice, crew)
     with torch.no_grad():
         made.factors[0].copy_(encoder)
         made.factors[1].copy_(decoder)
+    if not all(bool(torch.isfinite(factor).all()) for factor in made.factors):
+        raise ValueError(
+            f"{name}: the factors must be finite, found NaN or infinity in those of rank {choice.rank} in "
+            f"{made.factors[0].dtype}. Exclude the layer, or train in a dtype of a larger range. Nothing was changed."
+        )
     return made
 
 

@@ -17,7 +17,7 @@ from lr_callback.checkpoint import hold_structure, install_hook, release_structu
 from lr_callback.costs import check_cost
 from lr_callback.cut import cut, start_of
 from lr_callback.events import read_events
-from lr_callback.host import check_optimizers, check_strategy, is_smoke_test, observe_example, schedulers_of
+from lr_callback.host import check_optimizers, is_smoke_test, observe_example, schedulers_of
 from lr_callback.journal import log_compression, log_multiply_adds
 from lr_callback.methods import Method
 from lr_callback.observe import Observation
@@ -27,6 +27,7 @@ from lr_callback.projection import OptimizerState, check_optimizer_state
 from lr_callback.report import analysis_progress, show
 from lr_callback.resume import begin_epoch_anew
 from lr_callback.snapshots import publish, write_part, write_snapshot
+from lr_callback.strategies import check_strategy, processes_of
 from lr_callback.surgery import SurgeryReport
 
 _GROUPS = "lr_callback_optimizer_names"
@@ -61,7 +62,7 @@ class LowRankCompression(Callback):
     Raises:
         TypeError: If ``method`` is no method.
         ValueError: If an argument is out of range.
-        MisconfigurationException: If the Trainer's strategy is not supported.
+        MisconfigurationException: If the Trainer's strategy or precision plugin is not supported.
 
     Example::
 
@@ -114,12 +115,13 @@ class LowRankCompression(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, and let the module take the structure of any checkpoint."""
+        if stage == "fit":
+            check_strategy(trainer, pl_module)
         install_hook(pl_module)
         release_structure(pl_module)
         self._saved_names = None  # of a file that was read for a test, perhaps; a file to resume from comes later
         if stage != "fit":
             return
-        check_strategy(trainer)
         if trainer.current_epoch == 0:
             self._forget()
         limit = trainer.max_epochs
@@ -151,7 +153,7 @@ class LowRankCompression(Callback):
     def _observe_example(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count on the module's example input, where a budget in multiply-adds is due before any batch was seen."""
         if self.cost == "multiply_adds":
-            self._observation = observe_example(trainer, pl_module)
+            self._observation = processes_of(trainer).first(lambda: observe_example(trainer, pl_module))
 
     @property
     def _counted_on(self) -> Observation | None:
@@ -175,9 +177,20 @@ class LowRankCompression(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compress, if it is time."""
-        keep_ratio = self.should_compress(trainer, pl_module)
+        keep_ratio = self._decided(trainer, pl_module)
         if keep_ratio is not None:
             self.compress(trainer, pl_module, keep_ratio)
+
+    def _decided(self, trainer: Trainer, pl_module: LightningModule) -> float | None:
+        """Ask whether to compress, and refuse an answer that is not that of all processes: they would part here."""
+        answers = processes_of(trainer).gather(lambda: self.should_compress(trainer, pl_module))
+        if any(answer != answers[0] for answer in answers):
+            raise ValueError(
+                "LowRankCompression: `should_compress` must return the same on every process of the run, got "
+                f"{answers} from ranks 0 to {len(answers) - 1} at the start of epoch {trainer.current_epoch}. "
+                "Decide on values that are averaged over the ranks, such as those logged with `sync_dist=True`."
+            )
+        return answers[0]
 
     def compress(self, trainer: Trainer, pl_module: LightningModule, keep_ratio: float) -> SurgeryReport:
         """Analyse, allocate, replace the layers and let the optimizers follow; write snapshots, log and print.
@@ -194,19 +207,18 @@ class LowRankCompression(Callback):
             ValueError: If the budget cannot be met or a weight is not finite. Nothing was changed.
             MisconfigurationException: If multiply-adds are to be counted and no input is known. Nothing was changed.
         """
-        started = perf_counter()
+        started, processes = perf_counter(), processes_of(trainer)
         with ExitStack() as undo:
             undo.callback(vars(self).update, dict(vars(self)))
             if "dense" not in self.snapshot_files:
                 self._snapshot(trainer, "dense")
-            allocation = self._analyze(trainer, pl_module).allocate(keep_ratio)
+            analysis = self._analyze(trainer, pl_module)
+            allocation = processes.first(lambda: analysis.allocate(keep_ratio))
             self._note(trainer, allocation)
             report = cut(trainer, pl_module, allocation, undo, optimizer_state=self.optimizer_state, start=self._start)
-            seconds = perf_counter() - started
+            seconds = processes.first(lambda: perf_counter() - started)
             part = write_part(trainer, "cut", undo) if self.snapshots else None
-            log_compression(trainer, pl_module, allocation, self._observation, seconds)
-            if self.show_table:
-                show(trainer, f"Low-rank compression at the start of epoch {trainer.current_epoch}\n{allocation}")
+            processes.agree(lambda: self._tell(trainer, pl_module, allocation, seconds))
             undo.pop_all()
         self.snapshot_files = self.snapshot_files | publish(trainer, part)
         return report
@@ -216,6 +228,12 @@ class LowRankCompression(Callback):
         self.allocation = allocation
         passed = min(self.events) if is_smoke_test(trainer) else trainer.current_epoch
         self._applied = sorted({*self._applied, *(event for event in self.events if event <= passed)})
+
+    def _tell(self, trainer: Trainer, pl_module: LightningModule, allocation: Allocation, seconds: float) -> None:
+        """Log and print what was done."""
+        log_compression(trainer, pl_module, allocation, self._observation, seconds)
+        if self.show_table:
+            show(trainer, f"Low-rank compression at the start of epoch {trainer.current_epoch}\n{allocation}")
 
     def _analyze(self, trainer: Trainer, pl_module: LightningModule) -> Analysis:
         if self._observation is None:
@@ -228,6 +246,7 @@ class LowRankCompression(Callback):
                 include=self.include,
                 exclude=self.exclude,
                 progress=progress,
+                processes=processes_of(trainer),
             )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
@@ -244,7 +263,9 @@ class LowRankCompression(Callback):
         if probe is None:
             return
         probe.stop()
-        self._observation = self._count(probe)
+        # The first process's: the batches of the others may be of other sizes, and a budget is one for all.
+        self._observation = processes_of(trainer).first(lambda: self._count(probe))
+        self._countable = self._observation is not None
         if self.cost == "multiply_adds":
             self._check_budgets(pl_module)
         if self.allocation is not None:
@@ -257,7 +278,6 @@ class LowRankCompression(Callback):
         except Exception as error:
             if self.cost == "multiply_adds":
                 raise
-            self._countable = False
             rank_zero_warn(
                 "LowRankCompression: multiply-adds are not reported, the network's calls of the first batch could not "
                 f"be repeated in eval mode ({type(error).__name__}: {error}). The compression is not affected."

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakSet
 
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ from lr_callback.layer_types import layer_type
 from lr_callback.layers import FactorizedLayer
 from lr_callback.source import is_extra, load, state_dict_of
 from lr_callback.surgery import factorize_, replace_layers
+
+Model = TypeVar("Model", bound=nn.Module)
 
 _ENTRIES = ("weight", "bias", "encoder.weight", "decoder.weight", "decoder.bias")
 """Names of what a dense or a factorized layer holds."""
@@ -152,10 +154,38 @@ def _refusal(names: Sequence[str]) -> str:
 
 def install_hook(module: nn.Module) -> None:
     """Let a module adapt its structure whenever a state dict is loaded into it; once, however often it is called."""
-    hooks = module._load_state_dict_pre_hooks.values()
-    if not any(getattr(hook, "hook", hook) is structure_hook for hook in hooks):
+    if not has_hook(module):
         register: Callable[[Callable[..., None]], object] = module.register_load_state_dict_pre_hook
         register(structure_hook)
+
+
+def has_hook(module: nn.Module) -> bool:
+    """Return whether a module adapts its structure to a state dict that is loaded into it."""
+    return any(getattr(hook, "hook", hook) is structure_hook for hook in module._load_state_dict_pre_hooks.values())
+
+
+def prepare(model: Model) -> Model:
+    """Let a model take the structure of any state dict that is loaded into it; call it before ``trainer.fit``.
+
+    Needed where Lightning trains in child processes (``ddp_spawn``, ``ddp_fork``, ``ddp_notebook``) and loads the
+    result into the model of the process that called it; elsewhere the callback does it.
+
+    Args:
+        model: dense or factorized.
+
+    Returns:
+        The same model.
+
+    Example::
+
+        >>> from lr_callback.analysis import allocate
+        >>> trained = nn.Sequential(nn.Linear(64, 64))
+        >>> _ = factorize_(trained, allocate(trained, keep_ratio=0.5))
+        >>> prepare(nn.Sequential(nn.Linear(64, 64))).load_state_dict(trained.state_dict())
+        <All keys matched successfully>
+    """
+    install_hook(model)
+    return model
 
 
 def adapt_structure(model: nn.Module, state: Mapping[str, Tensor], prefix: str = "") -> None:

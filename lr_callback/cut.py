@@ -1,7 +1,8 @@
 """Cut: one compression of a running Trainer's module, all or nothing.
 
-Layers are built beside the model first. Then everything that holds one of the old parameters follows, step by step,
-each with what undoes it: whatever interrupts the cut leaves model, optimizers and host as they were.
+Layers are built beside the model first, on every process of the run. Then everything that holds one of the old
+parameters follows, step by step, each with what undoes it: whatever interrupts the cut, on whichever process, leaves
+model, optimizers and host as they were.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lr_callback.allocation import Allocation
 from lr_callback.build import build_layers, check_allocation
+from lr_callback.ddp import rebuild_wrapper
 from lr_callback.host import schedulers_of
 from lr_callback.optimizers import optimizers_in
 from lr_callback.parallel import workers
 from lr_callback.projection import OptimizerState
 from lr_callback.rewind import check_schedules, rewind, schedules_of
+from lr_callback.strategies import processes_of
 from lr_callback.surgery import SurgeryReport, replace_layers
 from lr_callback.unmoved import watch_first_step
 
@@ -48,18 +51,27 @@ def cut(
 
     Raises:
         ValueError: If the allocation is of another model, or ``start`` of another run. Nothing was changed.
-        RuntimeError: If an optimizer does not let its groups be edited. Nothing was changed.
+        RuntimeError: If an optimizer does not let its groups be edited, or another process of the run failed. Nothing
+            was changed.
     """
-    targets = check_allocation(pl_module, allocation)
+    processes = processes_of(trainer)
     with workers() as crew:
-        made = build_layers(targets, allocation, crew)
-    followers = [*trainer.optimizers, *optimizers_in(pl_module)]
-    report = replace_layers(pl_module, made, followers, undo, optimizer_state)
-    new = [heir for heirs in report.replacements.values() for heir in heirs]
-    for optimizer in trainer.optimizers:
-        watch_first_step(optimizer, new, undo)
-    if start is not None:
-        rewind(trainer.optimizers, schedulers_of(trainer), start, undo)
+        targets = processes.agree(lambda: check_allocation(pl_module, allocation))
+        made = build_layers(targets, allocation, crew, processes)
+
+    def replace() -> SurgeryReport:
+        """Do what concerns this process alone."""
+        followers = [*trainer.optimizers, *optimizers_in(pl_module)]
+        report = replace_layers(pl_module, made, followers, undo, optimizer_state)
+        new = [heir for heirs in report.replacements.values() for heir in heirs]
+        for optimizer in trainer.optimizers:
+            watch_first_step(optimizer, new, undo)
+        if start is not None:
+            rewind(trainer.optimizers, schedulers_of(trainer), start, undo)
+        return report
+
+    report = processes.agree(replace)
+    rebuild_wrapper(trainer.strategy, processes, undo)
     return report
 
 

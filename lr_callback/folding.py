@@ -61,6 +61,12 @@ class Geometry:
         """Shape of the dense weight, ``(F, C, *kernel)``."""
         return (self.out_channels, self.in_channels, *self.kernel)
 
+    @property
+    def work(self) -> float:
+        """Time of the singular values of the weight as a matrix, up to a factor: ``m n min(m, n)``."""
+        rows, columns = self.out_channels, self.in_channels * prod(self.kernel)
+        return float(rows * columns * min(rows, columns))
+
     def decoder_kernel(self, folding: str) -> tuple[int, ...]:
         """Return the decoder's kernel: the size of its own axes, 1 for the encoder's."""
         own = decoder_axes(folding)

@@ -19,20 +19,6 @@ def is_smoke_test(trainer: Trainer) -> bool:
     return bool(getattr(trainer, "fast_dev_run", False))
 
 
-def check_strategy(trainer: Trainer) -> None:
-    """Refuse a run on several processes: replacing layers there needs more than the callback does.
-
-    Raises:
-        MisconfigurationException: If there is more than one process.
-    """
-    if trainer.world_size > 1:
-        raise MisconfigurationException(
-            f"LowRankCompression: the run must be on one device, got {type(trainer.strategy).__name__} on "
-            f"{trainer.world_size} processes. Train with `devices=1`, or compress before the training: "
-            "`lr_callback.factorize_(model, lr_callback.allocate(model, keep_ratio))`."
-        )
-
-
 _SHARDED = ("ZeroRedundancyOptimizer", "PostLocalSGDOptimizer", "DistributedOptimizer")
 """Optimizers of torch.distributed that keep parameters, or copies of their groups, where no edit reaches them."""
 

@@ -41,7 +41,7 @@ def log_multiply_adds(trainer: Trainer, pl_module: LightningModule, observation:
     counted = _multiply_adds(pl_module, observation)
     if counted is not None:
         name, value = "compression/kept_multiply_adds", counted[0] / counted[1]
-        pl_module.log(name, value, on_step=False, on_epoch=True, logger=False, batch_size=1)
+        pl_module.log(name, value, on_step=False, on_epoch=True, logger=False, batch_size=1, sync_dist=True)
         _log_now(trainer, {name: value})
 
 

@@ -57,7 +57,7 @@ class Probe:
         self._model = model
         self._calls: list[_Call] = []
         self._handles: list[RemovableHandle] = []
-        self._depth = 0
+        self._inside: list[bool] = []
 
     @property
     def seen(self) -> bool:
@@ -75,18 +75,21 @@ class Probe:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._depth = 0
+        self._inside.clear()
 
     def _enter(self, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         # Metrics and losses are called in a step too; what has no parameters is not part of the network.
         weight = next(module.parameters(), None)
-        if self._depth == 0 and weight is not None:
+        # On several processes a host runs its step through the model's call, with a forward that is there only then:
+        # the calls to repeat are those that the step makes.
+        is_step = not self._inside and module is self._model and "forward" in vars(module)
+        if weight is not None and not is_step and not any(self._inside):
             kind = weight.device.type
             self._calls.append(_Call(module, arguments, named, kind, _autocast_dtype(kind)))
-        self._depth += 1
+        self._inside.append(not is_step)
 
     def _leave(self, module: nn.Module, arguments: object, outputs: object) -> None:
-        self._depth -= 1
+        self._inside.pop()
 
     def repeat(self) -> None:
         """Make the recorded calls again."""

@@ -8,15 +8,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningCLI
-from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
 import lr_callback as lrc
 from lr_callback.cli import CompressionCLI
 from lr_callback.find import find_layers
-from lr_callback.recipes import CifarResNet, DigitsData, ImageClassifier
+from lr_callback.recipes import DigitsData, ImageClassifier
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -100,14 +98,6 @@ def test_each_reason_for_leaving_a_layer_out_is_the_one_given():
     for name, arguments, reason in rows:
         layer = eval(f"nn.{name}{arguments}", {"nn": nn})
         assert reason in find_layers(nn.Sequential(layer)).skipped.values()
-
-
-def test_several_processes_are_refused(tmp_path):
-    trainer = Trainer(
-        accelerator="cpu", devices=2, strategy="ddp", logger=CSVLogger(tmp_path), enable_checkpointing=False
-    )
-    with pytest.raises(Exception, match="must be on one device"):
-        lrc.LowRankCompression().setup(trainer, ImageClassifier(CifarResNet(depth=8)), "fit")
 
 
 def test_files_that_it_names_exist():

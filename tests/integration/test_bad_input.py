@@ -175,12 +175,3 @@ def test_two_of_these_callbacks_in_one_trainer_are_refused_by_lightning():
     twice = [LowRankCompression(0.5, 1), LowRankCompression(0.3, 2)]
     with pytest.raises(RuntimeError, match="more than one stateful callback of type `LowRankCompression`"):
         Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=twice)
-
-
-@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
-def test_run_on_several_processes_is_refused_before_it_starts(new_trainer, loader, tmp_path, new_module):
-    trainer = new_trainer(tmp_path, LowRankCompression(0.5, 1), devices=2, strategy="ddp_fork")
-    match = r"must be on one device, got DDPStrategy on 2 processes\. Train with `devices=1`, or compress before"
-    with pytest.raises(Exception, match=match) as refusal:
-        trainer.fit(new_module(), loader(), loader())
-    assert "MisconfigurationException" in str(refusal.value)

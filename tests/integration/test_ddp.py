@@ -1,0 +1,269 @@
+"""A cut on several processes: every rank goes on with the same bits and the same averaged gradients, or all stop."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+RUN = Path(__file__).with_name("ddp_run.py")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]
+STEPS = {2: 6, 3: 4}
+"""Number of processes -> batches of an epoch."""
+
+TRAINED = {
+    "plain": "DDP",
+    "find_unused_parameters": "DDP with find_unused_parameters",
+    "static_graph": "DDP with static_graph",
+    "static_graph, manual optimization": "DDP with static_graph, manual optimization",
+    "gradient_as_bucket_view": "DDP with gradient_as_bucket_view",
+    "small buckets": "DDP with small buckets",
+    "PowerSGD hook": "DDP with a PowerSGD hook",
+    "bf16 hook": "DDP with a bf16 hook",
+    "accumulation": "DDP, gradient accumulation",
+    "manual optimization": "DDP, manual optimization",
+    "gradients gathered over a cut": "DDP, manual optimization with gradients gathered over a cut",
+    "bf16-mixed": "DDP, bf16-mixed",
+    "bf16-true": "DDP, bf16-true",
+    "Adam": "DDP, Adam",
+    "batch norm": "DDP, batch norm",
+    "clipping": "DDP, gradient clipping",
+    "factors of other signs": "DDP with init_sync=False",
+}
+"""Case -> the situation."""
+FAILED = {
+    "fails in the analysis": "ArithmeticError: no convergence",
+    "fails with NaN": "ValueError: network.4: every weight must be finite, found 1 of 3072",
+    "fails in the factors": "the factors must be finite, found NaN or infinity in those of rank",
+    "fails in the swap": "MemoryError: no room for the layers",
+    "fails in the wrapping": "MemoryError: no room for the buckets",
+}
+"""Case -> what rank 1 fails with."""
+OTHERS = ["double", "buffers", "fails to agree", "resume", "logs", "batches of other sizes", "uncountable", "fsdp2"]
+needs_fork = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="where there is a GPU, a process that has trained cannot be forked"
+)
+
+
+def run(command, folder):
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=folder,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.fixture(scope="module", params=[2, 3], ids=["2 processes", "3 processes"])
+def ran(request, tmp_path_factory):
+    """Run all cases in one launch; return the folder of what the ranks wrote, and their number."""
+    folder = tmp_path_factory.mktemp("ddp")
+    if request.param == 2:  # started by Lightning's own launcher
+        run([str(RUN), str(folder), *TRAINED, *FAILED, *OTHERS, "ddp"], folder)
+    else:
+        run([*TORCHRUN, "--nproc_per_node=3", str(RUN), str(folder), *TRAINED, *FAILED, *OTHERS], folder)
+    return folder, request.param
+
+
+@pytest.fixture
+def read(ran):
+    """Return a reader of what each rank wrote about a case."""
+    folder, size = ran
+    return lambda case: [json.loads((folder / f"{case}-{rank}.json").read_text("utf-8")) for rank in range(size)]
+
+
+def all_same(found, *keys):
+    return all(one[key] == found[0][key] for one in found for key in keys)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=pytest.mark.situation("Strategies", text, "works")) for case, text in TRAINED.items()],
+    ids=list(TRAINED),
+)
+def test_every_rank_has_the_same_averaged_gradients_and_weights_after_every_step(ran, read, case):
+    found = read(case)
+    assert all_same(found, "grads", "weights", "sizes", "factorized")
+    assert found[0]["factorized"]
+    first, second, third = (found[0]["sizes"][epoch * STEPS[ran[1]]] for epoch in (0, 1, 3))
+    assert first > second > third
+    steps = len(found[0]["grads"])
+    assert steps == 4 * STEPS[ran[1]] // {"accumulation": 2, "gradients gathered over a cut": 5}.get(case, 1)
+    assert len(set(found[0]["grads"])) == steps <= len(set(found[0]["weights"]))
+
+
+def test_powersgd_begins_anew_with_the_buckets_of_the_new_model(ran, read):
+    (found, *_) = read("PowerSGD hook")
+    assert found["remembers"] == [0]
+    assert found["iter"] == STEPS[ran[1]], "of the last epoch alone, which began with a cut"
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+@pytest.mark.situation("Strategies", "DDP against one process with batches of the whole size", "works")
+def test_several_processes_train_as_one_with_batches_of_the_whole_size(ran, read, ddp_run, monkeypatch):
+    found = read("double")
+    monkeypatch.setattr(ddp_run, "BATCH", ddp_run.BATCH * ran[1])
+    monkeypatch.setattr(ddp_run, "SIZE", 1)
+    alone = ddp_run.double(strategy="auto")
+    assert found[0]["sizes"] == alone["sizes"]
+    for name, values in alone["dense"].items():
+        assert found[-1]["dense"][name] == pytest.approx(values, rel=1e-6, abs=1e-9), name
+
+
+def test_statistics_that_each_rank_keeps_for_itself_stay_its_own(read):
+    found = read("buffers")
+    assert all(one["applied"] == [1] and one["buffers"][0] == one["buffers"][1] for one in found)
+    assert len({one["buffers"][0] for one in found}) == len(found)
+
+
+@pytest.mark.parametrize(("case", "text"), FAILED.items(), ids=list(FAILED))
+@pytest.mark.situation("Strategies", "DDP, a rank fails in a cut: all stop with its error", "works")
+def test_rank_that_fails_makes_all_fail_with_its_error(read, case, text):
+    for rank, one in enumerate(read(case)):
+        own = (
+            "" if rank == 1 else "RuntimeError: Another process of this run has failed, so this one stops too. rank 1: "
+        )
+        assert one["error"].startswith(own)
+        assert text in one["error"]
+
+
+@pytest.mark.parametrize("case", ["fails in the swap", "fails in the wrapping"])
+def test_after_a_cut_that_failed_the_run_can_go_on_as_it_was(ran, read, case):
+    found = read(case)
+    assert all(one["same"] == [True, True, True] for one in found), "wrapper, weights and optimizer, gradients"
+    assert all_same(found, "grads", "weights", "sizes")
+    assert len(found[0]["grads"]) == 4 * STEPS[ran[1]]
+    assert found[0]["sizes"][2 * STEPS[ran[1]]] < found[0]["sizes"][STEPS[ran[1]]] == found[0]["sizes"][0]
+
+
+@pytest.mark.situation("Strategies", "DDP, ranks that decide differently", "refused")
+def test_ranks_that_decide_differently_all_stop(read):
+    found = read("fails to agree")
+    others = ", ".join(["None"] * (len(found) - 1))
+    for one in found:
+        assert (
+            f"`should_compress` must return the same on every process of the run, got [0.5, {others}]" in one["error"]
+        )
+        assert "sync_dist=True" in one["error"]
+
+
+@pytest.mark.situation("Checkpoints", "DDP, crash and resume", "works")
+def test_resumed_run_ends_bit_for_bit_as_the_uninterrupted_one(read):
+    for one in read("resume"):
+        assert one["equal"] == [True] * 4
+        assert one["error"].startswith("Broken")
+
+
+@pytest.mark.situation("Checkpoints", "DDP, trainer.test(ckpt_path) of a file from before and after a cut", "works")
+def test_files_from_before_and_after_a_cut_are_tested(read):
+    found = read("resume")
+    assert all_same(found, "tested")
+    (dense,), (cut,) = found[0]["tested"]
+    assert dense["test_loss"] != cut["test_loss"]
+
+
+@pytest.mark.situation("Other callbacks", "DDP, ModelCheckpoint", "works")
+def test_one_rank_logs_prints_and_writes_what_is_the_same_on_all(read):
+    found = read("logs")
+    assert all_same(found, "metrics", "best", "snapshots", "tested")
+    assert [one["tables"] for one in found] == [2] + [0] * (len(found) - 1)
+    assert found[0]["metrics"]["compression/seconds"] > 0
+    assert 0 < found[0]["metrics"]["compression/kept_multiply_adds"] < 1
+    assert sorted(found[0]["snapshots"]) == ["cut", "dense"]
+    assert not any(one["own_folder"] for one in found)
+
+
+def test_budget_in_multiply_adds_is_one_for_ranks_with_batches_of_other_sizes(read):
+    found = read("batches of other sizes")
+    assert all_same(found, "grads", "weights", "allocation")
+    assert found[0]["allocation"]["unit"] == "multiply_adds"
+
+
+def test_network_that_one_rank_cannot_run_again_is_compressed_all_the_same(read):
+    found = read("uncountable")
+    assert all_same(found, "grads", "weights")
+    assert [one["warned"] for one in found] == [1] + [0] * (len(found) - 1)
+
+
+@pytest.mark.situation("Strategies", "FSDP2 (ModelParallelStrategy), compressed in configure_model", "works")
+@pytest.mark.parametrize("way", ["cut", "restored"])
+def test_model_that_was_compressed_in_configure_model_is_sharded_and_trained(read, way):
+    found = [one[way] for one in read("fsdp2")]
+    assert all_same(found, "weights", "shapes")
+    assert found[0]["kinds"] == ["DTensor"]
+    assert len(set(found[0]["weights"])) == len(found[0]["weights"]) > 6
+    assert [24, 128] not in found[0]["shapes"], "the wide layer is in two"
+
+
+@pytest.mark.situation("Strategies", "FSDP2 (ModelParallelStrategy), the callback", "refused")
+def test_callback_is_refused_under_fsdp2(read):
+    for one in read("fsdp2"):
+        assert "ModelParallelStrategy: it holds the parameters as shards" in one["error"]
+        assert "Train with strategy='ddp'; or leave this callback out, and compress in" in one["error"]
+
+
+@pytest.fixture
+def ddp_run():
+    """Return the script as a module."""
+    spec = importlib.util.spec_from_file_location("ddp_run", RUN)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def check_caller(folder, name):
+    first, caller = (json.loads((folder / f"{name}-{who}.json").read_text("utf-8")) for who in (0, "caller"))
+    assert caller["end"] == first["end"]
+    assert caller["factorized"]
+    assert (folder / f"{name}-1.json").is_file()
+
+
+@pytest.mark.situation("Strategies", "ddp, started by Lightning", "works")
+def test_process_that_started_the_others_has_trained(ran):
+    folder, size = ran
+    if size == 2:
+        check_caller(folder, "ddp")
+
+
+@pytest.mark.situation("Strategies", "ddp_spawn, prepared", "works")
+def test_process_that_spawned_the_others_holds_the_compressed_weights(tmp_path):
+    run([str(RUN), str(tmp_path), "ddp_spawn"], tmp_path)
+    check_caller(tmp_path, "ddp_spawn")
+
+
+@needs_fork
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("ddp_fork", marks=pytest.mark.situation("Strategies", "ddp_fork, prepared", "works")),
+        pytest.param("ddp_notebook", marks=pytest.mark.situation("Strategies", "ddp_notebook, prepared", "works")),
+    ],
+)
+def test_process_that_forked_the_others_holds_the_compressed_weights(tmp_path, ddp_run, monkeypatch, name):
+    monkeypatch.setattr(sys, "argv", [str(RUN), str(tmp_path), name])
+    ddp_run.launched(name)
+    check_caller(tmp_path, name)
+
+
+@needs_fork
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+@pytest.mark.situation("Strategies", "ddp_spawn, ddp_fork, ddp_notebook, not prepared", "refused")
+@pytest.mark.parametrize("name", ["ddp_fork", "ddp_notebook"])
+def test_module_of_the_caller_that_is_not_prepared_is_refused(ddp_run, name):
+    trainer = ddp_run.trainer(ddp_run.events(), strategy=name, devices=2)
+    match = r"(?s)MisconfigurationException.*Call `lr_callback.prepare\(module\)` before `trainer.fit\(module\)`"
+    with pytest.raises(Exception, match=match):
+        trainer.fit(ddp_run.Module(), ddp_run.loader(), ddp_run.loader())
