@@ -50,5 +50,7 @@ __all__ = [
 def __getattr__(name: str) -> object:
     """Import the callback on first use: the rest of the package does without Lightning."""
     if name == "LowRankCompression":
-        return import_module("lr_callback.callback").LowRankCompression
+        found = import_module("lr_callback.callback").LowRankCompression
+        import_module("lr_callback.packages").serve_imported_packages()
+        return found
     raise AttributeError(f"module 'lr_callback' has no attribute {name!r}")

@@ -6,8 +6,9 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import nn
 
 from lr_callback.allocation import Allocation
 from lr_callback.analysis import analyze, check_method, survey
@@ -18,8 +19,10 @@ from lr_callback.events import read_events
 from lr_callback.host import check_strategy, is_smoke_test, observe_example
 from lr_callback.journal import log_compression, log_multiply_adds
 from lr_callback.methods import Method
+from lr_callback.neighbours import check_neighbours, held_averages
 from lr_callback.observe import Observation
 from lr_callback.optimizers import names_of, rebind
+from lr_callback.packages import CallbackBase
 from lr_callback.probe import Probe
 from lr_callback.report import analysis_progress, show
 from lr_callback.surgery import SurgeryReport
@@ -27,7 +30,7 @@ from lr_callback.surgery import SurgeryReport
 _GROUPS = "lr_callback_optimizer_names"
 
 
-class LowRankCompression(Callback):
+class LowRankCompression(CallbackBase):
     """Factorize a network's layers in place at chosen epochs of ``Trainer.fit``, and train on.
 
     At the start of each chosen epoch the errors of all layers are computed, one budget is allocated over them, and each
@@ -47,11 +50,13 @@ class LowRankCompression(Callback):
         show_table: print the table of all layers at each compression.
         snapshots: write weights-only checkpoints ``dense.ckpt`` (before the first compression), ``cut.ckpt`` (right
             after the latest) and ``final.ckpt`` into the folder ``compression`` of the log folder.
+        reset_monitors: let EarlyStopping, ModelCheckpoint and ReduceLROnPlateau begin anew at each compression, whose
+            best so far was of another model; files stay.
 
     Raises:
         TypeError: If ``method`` is no method.
         ValueError: If an argument is out of range.
-        MisconfigurationException: If the Trainer's strategy is not supported.
+        MisconfigurationException: If the Trainer's strategy or another of its callbacks is not supported.
 
     Example::
 
@@ -70,13 +75,14 @@ class LowRankCompression(Callback):
         exclude: list[str] | None = None,
         show_table: bool = True,
         snapshots: bool = False,
+        reset_monitors: bool = True,
     ) -> None:
         super().__init__()
         check_cost(cost)
         self.events = read_events(keep_ratio, epochs)
         self.method = check_method(method)
         self.cost, self.include, self.exclude = cost, include, exclude
-        self.show_table, self.snapshots = show_table, snapshots
+        self.show_table, self.snapshots, self.reset_monitors = show_table, snapshots, reset_monitors
         self.allocation: Allocation | None = None
         self.snapshot_files: dict[str, str] = {}
         self._applied: list[int] = []
@@ -96,13 +102,23 @@ class LowRankCompression(Callback):
         due = [event for event in self.events if event <= trainer.current_epoch and event not in self._applied]
         return self.events[max(due)] if due else None
 
+    def averages(self, trainer: Trainer, pl_module: LightningModule) -> list[nn.Module]:
+        """Return the averages of the module's weights, which are compressed along with it, in its basis.
+
+        By default every ``AveragedModel`` that a callback holds, and the copy of StochasticWeightAveraging. Override it
+        to add a copy of your own of the module or of a part of it.
+        """
+        return held_averages(trainer)
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, and let the module take the structure of any checkpoint."""
-        install_hook(pl_module)
+        for module in (pl_module, *self.averages(trainer, pl_module)):
+            install_hook(module)
         self._saved_names = None  # of a file that was read for a test, perhaps; a file to resume from comes later
         if stage != "fit":
             return
         check_strategy(trainer)
+        check_neighbours(trainer, pl_module)
         if trainer.current_epoch == 0:
             self._forget()
         limit = trainer.max_epochs
@@ -181,7 +197,8 @@ class LowRankCompression(Callback):
                 progress=progress,
             )
         allocation = analysis.allocate(keep_ratio)
-        report = cut(trainer, pl_module, allocation)
+        averages = self.averages(trainer, pl_module)
+        report = cut(trainer, pl_module, allocation, averages=averages, begin_anew=self.reset_monitors)
         self.allocation = allocation
         log_compression(trainer, pl_module, allocation, self._observation, perf_counter() - started)
         if self.show_table:
