@@ -19,7 +19,7 @@ from lr_callback.events import read_events
 from lr_callback.host import check_strategy, is_smoke_test, observe_example
 from lr_callback.journal import log_compression, log_multiply_adds
 from lr_callback.methods import Method
-from lr_callback.neighbours import check_neighbours, held_averages
+from lr_callback.neighbours import align_averages, check_neighbours, held_averages
 from lr_callback.observe import Observation
 from lr_callback.optimizers import names_of, rebind
 from lr_callback.packages import CallbackBase
@@ -106,7 +106,7 @@ class LowRankCompression(CallbackBase):
         """Return the averages of the module's weights, which are compressed along with it, in its basis.
 
         By default every ``AveragedModel`` that a callback holds, and the copy of StochasticWeightAveraging. Override it
-        to add a copy of your own of the module or of a part of it.
+        to add a copy of your own of the module or of a part of it; it is asked in ``setup``, too.
         """
         return held_averages(trainer)
 
@@ -138,6 +138,7 @@ class LowRankCompression(CallbackBase):
         if self._saved_names is not None:
             rebind(trainer.optimizers, self._saved_names, dict(pl_module.named_parameters()))
             self._saved_names = None
+        align_averages(pl_module, self.averages(trainer, pl_module))
         if self._observation is None and (0 in self.events or is_smoke_test(trainer)):
             self._observe_example(trainer, pl_module)
         if self.cost == "parameters" or self._observation is not None:

@@ -55,6 +55,25 @@ def check_neighbours(trainer: Trainer, pl_module: LightningModule) -> None:
         )
 
 
+def align_averages(pl_module: LightningModule, averages: Iterable[nn.Module]) -> None:
+    """Give an average that was made before a file was read, and is not in the file, the module's structure and weights.
+
+    Without it an average that begins in a run that is resumed after a compression would be of the dense module.
+
+    Args:
+        pl_module: after the file was read.
+        averages: with the hook that adapts their structure; those of another type are left alone.
+
+    Raises:
+        MisconfigurationException: If it cannot be told what an average is of.
+    """
+    shapes = _shapes(pl_module)
+    for average in averages:
+        if type(average) is type(pl_module) and _shapes(average) != shapes:
+            average.load_state_dict(pl_module.state_dict())
+        _prefix_of(pl_module, average)
+
+
 def follow_averages(
     pl_module: nn.Module, averages: Iterable[nn.Module], made: Mapping[str, nn.Module]
 ) -> list[tuple[nn.Module, dict[str, nn.Module]]]:

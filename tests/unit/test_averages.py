@@ -13,7 +13,6 @@ from lr_callback.folding import FOLDINGS, compose
 from lr_callback.layers import FactorizedConv2d, FactorizedLinear
 from lr_callback.surgery import replace_layers
 
-
 LAYERS = [
     pytest.param(nn.Linear(12, 7), FactorizedLinear, "kernel_in_encoder", id="Linear"),
     *(pytest.param(nn.Conv2d(12, 7, 3, padding=1), FactorizedConv2d, name, id=name) for name in FOLDINGS),
