@@ -159,7 +159,7 @@ def new_module() -> type[DigitsModule]:
     return DigitsModule
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def new_watch() -> type[Watch]:
     return Watch
 
