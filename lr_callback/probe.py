@@ -33,6 +33,11 @@ def _autocast_dtype(device: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
+def _in_backward() -> bool:
+    """Return whether autograd is at work, where gradient checkpointing makes the calls of the forward pass again."""
+    return torch._C._current_graph_task_id() != -1
+
+
 class Probe:
     """Record the outermost calls of a model's modules, from :meth:`start` to :meth:`stop`.
 
@@ -80,7 +85,7 @@ class Probe:
     def _enter(self, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         # Metrics and losses are called in a step too; what has no parameters is not part of the network.
         weight = next(module.parameters(), None)
-        if self._depth == 0 and weight is not None:
+        if self._depth == 0 and weight is not None and not _in_backward():
             kind = weight.device.type
             self._calls.append(_Call(module, arguments, named, kind, _autocast_dtype(kind)))
         self._depth += 1
