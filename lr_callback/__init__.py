@@ -10,8 +10,8 @@ from lr_callback.allocation import Factorization as Factorization
 from lr_callback.analysis import Analysis as Analysis
 from lr_callback.analysis import allocate as allocate
 from lr_callback.analysis import analyze as analyze
-from lr_callback.checkpoint import prepare as prepare
 from lr_callback.checkpoint import restore_ as restore_
+from lr_callback.hook import prepare as prepare
 from lr_callback.layers import FactorizedConv2d as FactorizedConv2d
 from lr_callback.layers import FactorizedLinear as FactorizedLinear
 from lr_callback.methods import ALDS as ALDS
@@ -62,5 +62,7 @@ _OF_LIGHTNING = {
 def __getattr__(name: str) -> object:
     """Import what is for Lightning on first use: the rest of the package does without it."""
     if name in _OF_LIGHTNING:
-        return getattr(import_module(_OF_LIGHTNING[name]), name)
+        found = getattr(import_module(_OF_LIGHTNING[name]), name)
+        import_module("lr_callback.packages").serve_imported_packages()
+        return found
     raise AttributeError(f"module 'lr_callback' has no attribute {name!r}")

@@ -10,7 +10,7 @@ from typing import Any
 
 from lr_callback.costs import COSTS
 from lr_callback.folding import FOLDINGS
-from lr_callback.table import WIDTH, align, shorten, wrap
+from lr_callback.table import WIDTH, align, readable, shorten, wrap
 
 VERSION = 1
 """Version of the written form; a file of a newer version is refused."""
@@ -145,15 +145,15 @@ class Allocation:
     def _row(self, name: str, layer: Factorization | None) -> list[str]:
         shape = "x".join(map(str, self.shapes[name]))
         if layer is None:
-            return [name, shape, "dense", "", "", "", "100.0%"]
+            return [readable(name), shape, "dense", "", "", "", "100.0%"]
         kept = f"{layer.cost / layer.dense_cost:.1%}"
         ranks = [str(layer.num_slices), str(layer.rank), f"{layer.relative_error:.3f}"]
-        return [name, shape, _KERNEL[layer.folding], *ranks, kept]
+        return [readable(name), shape, _KERNEL[layer.folding], *ranks, kept]
 
     def _skipped_lines(self) -> list[str]:
         reasons: dict[str, list[str]] = {}
         for name, reason in self.skipped.items():
-            reasons.setdefault(reason, []).append(name)
+            reasons.setdefault(reason, []).append(readable(name))
         return [f"skipped {', '.join(names)}: {reason}" for reason, names in reasons.items()]
 
     def summary(self) -> str:

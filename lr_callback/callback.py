@@ -8,32 +8,34 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning_utilities.core.rank_zero import rank_zero_warn
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
 
 from lr_callback.allocation import Allocation
 from lr_callback.analysis import Analysis, analyze, check_method, survey
-from lr_callback.checkpoint import hold_structure, install_hook, release_structure
 from lr_callback.costs import check_cost
+from lr_callback.counting import Counting
 from lr_callback.cut import cut, start_of
-from lr_callback.events import read_events
-from lr_callback.host import check_optimizers, is_smoke_test, observe_example, schedulers_of
+from lr_callback.events import due, read_events
+from lr_callback.hook import hold_structure, install_hook, release_structure
+from lr_callback.host import check_optimizers, is_smoke_test, schedulers_of, warn_of_late_events
 from lr_callback.journal import log_compression, log_multiply_adds
 from lr_callback.methods import Method
+from lr_callback.neighbours import align_averages, check_neighbours, held_averages
 from lr_callback.observe import Observation
 from lr_callback.optimizers import names_of, rebind
-from lr_callback.probe import Probe
+from lr_callback.packages import CallbackBase
 from lr_callback.projection import OptimizerState, check_optimizer_state
 from lr_callback.report import analysis_progress, show
 from lr_callback.resume import begin_epoch_anew
 from lr_callback.snapshots import publish, write_part, write_snapshot
-from lr_callback.strategies import check_strategy, processes_of
+from lr_callback.strategies import check_strategy, processes_of, same_on_all
 from lr_callback.surgery import SurgeryReport
 
 _GROUPS = "lr_callback_optimizer_names"
 
 
-class LowRankCompression(Callback):
+class LowRankCompression(CallbackBase):
     """Factorize a network's layers in place at chosen epochs of ``Trainer.fit``, and train on.
 
     At the start of each chosen epoch the errors of all layers are computed, one budget is allocated over them, and each
@@ -58,11 +60,14 @@ class LowRankCompression(Callback):
         snapshots: write weights-only checkpoints ``dense.ckpt`` (before the first compression), ``cut.ckpt`` (right
             after the latest) and ``final.ckpt`` into the folder ``compression`` of the log folder; without a logger of
             ``default_root_dir``, under ``fast_dev_run`` nowhere.
+        reset_monitors: let EarlyStopping and ModelCheckpoint begin anew at each compression: what was best so far was
+            of another model; files stay.
 
     Raises:
         TypeError: If ``method`` is no method.
         ValueError: If an argument is out of range.
-        MisconfigurationException: If the Trainer's strategy or precision plugin is not supported.
+        MisconfigurationException: If the Trainer's strategy, precision plugin or another of its callbacks is not
+            supported.
 
     Example::
 
@@ -83,6 +88,7 @@ class LowRankCompression(Callback):
         learning_rate_rewind: bool = False,
         show_table: bool = True,
         snapshots: bool = False,
+        reset_monitors: bool = True,
     ) -> None:
         super().__init__()
         check_cost(cost)
@@ -91,14 +97,12 @@ class LowRankCompression(Callback):
         self.method = check_method(method)
         self.cost, self.include, self.exclude = cost, include, exclude
         self.optimizer_state, self.learning_rate_rewind = optimizer_state, learning_rate_rewind
-        self.show_table, self.snapshots = show_table, snapshots
+        self.show_table, self.snapshots, self.reset_monitors = show_table, snapshots, reset_monitors
         self.allocation: Allocation | None = None
         self.snapshot_files: dict[str, str] = {}
         self._applied: list[int] = []
         self._start: dict[str, Any] | None = None
-        self._observation: Observation | None = None
-        self._probe: Probe | None = None
-        self._countable = True
+        self._counting = Counting(required=cost == "multiply_adds")
         self._saved_names: list[list[list[str | None]]] | None = None
 
     def should_compress(self, trainer: Trainer, pl_module: LightningModule) -> float | None:
@@ -109,32 +113,36 @@ class LowRankCompression(Callback):
         """
         if is_smoke_test(trainer) and not self._applied:
             return self.events[min(self.events)]
-        last = max(self._applied, default=-1)
-        due = [event for event in self.events if last < event <= trainer.current_epoch]
-        return self.events[max(due)] if due else None
+        return due(self.events, self._applied, trainer.current_epoch)
+
+    def averages(self, trainer: Trainer, pl_module: LightningModule) -> list[nn.Module]:
+        """Return the averages of the module's weights, which are compressed along with it, in its basis.
+
+        By default every ``AveragedModel`` that a callback holds, and the copy of StochasticWeightAveraging. Override it
+        to add a copy of your own of the module or of a part of it; it is asked in ``setup``, too.
+        """
+        return held_averages(trainer)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, and let the module take the structure of any checkpoint."""
         if stage == "fit":
             check_strategy(trainer, pl_module)
-        install_hook(pl_module)
+            check_neighbours(trainer, pl_module)
+        for module in (pl_module, *self.averages(trainer, pl_module)):
+            install_hook(module)
         release_structure(pl_module)
         self._saved_names = None  # of a file that was read for a test, perhaps; a file to resume from comes later
         if stage != "fit":
             return
         if trainer.current_epoch == 0:
             self._forget()
-        limit = trainer.max_epochs
-        late = [epoch for epoch in self.events if limit is not None and 0 <= limit <= epoch]
-        if late and not is_smoke_test(trainer):
-            rank_zero_warn(
-                f"LowRankCompression: epochs {late} are never reached, max_epochs is {limit} and epochs count from 0."
-            )
+        warn_of_late_events(trainer, self.events)
 
     def _forget(self) -> None:
         """Begin anew: an earlier run of this callback may have been with another model or other batches."""
-        self.allocation, self._observation, self._probe, self._start = None, None, None, None
-        self._applied, self.snapshot_files, self._countable = [], {}, True
+        self.allocation, self._start = None, None
+        self._applied, self.snapshot_files = [], {}
+        self._counting = Counting(required=self.cost == "multiply_adds")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the optimizers' parameters in the order of the file; check optimizers, schedules and budgets."""
@@ -143,26 +151,17 @@ class LowRankCompression(Callback):
             rebind(trainer.optimizers, self._saved_names, named, schedulers_of(trainer))
             self._saved_names = None
         check_optimizers(trainer, self.optimizer_state)
+        align_averages(pl_module, self.averages(trainer, pl_module))
         if self.learning_rate_rewind:
             self._start = start_of(trainer, self._start)
-        if self._observation is None and (0 in self.events or is_smoke_test(trainer)):
-            self._observe_example(trainer, pl_module)
-        if self.cost == "parameters" or self._observation is not None:
+        if 0 in self.events or is_smoke_test(trainer):
+            self._counting.observe_example(trainer, pl_module)
+        if not self._counting.is_due:
             self._check_budgets(pl_module)
-
-    def _observe_example(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count on the module's example input, where a budget in multiply-adds is due before any batch was seen."""
-        if self.cost == "multiply_adds":
-            self._observation = processes_of(trainer).first(lambda: observe_example(trainer, pl_module))
-
-    @property
-    def _counted_on(self) -> Observation | None:
-        """What costs are counted on: None for parameters, and for multiply-adds while no input was seen."""
-        return self._observation if self.cost == "multiply_adds" else None
 
     def _check_budgets(self, pl_module: LightningModule) -> None:
         """Refuse budgets that cannot be met before the training, not in the middle of it."""
-        counted, include, exclude = self._counted_on, self.include, self.exclude
+        counted, include, exclude = self._counting.unit, self.include, self.exclude
         prices = survey(pl_module, self.method, observation=counted, include=include, exclude=exclude)
         for keep_ratio in self.events.values():
             prices.allocate(keep_ratio)
@@ -177,20 +176,9 @@ class LowRankCompression(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compress, if it is time."""
-        keep_ratio = self._decided(trainer, pl_module)
+        keep_ratio = same_on_all(trainer, lambda: self.should_compress(trainer, pl_module))
         if keep_ratio is not None:
             self.compress(trainer, pl_module, keep_ratio)
-
-    def _decided(self, trainer: Trainer, pl_module: LightningModule) -> float | None:
-        """Ask whether to compress, and refuse an answer that is not that of all processes: they would part here."""
-        answers = processes_of(trainer).gather(lambda: self.should_compress(trainer, pl_module))
-        if any(answer != answers[0] for answer in answers):
-            raise ValueError(
-                "LowRankCompression: `should_compress` must return the same on every process of the run, got "
-                f"{answers} from ranks 0 to {len(answers) - 1} at the start of epoch {trainer.current_epoch}. "
-                "Decide on values that are averaged over the ranks, such as those logged with `sync_dist=True`."
-            )
-        return answers[0]
 
     def compress(self, trainer: Trainer, pl_module: LightningModule, keep_ratio: float) -> SurgeryReport:
         """Analyse, allocate, replace the layers and let the optimizers follow; write snapshots, log and print.
@@ -209,13 +197,17 @@ class LowRankCompression(Callback):
         """
         started, processes = perf_counter(), processes_of(trainer)
         with ExitStack() as undo:
-            undo.callback(vars(self).update, dict(vars(self)))
+            for noted in (vars(self), vars(self._counting)):
+                undo.callback(noted.update, dict(noted))
             if "dense" not in self.snapshot_files:
                 self._snapshot(trainer, "dense")
             analysis = self._analyze(trainer, pl_module)
             allocation = processes.first(lambda: analysis.allocate(keep_ratio))
             self._note(trainer, allocation)
-            report = cut(trainer, pl_module, allocation, undo, optimizer_state=self.optimizer_state, start=self._start)
+            averages, start = self.averages(trainer, pl_module), self._start
+            report = cut(
+                trainer, pl_module, allocation, undo, averages, self.reset_monitors, self.optimizer_state, start
+            )
             seconds = processes.first(lambda: perf_counter() - started)
             part = write_part(trainer, "cut", undo) if self.snapshots else None
             processes.agree(lambda: self._tell(trainer, pl_module, allocation, seconds))
@@ -231,18 +223,17 @@ class LowRankCompression(Callback):
 
     def _tell(self, trainer: Trainer, pl_module: LightningModule, allocation: Allocation, seconds: float) -> None:
         """Log and print what was done."""
-        log_compression(trainer, pl_module, allocation, self._observation, seconds)
+        log_compression(trainer, pl_module, allocation, self._counting.observation, seconds)
         if self.show_table:
             show(trainer, f"Low-rank compression at the start of epoch {trainer.current_epoch}\n{allocation}")
 
     def _analyze(self, trainer: Trainer, pl_module: LightningModule) -> Analysis:
-        if self._observation is None:
-            self._observe_example(trainer, pl_module)
+        self._counting.observe_example(trainer, pl_module)
         with analysis_progress(trainer.progress_bar_callback) as progress:
             return analyze(
                 pl_module,
                 self.method,
-                observation=self._counted_on,
+                observation=self._counting.unit,
                 include=self.include,
                 exclude=self.exclude,
                 progress=progress,
@@ -251,45 +242,23 @@ class LowRankCompression(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
         """Watch the first batch: how the network is called is not known before."""
-        if self._observation is None and self._probe is None and self._countable:
-            self._probe = Probe(pl_module)
-            self._probe.start()
+        self._counting.watch(pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         """Count the multiply-adds of the first batch."""
-        probe, self._probe = self._probe, None
-        if probe is None:
+        if not self._counting.count(trainer):
             return
-        probe.stop()
-        # The first process's: the batches of the others may be of other sizes, and a budget is one for all.
-        self._observation = processes_of(trainer).first(lambda: self._count(probe))
-        self._countable = self._observation is not None
         if self.cost == "multiply_adds":
             self._check_budgets(pl_module)
         if self.allocation is not None:
-            log_multiply_adds(trainer, pl_module, self._observation)
-
-    def _count(self, probe: Probe) -> Observation | None:
-        """Count the multiply-adds of the probed calls; a model that cannot be run again does without, where it can."""
-        try:
-            return probe.observe()
-        except Exception as error:
-            if self.cost == "multiply_adds":
-                raise
-            rank_zero_warn(
-                "LowRankCompression: multiply-adds are not reported, the network's calls of the first batch could not "
-                f"be repeated in eval mode ({type(error).__name__}: {error}). The compression is not affected."
-            )
-            return None
+            log_multiply_adds(trainer, pl_module, self._counting.observation)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hooks of ours behind."""
         release_structure(pl_module)
-        if self._probe is not None:
-            self._probe.stop()
-            self._probe = None
+        self._counting.stop()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the last snapshot."""
@@ -302,11 +271,12 @@ class LowRankCompression(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, as plain data."""
+        observation = self._counting.observation
         return {
             "version": 1,
             "applied": list(self._applied),
             "allocation": None if self.allocation is None else self.allocation.to_dict(),
-            "observation": None if self._observation is None else self._observation.to_dict(),
+            "observation": None if observation is None else observation.to_dict(),
             "start": copy.deepcopy(self._start),
             "snapshot_files": dict(self.snapshot_files),
         }
@@ -316,7 +286,7 @@ class LowRankCompression(Callback):
         allocation, observation = state_dict["allocation"], state_dict["observation"]
         self._applied = list(state_dict["applied"])
         self.allocation = None if allocation is None else Allocation.from_dict(allocation)
-        self._observation = None if observation is None else Observation.from_dict(observation)
+        self._counting.observation = None if observation is None else Observation.from_dict(observation)
         self._start = copy.deepcopy(state_dict.get("start")) if self.learning_rate_rewind else None
         written: dict[str, str] = state_dict["snapshot_files"]
         self.snapshot_files = {name: path for name, path in written.items() if Path(path).is_file()}

@@ -7,10 +7,9 @@ model has a factorized one means dense. So files that hold weights alone are eno
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
-from weakref import WeakSet
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -24,12 +23,8 @@ from lr_callback.layers import FactorizedLayer
 from lr_callback.source import is_extra, load, state_dict_of
 from lr_callback.surgery import factorize_, replace_layers
 
-Model = TypeVar("Model", bound=nn.Module)
-
 _ENTRIES = ("weight", "bias", "encoder.weight", "decoder.weight", "decoder.bias")
 """Names of what a dense or a factorized layer holds."""
-_HELD: WeakSet[nn.Module] = WeakSet()
-"""Modules in training, whose optimizers hold the parameters of the layers as they are; a copy is not one of them."""
 
 
 def restore_(model: nn.Module, source: Allocation | Mapping[str, Any] | str | Path) -> None:
@@ -63,7 +58,7 @@ def restore_(model: nn.Module, source: Allocation | Mapping[str, Any] | str | Pa
         factorize_(model, loaded)
         return
     state = _without_prefix(model, state_dict_of(loaded))
-    _check_weights(model, state)
+    check_weights(model, state)
     adapt_structure(model, state)
     model.load_state_dict(state)
 
@@ -106,100 +101,18 @@ def _names_of_layers(model: nn.Module) -> dict[nn.Module, list[str]]:
     return names
 
 
-def structure_hook(
-    module: nn.Module,
-    state_dict: Mapping[str, Tensor],
-    prefix: str,
-    local_metadata: object,
-    strict: bool,
-    missing_keys: object,
-    unexpected_keys: object,
-    error_msgs: object,
-) -> None:
-    """Adapt a module's structure to a state dict that is about to be loaded.
-
-    For ``module.register_load_state_dict_pre_hook``. A function of this file, so that copies of the module and spawned
-    processes can hold it.
-    """
-    made = _restructured(module, state_dict, prefix)
-    if made and not prefix:
-        # Torch would find out after the layers were replaced. Whether a name may be missing only torch knows: `strict`
-        # is True here even if it was called with False.
-        _check_weights(module, state_dict, partial=True)
-    if made and module in _HELD and getattr(module, "_current_fx_name", None) != "on_train_end":
-        raise ValueError(_refusal(list(made)))
-    if made:
-        replace_layers(module, made)
-
-
-def hold_structure(module: nn.Module) -> None:
-    """Refuse state dicts of another structure for a module with the hook, until it is released."""
-    _HELD.add(module)
-
-
-def release_structure(module: nn.Module) -> None:
-    """Let a module adapt its structure again."""
-    _HELD.discard(module)
-
-
-def _refusal(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return (
-        "load_state_dict: in the middle of a training the state dict must have the structure that the model has, it is "
-        f"factorized otherwise at {', '.join(names[:4])}{more}. The optimizers would go on with parameters that the "
-        "model no longer has. Load it before or after the training, or resume from its checkpoint: "
-        "`trainer.fit(model, ckpt_path=...)`. Nothing was changed."
-    )
-
-
-def install_hook(module: nn.Module) -> None:
-    """Let a module adapt its structure whenever a state dict is loaded into it; once, however often it is called."""
-    if not has_hook(module):
-        register: Callable[[Callable[..., None]], object] = module.register_load_state_dict_pre_hook
-        register(structure_hook)
-
-
-def has_hook(module: nn.Module) -> bool:
-    """Return whether a module adapts its structure to a state dict that is loaded into it."""
-    return any(getattr(hook, "hook", hook) is structure_hook for hook in module._load_state_dict_pre_hooks.values())
-
-
-def prepare(model: Model) -> Model:
-    """Let a model take the structure of any state dict that is loaded into it; call it before ``trainer.fit``.
-
-    Needed where Lightning trains in child processes (``ddp_spawn``, ``ddp_fork``, ``ddp_notebook``) and loads the
-    result into the model of the process that called it; elsewhere the callback does it.
-
-    Args:
-        model: dense or factorized.
-
-    Returns:
-        The same model.
-
-    Example::
-
-        >>> from lr_callback.analysis import allocate
-        >>> trained = nn.Sequential(nn.Linear(64, 64))
-        >>> _ = factorize_(trained, allocate(trained, keep_ratio=0.5))
-        >>> prepare(nn.Sequential(nn.Linear(64, 64))).load_state_dict(trained.state_dict())
-        <All keys matched successfully>
-    """
-    install_hook(model)
-    return model
-
-
 def adapt_structure(model: nn.Module, state: Mapping[str, Tensor], prefix: str = "") -> None:
     """Give each layer of a model the structure that a state dict has for it; weights are not set.
 
     Raises:
         ValueError: If the factors in the state dict do not fit the layer. Nothing was changed.
     """
-    made = _restructured(model, state, prefix)
+    made = restructured(model, state, prefix)
     if made:
         replace_layers(model, made)
 
 
-def _restructured(model: nn.Module, state: Mapping[str, Tensor], prefix: str) -> dict[str, nn.Module]:
+def restructured(model: nn.Module, state: Mapping[str, Tensor], prefix: str) -> dict[str, nn.Module]:
     """Return, for each layer that a state dict has in another structure, one of that structure without weights."""
     made: dict[str, nn.Module] = {}
     for name, layer in find_layers(model).layers.items():
@@ -251,7 +164,7 @@ def _fitting(geometry: Geometry, encoder: tuple[int, ...], decoder: tuple[int, .
     return None
 
 
-def _check_weights(model: nn.Module, state: Mapping[str, Tensor], partial: bool = False) -> None:
+def check_weights(model: nn.Module, state: Mapping[str, Tensor], partial: bool = False) -> None:
     """Refuse a state dict that would not load after the structure was adapted; ``partial``: names may be missing."""
     own = {name: value for name, value in model.state_dict().items() if not is_extra(name)}
     expected = {name: _shape(value, state.get(name)) for name, value in own.items()}

@@ -7,16 +7,20 @@ model, optimizers and host as they were.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
+from torch import nn
 
 from lr_callback.allocation import Allocation
 from lr_callback.build import build_layers, check_allocation
 from lr_callback.ddp import rebuild_wrapper
 from lr_callback.host import schedulers_of
+from lr_callback.monitors import announce_reset, reset_monitors
+from lr_callback.neighbours import follow_averages, rename_in_finetuning, retire
 from lr_callback.optimizers import optimizers_in
 from lr_callback.parallel import workers
 from lr_callback.projection import OptimizerState
@@ -31,18 +35,21 @@ def cut(
     pl_module: LightningModule,
     allocation: Allocation,
     undo: ExitStack,
-    *,
+    averages: Iterable[nn.Module] = (),
+    begin_anew: bool = True,
     optimizer_state: OptimizerState = "reset",
     start: Mapping[str, Any] | None = None,
 ) -> SurgeryReport:
     """Carry out an allocation inside ``Trainer.fit``.
 
     Args:
-        trainer: whose optimizers follow; so do those that the module has as attributes.
+        trainer: whose optimizers and callbacks follow; so do optimizers that the module has as attributes.
         pl_module: whose layers are replaced.
         allocation: made for this module.
         undo: given what undoes each step before that step edits anything; the cut stands once the caller takes
             everything off the stack, together with whatever else belongs to it.
+        averages: of the module's weights, which follow.
+        begin_anew: whether monitors forget the metrics of the model before.
         optimizer_state: what factors of dense layers start with, ``reset`` or ``project``.
         start: to where learning rates and schedulers are rewound, see :mod:`lr_callback.rewind`.
 
@@ -51,6 +58,7 @@ def cut(
 
     Raises:
         ValueError: If the allocation is of another model, or ``start`` of another run. Nothing was changed.
+        MisconfigurationException: If it cannot be told what an average is of. Nothing was changed.
         RuntimeError: If an optimizer does not let its groups be edited, or another process of the run failed. Nothing
             was changed.
     """
@@ -58,21 +66,38 @@ def cut(
     with workers() as crew:
         targets = processes.agree(lambda: check_allocation(pl_module, allocation))
         made = build_layers(targets, allocation, crew, processes)
+    copies = processes.agree(lambda: follow_averages(pl_module, averages, made))
+    names = dict(pl_module.named_parameters())
 
     def replace() -> SurgeryReport:
         """Do what concerns this process alone."""
-        followers = [*trainer.optimizers, *optimizers_in(pl_module)]
-        report = replace_layers(pl_module, made, followers, undo, optimizer_state)
+        optimizers = [*trainer.optimizers, *optimizers_in(pl_module)]
+        report = replace_layers(pl_module, made, optimizers, undo, optimizer_state)
+        for average, layers in copies:
+            replace_layers(average, layers, undo=undo)
         new = [heir for heirs in report.replacements.values() for heir in heirs]
         for optimizer in trainer.optimizers:
             watch_first_step(optimizer, new, undo)
         if start is not None:
             rewind(trainer.optimizers, schedulers_of(trainer), start, undo)
+        rename_in_finetuning(trainer, names, report, pl_module, undo)
+        retire({name: targets[name] for name in made}, undo)
+        if begin_anew and made:
+            announce_reset(reset_monitors(trainer, undo))
+        forget_graphs()
         return report
 
     report = processes.agree(replace)
     rebuild_wrapper(trainer.strategy, processes, undo)
     return report
+
+
+def forget_graphs() -> None:
+    """Let dynamo compile anew: after eight structures of one network it would stop compiling and say nothing.
+
+    Takes less than a millisecond where nothing is compiled. What is compiled besides the module is compiled again, too.
+    """
+    torch.compiler.reset()
 
 
 def start_of(trainer: Trainer, known: dict[str, Any] | None = None) -> dict[str, Any]:

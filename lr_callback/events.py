@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from numbers import Integral
 
 from lr_callback.analysis import check_keep_ratio
@@ -38,3 +39,16 @@ def _epoch(epoch: object) -> int:
     if isinstance(epoch, Integral) and not isinstance(epoch, bool) and int(epoch) >= 0:
         return int(epoch)
     raise ValueError(f"`epochs` must be whole numbers from 0, got {epoch!r}.")
+
+
+def due(events: Mapping[int, float], applied: Iterable[int], epoch: int) -> float | None:
+    """Return the fraction of the latest event up to an epoch, if none as late was applied; else None.
+
+    Example::
+
+        >>> due({10: 0.5, 20: 0.3}, applied=[], epoch=25), due({10: 0.5, 20: 0.3}, applied=[20], epoch=25)
+        (0.3, None)
+    """
+    last = max(applied, default=-1)
+    late = [event for event in events if last < event <= epoch]
+    return events[max(late)] if late else None

@@ -13,6 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from lr_callback.layer_types import layer_type
 from lr_callback.layers import FactorizedLayer, dense_weight
+from lr_callback.table import readable
 
 _COMPUTED = "its weight is computed from other parameters (weight_norm, pruning or another parametrization)"
 
@@ -114,6 +115,8 @@ def _refusal(name: str, layer: nn.Module, attention: nn.Module | None, owners: d
         return "its weight is not initialised yet; run one batch first"
     if is_parametrized(layer, "weight"):
         return _COMPUTED
+    if layer._compiled_call_impl is not None or name.rpartition(".")[2] == "_orig_mod":
+        return "it is compiled on its own, and would go on being called; compile the module that holds it instead"
     if kind is None:
         return f"{type(layer).__name__} is not among the layer types that are factorized"
     if name == "":
@@ -144,20 +147,25 @@ def _patterns(patterns: Sequence[str] | str | None) -> tuple[str, ...] | None:
     return (patterns,) if isinstance(patterns, str) else None if patterns is None else tuple(patterns)
 
 
+def _matches(name: str, pattern: str) -> bool:
+    """Return whether a pattern is for a layer's name, with or without what ``torch.compile`` puts into it."""
+    return fnmatchcase(name, pattern) or fnmatchcase(readable(name), pattern)
+
+
 def _select(found: Found, include: tuple[str, ...] | None, exclude: tuple[str, ...] | None) -> None:
     """Move the layers that the user leaves out to the skipped ones."""
     names = [*found.layers, *found.skipped]
     for argument, patterns in (("include", include), ("exclude", exclude)):
         for pattern in patterns or ():
-            if not any(fnmatchcase(name, pattern) for name in names):
+            if not any(_matches(name, pattern) for name in names):
                 raise ValueError(
                     f"`{argument}`: each pattern must match a layer's name, {pattern!r} matches none of: "
                     f"{', '.join(names) or '(the model has no layers with a weight)'}."
                 )
     for name in list(found.layers):
-        if include is not None and not any(fnmatchcase(name, pattern) for pattern in include):
+        if include is not None and not any(_matches(name, pattern) for pattern in include):
             found.skipped[name] = "not among `include`"
-        elif any(fnmatchcase(name, pattern) for pattern in exclude or ()):
+        elif any(_matches(name, pattern) for pattern in exclude or ()):
             found.skipped[name] = "named by `exclude`"
         if name in found.skipped:
             del found.layers[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from lightning.fabric.utilities import move_data_to_device
@@ -17,6 +18,16 @@ from lr_callback.projection import OptimizerState, can_project
 def is_smoke_test(trainer: Trainer) -> bool:
     """Return whether the run is a ``fast_dev_run``, which never reaches an epoch after the first."""
     return bool(getattr(trainer, "fast_dev_run", False))
+
+
+def warn_of_late_events(trainer: Trainer, events: Iterable[int]) -> None:
+    """Warn of events that the run does not reach."""
+    limit = trainer.max_epochs
+    late = [epoch for epoch in events if limit is not None and 0 <= limit <= epoch]
+    if late and not is_smoke_test(trainer):
+        rank_zero_warn(
+            f"LowRankCompression: epochs {late} are never reached, max_epochs is {limit} and epochs count from 0."
+        )
 
 
 _SHARDED = ("ZeroRedundancyOptimizer", "PostLocalSGDOptimizer", "DistributedOptimizer")

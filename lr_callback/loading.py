@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING, TypeVar
 
 from torch import nn
 
-from lr_callback.checkpoint import install_hook
+from lr_callback.hook import install_hook
 
 if TYPE_CHECKING:
     from lightning.fabric.utilities.types import _MAP_LOCATION_TYPE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -93,6 +94,7 @@ def observe_run(model: nn.Module, run: Callable[[], object]) -> Observation:
             seen[name] = []
             handle = layer.register_forward_hook(_recorder(seen[name]), with_kwargs=True)
             stack.callback(handle.remove)
+        stack.enter_context(_as_written())
         counter = stack.enter_context(FlopCounterMode(display=False))
         run()
     calls = {name: tuple(of) for name, of in seen.items()}
@@ -106,6 +108,14 @@ def _recorder(seen: list[Call]) -> Callable[[nn.Module, tuple[Tensor, ...], dict
         seen.append(kind.call(inputs[0] if inputs else named["input"], outputs))
 
     return record
+
+
+@contextmanager
+def _as_written() -> Iterator[None]:
+    """Run what is compiled as it is written: a compiled graph shows neither its layers nor, perhaps, its products."""
+    with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
+        warnings.filterwarnings("ignore", message="Using `torch.compile.module.` when there are global hooks")
+        yield
 
 
 @contextmanager

@@ -33,6 +33,11 @@ def _autocast_dtype(device: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
+def _in_backward() -> bool:
+    """Return whether autograd is at work, where gradient checkpointing makes the calls of the forward pass again."""
+    return torch._C._current_graph_task_id() != -1
+
+
 class Probe:
     """Record the outermost calls of a model's modules, from :meth:`start` to :meth:`stop`.
 
@@ -83,7 +88,7 @@ class Probe:
         # On several processes a host runs its step through the model's call, with a forward that is there only then:
         # the calls to repeat are those that the step makes.
         is_step = not self._inside and module is self._model and "forward" in vars(module)
-        if weight is not None and not is_step and not any(self._inside):
+        if weight is not None and not is_step and not any(self._inside) and not _in_backward():
             kind = weight.device.type
             self._calls.append(_Call(module, arguments, named, kind, _autocast_dtype(kind)))
         self._inside.append(not is_step)

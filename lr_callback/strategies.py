@@ -5,12 +5,12 @@ Classes are told by their names, over their bases: ``lightning`` and ``pytorch_l
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 
-from lr_callback.checkpoint import has_hook
+from lr_callback.hook import has_hook
 from lr_callback.processes import Processes
 
 _REFUSED: Mapping[str, str] = {
@@ -38,6 +38,22 @@ _WAYS_OUT = (
 def processes_of(trainer: Trainer) -> Processes:
     """Return the processes of a Trainer's run; other jobs of the same process group are not among them."""
     return Processes(trainer.global_rank, trainer.world_size)
+
+
+def same_on_all(trainer: Trainer, decide: Callable[[], float | None]) -> float | None:
+    """Ask every process whether to compress, and refuse an answer that is not that of all: they would part here.
+
+    Raises:
+        ValueError: If they differ.
+    """
+    answers = processes_of(trainer).gather(decide)
+    if any(answer != answers[0] for answer in answers):
+        raise ValueError(
+            "LowRankCompression: `should_compress` must return the same on every process of the run, got "
+            f"{answers} from ranks 0 to {len(answers) - 1} at the start of epoch {trainer.current_epoch}. "
+            "Decide on values that are averaged over the ranks, such as those logged with `sync_dist=True`."
+        )
+    return answers[0]
 
 
 def check_strategy(trainer: Trainer, pl_module: LightningModule) -> None:

@@ -9,6 +9,17 @@ WIDTH = 80
 """Characters of a line of a terminal that is not known to be wider."""
 
 
+def readable(name: str) -> str:
+    """Return a layer's name without what ``torch.compile`` puts into it.
+
+    Example::
+
+        >>> readable("network._orig_mod.0")
+        'network.0'
+    """
+    return name.replace("_orig_mod.", "")
+
+
 def align(header: Sequence[str], rows: Sequence[Sequence[str]], right: frozenset[int] = frozenset()) -> str:
     """Return rows under a header as aligned text, two blanks between columns.
 

@@ -8,11 +8,10 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import nn
 from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from lr_callback import FactorizedLinear, LowRankCompression, LowRankMixin
+from lr_callback import LowRankCompression
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

@@ -12,8 +12,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import lr_callback as lrc
-from lr_callback.checkpoint import adapt_structure, install_hook
+from lr_callback.checkpoint import adapt_structure
 from lr_callback.folding import FOLDINGS
+from lr_callback.hook import install_hook
 from lr_callback.source import read_checkpoint
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import lr_callback as lrc
-from lr_callback.checkpoint import install_hook
+from lr_callback.hook import install_hook
 
 
 class Counting(nn.Module):

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lr_callback as lrc
-from lr_callback.checkpoint import install_hook
+from lr_callback.hook import install_hook
 from lr_callback.stages import TITLES, measure_stages
 
 LOGGERS = ("lightning.pytorch", "lightning.fabric")

@@ -1,0 +1,83 @@
+"""Counting: the multiply-adds of a run's network, on its example input or on the first batch that it trains on."""
+
+from __future__ import annotations
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
+from lr_callback.host import observe_example
+from lr_callback.observe import Observation
+from lr_callback.probe import Probe
+from lr_callback.strategies import processes_of
+
+
+class Counting:
+    """What a run knows of how its network is called.
+
+    Args:
+        required: whether budgets are in multiply-adds; then a network that cannot be counted is an error.
+
+    Attributes:
+        observation: of one batch; None until one was seen.
+    """
+
+    def __init__(self, required: bool) -> None:
+        self._required = required
+        self._probe: Probe | None = None
+        self._possible = True
+        self.observation: Observation | None = None
+
+    @property
+    def is_due(self) -> bool:
+        """Whether budgets wait for a batch."""
+        return self._required and self.observation is None
+
+    @property
+    def unit(self) -> Observation | None:
+        """What costs are counted on: None for parameters, and for multiply-adds while no input was seen."""
+        return self.observation if self._required else None
+
+    def observe_example(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count on the module's example input, where a budget in multiply-adds is due before any batch was seen.
+
+        Raises:
+            MisconfigurationException: If the module has none.
+        """
+        if self.is_due:
+            self.observation = processes_of(trainer).first(lambda: observe_example(trainer, pl_module))
+
+    def watch(self, pl_module: LightningModule) -> None:
+        """Watch a batch that begins, if none was seen: how the network is called is not known before."""
+        if self.observation is None and self._probe is None and self._possible:
+            self._probe = Probe(pl_module)
+            self._probe.start()
+
+    def count(self, trainer: Trainer) -> bool:
+        """Count on the batch that was watched, which has ended; return whether there was one."""
+        probe, self._probe = self._probe, None
+        if probe is None:
+            return False
+        probe.stop()
+        # The first process's: the batches of the others may be of other sizes, and a budget is one for all.
+        self.observation = processes_of(trainer).first(lambda: self._observe(probe))
+        self._possible = self.observation is not None
+        return True
+
+    def _observe(self, probe: Probe) -> Observation | None:
+        """Count the calls again; a model that cannot be run again does without, where it can."""
+        try:
+            return probe.observe()
+        except Exception as error:
+            if self._required:
+                raise
+            rank_zero_warn(
+                "LowRankCompression: multiply-adds are not reported, the network's calls of the first batch could not "
+                f"be repeated in eval mode ({type(error).__name__}: {error}). The compression is not affected."
+            )
+            return None
+
+    def stop(self) -> None:
+        """Watch no longer."""
+        if self._probe is not None:
+            self._probe.stop()
+            self._probe = None
