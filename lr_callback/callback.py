@@ -23,7 +23,7 @@ from lr_callback.observe import Observation
 from lr_callback.optimizers import names_of, rebind
 from lr_callback.probe import Probe
 from lr_callback.report import analysis_progress, show
-from lr_callback.resume import begin_epoch_anew
+from lr_callback.resume import begin_epoch, turn_epoch
 from lr_callback.snapshots import publish, write_part, write_snapshot
 from lr_callback.surgery import SurgeryReport
 
@@ -88,6 +88,7 @@ class LowRankCompression(Callback):
         self._probe: Probe | None = None
         self._countable = True
         self._saved_names: list[list[list[str | None]]] | None = None
+        self._turns = False
 
     def should_compress(self, trainer: Trainer, pl_module: LightningModule) -> float | None:
         """Return the fraction to keep if the model is to be compressed at the start of this epoch, else None.
@@ -105,7 +106,8 @@ class LowRankCompression(Callback):
         """Refuse what cannot work, and let the module take the structure of any checkpoint."""
         install_hook(pl_module)
         release_structure(pl_module)
-        self._saved_names = None  # of a file that was read for a test, perhaps; a file to resume from comes later
+        # Of a file that was read for a test, perhaps; a file to resume from comes later.
+        self._saved_names, self._turns = None, False
         if stage != "fit":
             return
         check_strategy(trainer)
@@ -151,8 +153,10 @@ class LowRankCompression(Callback):
             prices.allocate(keep_ratio)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse from now on a state dict of another structure: the optimizers would keep the layers that are gone."""
+        """Refuse from now on a state dict of another structure, and begin an epoch that is to begin."""
         hold_structure(pl_module)
+        if self._turns:
+            begin_epoch(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let the module take any structure again."""
@@ -289,6 +293,6 @@ class LowRankCompression(Callback):
         checkpoint[_GROUPS] = names_of(trainer.optimizers, dict(pl_module.named_parameters()))
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Read the names of the parameters in each optimizer's groups; let an epoch that had not begun begin."""
-        begin_epoch_anew(checkpoint)
+        """Read the names of the parameters in each optimizer's groups, and whether an epoch is to begin."""
+        self._turns |= turn_epoch(checkpoint)
         self._saved_names = checkpoint.get(_GROUPS)
