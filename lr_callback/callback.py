@@ -27,7 +27,7 @@ from lr_callback.optimizers import names_of, rebind
 from lr_callback.packages import CallbackBase
 from lr_callback.projection import OptimizerState, check_optimizer_state
 from lr_callback.report import analysis_progress, show
-from lr_callback.resume import begin_epoch_anew
+from lr_callback.resume import begin_epoch, turn_epoch
 from lr_callback.snapshots import publish, write_part, write_snapshot
 from lr_callback.strategies import check_strategy, processes_of, same_on_all
 from lr_callback.surgery import SurgeryReport
@@ -104,6 +104,7 @@ class LowRankCompression(CallbackBase):
         self._start: dict[str, Any] | None = None
         self._counting = Counting(required=cost == "multiply_adds")
         self._saved_names: list[list[list[str | None]]] | None = None
+        self._turns = False
 
     def should_compress(self, trainer: Trainer, pl_module: LightningModule) -> float | None:
         """Return the fraction to keep if the model is to be compressed at the start of this epoch, else None.
@@ -131,7 +132,8 @@ class LowRankCompression(CallbackBase):
         for module in (pl_module, *self.averages(trainer, pl_module)):
             install_hook(module)
         release_structure(pl_module)
-        self._saved_names = None  # of a file that was read for a test, perhaps; a file to resume from comes later
+        # Of a file that was read for a test, perhaps; a file to resume from comes later.
+        self._saved_names, self._turns = None, False
         if stage != "fit":
             return
         if trainer.current_epoch == 0:
@@ -167,8 +169,10 @@ class LowRankCompression(CallbackBase):
             prices.allocate(keep_ratio)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse from now on a state dict of another structure: the optimizers would keep the layers that are gone."""
+        """Refuse from now on a state dict of another structure, and begin an epoch that is to begin."""
         hold_structure(pl_module)
+        if self._turns:
+            begin_epoch(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let the module take any structure again."""
@@ -296,6 +300,6 @@ class LowRankCompression(CallbackBase):
         checkpoint[_GROUPS] = names_of(trainer.optimizers, dict(pl_module.named_parameters()))
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Read the names of the parameters in each optimizer's groups; let an epoch that had not begun begin."""
-        begin_epoch_anew(checkpoint)
+        """Read the names of the parameters in each optimizer's groups, and whether an epoch is to begin."""
+        self._turns |= turn_epoch(checkpoint)
         self._saved_names = checkpoint.get(_GROUPS)

@@ -1,64 +1,76 @@
-"""Resume: what a file that was written around the start of an epoch says about the loops.
+"""Resume: the turn of an epoch, where compressions are due, as a file tells of it.
 
-A compression is due in the hooks of an epoch's start. Lightning 2.6 leaves them out for a run that is resumed from a
-file of the last batch of an epoch, and leaves out the batches for one from a file of those hooks themselves. Both
-files are read here as one from the end of the epoch before, after which both the hooks and the batches come.
+Lightning 2.6 does not always call the hooks of an epoch's start, or train its batches, when a run is resumed from a
+file of the turn of an epoch; a compression would be left out, or come in another epoch. Here all such files are read as
+what they are: one epoch is over, the next has not begun.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from lightning.pytorch import Trainer
 
-def begin_epoch_anew(checkpoint: dict[str, Any]) -> None:
+
+def turn_epoch(checkpoint: dict[str, Any]) -> bool:
     """Let a run that is resumed from a file of the turn of an epoch begin the new epoch with its hooks and batches.
 
-    Two files are meant. One is written in the hooks of an epoch's start, as when something fails there and a checkpoint
-    is kept of that moment: it says of the epoch that it is ready but has not started, and of the batches that all are
-    done, those of the epoch before. The other is written after an epoch's last batch and before the validation, as with
-    ``every_n_train_steps``. (The validation is left out when such a run is resumed, by Lightning itself as well.)
+    The files that are meant were written
+
+    - after an epoch's last batch and before its validation, as with ``every_n_train_steps``: the new epoch's hooks
+      would be left out (the validation is, by Lightning itself);
+    - at an epoch's end, or after a run: with ``max_steps`` the epoch would be counted twice, and the hooks left out;
+    - in the hooks of an epoch's start, as when something fails there and a checkpoint is kept of that moment: the
+      batches of the epoch before would count as those of the new one, which would be left out.
 
     Args:
         checkpoint: as it was read, before the loops take over their part; edited in place.
+
+    Returns:
+        Whether the file is one of these; then :func:`begin_epoch` must be called before the epoch begins.
 
     Example::
 
         >>> counted = {"ready": 3, "started": 2, "processed": 2, "completed": 2}
         >>> progress = {"total": dict(counted), "current": dict(counted)}
-        >>> begin_epoch_anew({"loops": {"fit_loop": {"epoch_progress": progress}}})
+        >>> turn_epoch({"loops": {"fit_loop": {"epoch_progress": progress}}})
+        True
         >>> progress["current"]
-        {'ready': 2, 'started': 2, 'processed': 2, 'completed': 1}
+        {'ready': 2, 'started': 2, 'processed': 2, 'completed': 2}
     """
     loop = checkpoint.get("loops", {}).get("fit_loop", {})
-    epochs = loop.get("epoch_progress", {})
-    batches = loop.get("epoch_loop.batch_progress", {})
-    if _is_after_last_batch(epochs, batches):
+    epochs, batches = loop.get("epoch_progress", {}), loop.get("epoch_loop.batch_progress", {})
+    after_last_batch = _is_after_last_batch(epochs, batches)
+    if not after_last_batch and not _is_between(epochs):
+        return False
+    for counters in epochs.values():
+        counters.update(dict.fromkeys(counters, counters["processed"] + after_last_batch))
+    if after_last_batch:
         for counters in (batches["total"], batches["current"]):
             counters["completed"] = counters["processed"]
-        for counters in epochs.values():
-            counters["processed"] = counters["started"]
         loop["epoch_loop.state_dict"]["_batches_that_stepped"] += 1
-    elif _is_before_first_batch(epochs):
-        for counters in epochs.values():
-            finished = counters["processed"]
-            counters.update(ready=finished, started=finished, completed=max(finished - 1, 0))
+    return True
 
 
-def _is_before_first_batch(epochs: dict[str, Any]) -> bool:
-    """Return whether an epoch's start hooks were running."""
+def begin_epoch(trainer: Trainer) -> None:
+    """Tell the loops that no epoch is to be gone on with; with ``max_steps`` they would take it for granted."""
+    trainer.fit_loop._restarting = False
+    trainer.fit_loop.epoch_loop.restarting = False
+
+
+def _is_between(epochs: dict[str, Any]) -> bool:
+    """Return whether an epoch is over, and no batch of another was trained."""
     total = epochs.get("total", {})
-    done = total.get("completed", 0)
-    return bool(total == {"ready": done + 1, "started": done, "processed": done, "completed": done})
+    over = total.get("processed", 0)
+    at_start = total == {"ready": over + 1, "started": over, "processed": over, "completed": over}
+    at_end = over > 0 and total in [{**dict.fromkeys(total, over), "completed": done} for done in (over - 1, over)]
+    return bool(at_start or at_end)
 
 
 def _is_after_last_batch(epochs: dict[str, Any], batches: dict[str, Any]) -> bool:
     """Return whether an epoch's last batch was trained, and its end or its validation not begun."""
-    total = epochs.get("total", {})
-    done, counters = total.get("completed", 0), batches.get("total", {})
-    if not batches.get("is_last_batch") or total != _unfinished(done):
-        return False
-    return bool(counters == {**dict.fromkeys(counters, counters["ready"]), "completed": counters["ready"] - 1})
-
-
-def _unfinished(done: int) -> dict[str, int]:
-    return {"ready": done + 1, "started": done + 1, "processed": done, "completed": done}
+    total, trained = epochs.get("total", {}), batches.get("total", {})
+    over, last = total.get("completed", 0), trained.get("ready", 0)
+    begun = {"ready": over + 1, "started": over + 1, "processed": over, "completed": over}
+    ended = {"ready": last, "started": last, "processed": last, "completed": last - 1}
+    return bool(batches.get("is_last_batch") and total == begun and trained == ended)

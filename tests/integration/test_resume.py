@@ -151,7 +151,6 @@ def test_module_that_was_already_cut_goes_back_to_a_dense_file(run, again):
 
 @pytest.mark.parametrize("place", ["before the cut", "at the cut"])
 def test_file_written_in_the_very_hook_of_the_cut_loses_no_event(place, tmp_path, loader, new_module, new_trainer):
-    # Lightning, also without this callback, leaves out the rest of an epoch in whose start hook a file was written.
     saver, compression = AtEpochStart("now", 1), events()
     order = [saver, compression] if place == "before the cut" else [compression, saver]
     new_trainer(tmp_path, *order, max_epochs=4).fit(new_module(sgd), loader(), loader())
@@ -161,6 +160,7 @@ def test_file_written_in_the_very_hook_of_the_cut_loses_no_event(place, tmp_path
     again = new_trainer(tmp_path, compression, max_epochs=4)
     again.fit(new_module(sgd), loader(), loader(), ckpt_path=tmp_path / "now.ckpt")
     assert compression.state_dict()["applied"] == [1, 3]
+    assert again.global_step == 16
     assert sum(parameter.numel() for parameter in again.lightning_module.parameters()) == compression.allocation.cost
     assert compression.allocation.keep_ratio == 0.35
 

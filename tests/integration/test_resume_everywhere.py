@@ -72,7 +72,9 @@ class Breaks(Callback):
 
     def __init__(self, hook, step):
         def fail(trainer, *_):
-            if trainer.global_step == step and not trainer.sanity_checking:
+            if trainer.global_step == step:
+                if hook == "on_train_batch_start":
+                    trainer.train_dataloader.done -= 1  # the batch was given out, but not trained
                 raise Broke
 
         setattr(self, hook, fail)
@@ -111,9 +113,9 @@ def same(one, other):
 def train(loader, new_module, new_trainer, new_watch):
     """Return a function that trains with dropout, from the beginning or from a file, and returns what is left."""
 
-    def run(root, ckpt_path=None, before=(), after=(), seed=9, **settings):
-        watch, module = new_watch(), new_module(adam, dropout=0.3)
-        callbacks = [*before, events(), *after, Dice(), watch]
+    def run(root, ckpt_path=None, before=(), after=(), seed=9, module=None, compression=None, **settings):
+        watch, module = new_watch(), new_module(adam, dropout=0.3) if module is None else module
+        callbacks = [*before, events() if compression is None else compression, *after, Dice(), watch]
         settings = {"max_epochs": EPOCHS, "limit_val_batches": 1, **settings}
         trainer = new_trainer(root, *callbacks, enable_checkpointing=True, **settings)
         torch.manual_seed(seed)
@@ -126,12 +128,11 @@ def train(loader, new_module, new_trainer, new_watch):
     return run
 
 
-def equal(found, expected, losses=None):
+def equal(found, expected):
     """Check what a resumed run leaves behind against the uninterrupted one."""
     for name in ("weights", "optimizer", "schedule", "random", "counters"):
         assert same(getattr(found, name), getattr(expected, name)), name
     assert found.losses == expected.losses[len(expected.losses) - len(found.losses) :]
-    assert losses is None or len(found.losses) == losses
 
 
 HOOKS, ENDS = ["on_train_epoch_start"], ["on_train_epoch_end", "on_validation_end"]
@@ -142,16 +143,104 @@ FILES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def whole(train, tmp_path_factory):
+@pytest.fixture(scope="module", params=[{}, {"max_steps": EPOCHS * STEPS}], ids=["epochs", "steps"])
+def whole(request, train, tmp_path_factory):
     """Return an uninterrupted run that wrote a file at every step and in the hooks around it."""
     root = tmp_path_factory.mktemp("whole")
     steps = ModelCheckpoint(root, save_top_k=-1, every_n_train_steps=1, save_on_train_epoch_end=False)
-    end = train(root, None, [SaveIn("before ", *HOOKS)], [SaveIn("after ", *HOOKS, *ENDS), steps], seed=0)
-    return SimpleNamespace(root=root, end=end)
+    savers = [SaveIn("before ", *HOOKS)], [SaveIn("after ", *HOOKS, *ENDS), steps]
+    return SimpleNamespace(root=root, limit=request.param, end=train(root, None, *savers, seed=0, **request.param))
 
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.situation("Checkpoints", "resume from any step and any hook, with several compressions", "works")
 def test_file_of_any_moment_is_resumed_bit_for_bit(whole, train, tmp_path, name):
-    equal(train(tmp_path, whole.root / name), whole.end)
+    equal(train(tmp_path, whole.root / name, **whole.limit), whole.end)
+
+
+CRASHES = [
+    *(("on_train_batch_start", step) for step in range(EPOCHS * STEPS)),
+    *(("on_train_batch_end", step + 1) for step in (0, 3, 5, 11, 12)),
+    *(("on_train_epoch_start", STEPS * epoch) for epoch in range(EPOCHS)),
+    *(("on_validation_start", STEPS * epoch) for epoch in (1, 3)),
+]
+
+
+@pytest.mark.parametrize(("hook", "step"), CRASHES, ids=str)
+@pytest.mark.parametrize("whole", [{}], indirect=True, ids=["epochs"])
+@pytest.mark.situation("Checkpoints", "ModelCheckpoint(save_on_exception=True) of a crash at any step", "works")
+def test_crash_at_any_step_is_resumed_from_the_file_of_that_moment(whole, train, tmp_path, hook, step):
+    saver = ModelCheckpoint(tmp_path, "crashed", save_on_exception=True, every_n_epochs=EPOCHS, save_top_k=-1)
+    with pytest.raises(Broke):
+        train(tmp_path, None, [Breaks(hook, step)], [saver], seed=0)
+    path = tmp_path / "crashed.ckpt"
+    if step == 0:  # Lightning keeps no file of a run that has not made a step
+        assert not path.exists()
+        return
+    found, expected = train(tmp_path, path), copy.deepcopy(whole.end)
+    if hook == "on_train_batch_start":
+        # Lightning counts the batch that broke off twice.
+        for end in (found, expected):
+            end.counters = end.counters["epoch_progress"]
+    equal(found, expected)
+
+
+def without(new_trainer, loader, root, module, path, epochs):
+    """Train on without the callback."""
+    trainer = new_trainer(root, max_epochs=epochs)
+    trainer.fit(module, loader(), loader(), ckpt_path=path)
+    trainer.save_checkpoint(root / "without.ckpt")
+    return trainer
+
+
+@pytest.fixture
+def cut_module(new_module):
+    class Cut(LowRankMixin, new_module):
+        pass
+
+    return Cut
+
+
+@pytest.mark.parametrize("whole", [{}], indirect=True, ids=["epochs"])
+@pytest.mark.situation("Checkpoints", "resume without the callback, and with it again", "works")
+def test_event_that_passed_without_the_callback_comes_with_it(whole, train, loader, new_module, new_trainer, tmp_path):
+    path = whole.root / "after on_train_epoch_end-0-4.ckpt"
+    without(new_trainer, loader, tmp_path, new_module(adam), path, 2)
+    compression = LowRankCompression(EVENTS[1], 1, include=LAYERS, show_table=False)
+    train(tmp_path, tmp_path / "without.ckpt", compression=compression)
+    assert compression.state_dict()["applied"] == [1]
+    assert compression.allocation.keep_ratio == EVENTS[1]
+
+
+@pytest.mark.parametrize("whole", [{}], indirect=True, ids=["epochs"])
+def test_compressed_run_goes_on_without_the_callback_where_the_module_takes_the_structure(
+    whole, train, loader, cut_module, new_trainer, tmp_path
+):
+    path = whole.root / "after on_train_epoch_end-1-8.ckpt"
+    trainer = without(new_trainer, loader, tmp_path, cut_module(adam), path, 3)
+    assert type(trainer.lightning_module.network[8]) is FactorizedLinear
+    compression = events()
+    train(tmp_path, tmp_path / "without.ckpt", compression=compression)
+    assert compression.state_dict()["applied"] == [1, 3]
+    assert compression.allocation.keep_ratio == EVENTS[3]
+
+
+CHANGES = {
+    "a later event has passed by then": ([1, 2], [0.6, 0.3], [1, 2], 0.3),
+    "an earlier event than those that were": ([0], [0.2], [1], 0.6),
+    "another fraction for an event that was": ([1], [0.2], [1], 0.6),
+    "another fraction for an event to come": ([1, 3], [0.6, 0.2], [1, 3], 0.2),
+    "no event that was": ([3], [0.2], [1, 3], 0.2),
+}
+
+
+@pytest.mark.parametrize(("epochs", "ratios", "applied", "kept"), CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("whole", [{}], indirect=True, ids=["epochs"])
+@pytest.mark.situation("Checkpoints", "resume with other epochs or fractions", "works")
+def test_other_arguments_hold_for_what_comes_after_the_last_event_that_was(
+    whole, train, tmp_path, epochs, ratios, applied, kept
+):
+    compression = LowRankCompression(ratios, epochs, include=LAYERS, show_table=False)
+    train(tmp_path, whole.root / "after on_train_epoch_end-2-12.ckpt", compression=compression)
+    assert compression.state_dict()["applied"] == applied
+    assert compression.allocation.keep_ratio == kept
