@@ -8,13 +8,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
 def run(folder: Path, name: str, *arguments: str) -> str:
     """Run an example on one core, its files in a folder; return what it printed."""
+    return printed(folder, str(EXAMPLES / name), *arguments)
+
+
+def printed(folder: Path, *arguments: str) -> str:
+    """Run Python on one core; return what it printed."""
     done = subprocess.run(
-        [sys.executable, str(EXAMPLES / name), *arguments],
+        [sys.executable, *arguments],
         cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
@@ -67,3 +74,17 @@ def test_lightning_cli(tmp_path):
     assert after <= 0.25 * before
     assert f"with {after:,} parameters" in text
     assert number(r"val_accuracy ([\d.]+) with", text) > 0.85
+
+
+@pytest.mark.situation("Strategies", "DDP on several machines, started by torchrun", "works")
+def test_multi_node(tmp_path):
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nnodes=1", "--nproc_per_node=2"]
+    program = str(EXAMPLES / "multi_node.py")
+    text = printed(tmp_path, *launch, program, "--epochs=4", f"--folder={tmp_path / 'files'}")
+    assert text.count("2 processes: ") == 1, "one of them prints"
+    before, after = (
+        number(rf"2 processes: {form} parameters", text) for form in (r"([\d,]+) -> [\d,]+", r"[\d,]+ -> ([\d,]+)")
+    )
+    assert after <= 0.3 * before
+    assert number(r"test_accuracy\W+([\d.]+)", text) > 0.5
+    assert (tmp_path / "files" / "last.ckpt").is_file()

@@ -122,3 +122,19 @@ def test_milliseconds_are_measured_on_the_recorded_calls_and_change_nothing():
     assert 0 < fast < 1000
     assert all(torch.equal(value, before[name]) for name, value in host.state_dict().items())
     assert host.training
+
+
+def test_step_that_a_host_runs_through_the_models_call_is_looked_into():
+    host = Host()
+    forward = host.forward
+
+    def step(inputs):
+        host.forward = forward
+        return host.step(inputs)
+
+    probe = Probe(host)
+    probe.start()
+    host.forward = step  # as Lightning does on several processes, for as long as the call takes
+    host(torch.ones(3, 4))
+    probe.stop()
+    assert probe.observe() == recorded(Host()).observe()
