@@ -19,14 +19,14 @@ from lr_callback.cut import cut, start_of
 from lr_callback.events import due, read_events
 from lr_callback.hook import hold_structure, install_hook, release_structure
 from lr_callback.host import check_optimizers, is_smoke_test, schedulers_of, warn_of_late_events
-from lr_callback.journal import log_compression, log_multiply_adds
+from lr_callback.journal import log_multiply_adds, tell
 from lr_callback.methods import Method
 from lr_callback.neighbours import align_averages, check_neighbours, held_averages
 from lr_callback.observe import Observation
 from lr_callback.optimizers import names_of, rebind
 from lr_callback.packages import CallbackBase
 from lr_callback.projection import OptimizerState, check_optimizer_state
-from lr_callback.report import analysis_progress, show
+from lr_callback.report import analysis_progress
 from lr_callback.resume import begin_epoch, turn_epoch
 from lr_callback.snapshots import publish, write_part, write_snapshot
 from lr_callback.strategies import check_strategy, processes_of, same_on_all
@@ -209,12 +209,12 @@ class LowRankCompression(CallbackBase):
             allocation = processes.first(lambda: analysis.allocate(keep_ratio))
             self._note(trainer, allocation)
             averages, start = self.averages(trainer, pl_module), self._start
-            report = cut(
-                trainer, pl_module, allocation, undo, averages, self.reset_monitors, self.optimizer_state, start
-            )
+            options = (self.reset_monitors, self.optimizer_state, start)
+            report = cut(trainer, pl_module, allocation, undo, averages, *options)
             seconds = processes.first(lambda: perf_counter() - started)
             part = write_part(trainer, "cut", undo) if self.snapshots else None
-            processes.agree(lambda: self._tell(trainer, pl_module, allocation, seconds))
+            counted = self._counting.observation
+            processes.agree(lambda: tell(trainer, pl_module, allocation, counted, seconds, self.show_table))
             undo.pop_all()
         self.snapshot_files = self.snapshot_files | publish(trainer, part)
         return report
@@ -224,12 +224,6 @@ class LowRankCompression(CallbackBase):
         self.allocation = allocation
         passed = min(self.events) if is_smoke_test(trainer) else trainer.current_epoch
         self._applied = sorted({*self._applied, *(event for event in self.events if event <= passed)})
-
-    def _tell(self, trainer: Trainer, pl_module: LightningModule, allocation: Allocation, seconds: float) -> None:
-        """Log and print what was done."""
-        log_compression(trainer, pl_module, allocation, self._counting.observation, seconds)
-        if self.show_table:
-            show(trainer, f"Low-rank compression at the start of epoch {trainer.current_epoch}\n{allocation}")
 
     def _analyze(self, trainer: Trainer, pl_module: LightningModule) -> Analysis:
         self._counting.observe_example(trainer, pl_module)

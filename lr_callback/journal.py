@@ -10,16 +10,18 @@ from lr_callback.allocation import Allocation
 from lr_callback.metrics import compression_metrics
 from lr_callback.observe import Observation
 from lr_callback.pricing import dense_parameters
+from lr_callback.report import show
 
 
-def log_compression(
+def tell(
     trainer: Trainer,
     pl_module: LightningModule,
     allocation: Allocation,
     observation: Observation | None,
     seconds: float,
+    show_table: bool,
 ) -> None:
-    """Log the metrics of a compression.
+    """Log the metrics of a compression, and print its table.
 
     Args:
         trainer: whose loggers are told.
@@ -27,6 +29,7 @@ def log_compression(
         allocation: that was carried out.
         observation: of a batch; without one multiply-adds are not logged.
         seconds: that it took.
+        show_table: whether to print.
     """
     parameters = (sum(parameter.numel() for parameter in pl_module.parameters()), dense_parameters(pl_module))
     metrics = compression_metrics(allocation, parameters, _multiply_adds(pl_module, observation), seconds)
@@ -34,6 +37,8 @@ def log_compression(
     for name, metric in metrics.items():
         pl_module.log(name, metric, on_step=False, on_epoch=True, logger=False, metric_attribute=name)
     _log_now(trainer, {name: float(value) for name, value in metrics.compute().items()})
+    if show_table:
+        show(trainer, f"Low-rank compression at the start of epoch {trainer.current_epoch}\n{allocation}")
 
 
 def log_multiply_adds(trainer: Trainer, pl_module: LightningModule, observation: Observation | None) -> None:

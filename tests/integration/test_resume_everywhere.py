@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from lr_callback import LowRankCompression
+from lr_callback import FactorizedLinear, LowRankCompression, LowRankMixin
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
