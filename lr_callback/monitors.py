@@ -49,11 +49,14 @@ def announce_reset(names: Sequence[str]) -> None:
 
 
 def _fresh(callback: object) -> dict[str, object]:
-    """Return the attributes that a callback has before it has seen a metric; none if it keeps no best."""
+    """Return the attributes that a callback has before it has seen a metric; none if it keeps no best.
+
+    A ModelCheckpoint without a metric writes the latest model over the one before, whatever its structure.
+    """
     worst = torch.tensor(-inf if getattr(callback, "mode", "min") == "max" else inf)
     if is_a(callback, "EarlyStopping"):
         return {"wait_count": 0, "best_score": worst}
-    if is_a(callback, "ModelCheckpoint"):
+    if is_a(callback, "ModelCheckpoint") and getattr(callback, "monitor", None) is not None:
         return {
             "best_k_models": {},
             "best_model_path": "",

@@ -12,7 +12,6 @@ import pytest
 ORDERS = {
     "lightning alone": "import lightning.pytorch as pl",
     "pytorch_lightning first": "import pytorch_lightning as pl",
-    "lr_callback first": "import lr_callback; import pytorch_lightning as pl",
     "the callback first": "from lr_callback import LowRankCompression; import pytorch_lightning as pl",
 }
 MODEL = """
