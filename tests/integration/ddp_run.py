@@ -39,6 +39,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import lr_callback as lrc
 from lr_callback import LowRankCompression, build, cut
+from lr_callback.find import find_layers
 from lr_callback.layers import FactorizedLayer
 
 BATCH = 4
@@ -546,7 +547,8 @@ def fsdp2() -> dict[str, Any]:
         trainer(whole, strategy=shards(), max_epochs=2).fit(module, loader())
         torch.distributed.barrier()
         shapes = [list(one.shape) for one in module.network.parameters()]
-        found[name] = {"weights": whole.weights, "kinds": sorted(whole.kinds), "shapes": shapes}
+        skipped = find_layers(module.network).skipped
+        found[name] = {"weights": whole.weights, "kinds": sorted(whole.kinds), "shapes": shapes, "skipped": skipped}
     refused = failure(lambda: trainer(events(), strategy=shards()).fit(Module(), loader()))
     return {**found, "error": refused["error"]}
 

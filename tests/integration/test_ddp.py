@@ -204,6 +204,7 @@ def test_model_that_was_compressed_in_configure_model_is_sharded_and_trained(rea
     assert found[0]["kinds"] == ["DTensor"]
     assert len(set(found[0]["weights"])) == len(found[0]["weights"]) > 6
     assert [24, 128] not in found[0]["shapes"], "the wide layer is in two"
+    assert found[0]["skipped"]["0"] == "its weight is sharded over processes (DTensor); compress before sharding"
 
 
 @pytest.mark.situation("Strategies", "FSDP2 (ModelParallelStrategy), the callback", "refused")
