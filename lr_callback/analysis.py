@@ -14,6 +14,7 @@ from lr_callback.allocation import Allocation, Factorization
 from lr_callback.candidates import LayerCandidates
 from lr_callback.costs import LayerCost, check_cost
 from lr_callback.find import Found, find_layers
+from lr_callback.folding import Geometry, slice_counts
 from lr_callback.layers import dense_weight
 from lr_callback.methods import ALDS, Choice, Method
 from lr_callback.observe import Observation, observe
@@ -203,11 +204,15 @@ def analyze(
         return found, layer_costs(found, observation)
 
     found, costs = processes.agree(prices)
-    owners = dict(zip(costs, processes.owners(cost.geometry.work for cost in costs.values()), strict=True))
+    owners = dict(zip(costs, processes.owners(_work(cost.geometry, method) for cost in costs.values()), strict=True))
     own = {name: found.layers[name] for name, owner in owners.items() if owner == processes.rank}
     parts = processes.gather(lambda: _candidates(own, costs, method, progress))
     layers = {name: parts[owner][name] for name, owner in owners.items()}
     return _analysis(model, method, observation, found, costs, layers)
+
+
+def _work(geometry: Geometry, method: Method) -> float:
+    return geometry.work(slice_counts(geometry.in_channels, method.max_slices))
 
 
 def _candidates(

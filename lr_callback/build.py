@@ -103,7 +103,7 @@ def build_layers(
     processes = processes or Processes()
     chosen = {name: allocation.layers[name] for name in targets}
     pending = [name for name, layer in targets.items() if not _is_as_chosen(layer, chosen[name])]
-    owners = dict(zip(pending, processes.owners(_geometry(targets[name]).work for name in pending), strict=True))
+    owners = dict(zip(pending, processes.owners(_work(targets[name], chosen[name]) for name in pending), strict=True))
 
     def build() -> dict[str, nn.Module]:
         return {
@@ -115,6 +115,10 @@ def build_layers(
     for name, layer in made.items():
         processes.send(weights_held(layer), owners[name])
     return made
+
+
+def _work(layer: nn.Module, choice: Factorization | None) -> float:
+    return _geometry(layer).work(() if choice is None else (choice.num_slices,))
 
 
 def _is_as_chosen(layer: nn.Module, choice: Factorization | None) -> bool:

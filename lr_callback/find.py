@@ -134,6 +134,8 @@ def _weight_refusal(layer: nn.Module, name: str, owners: dict[int, list[str]]) -
     others = [other for other in owners[id(weight)] if other != name]
     if others:
         return f"its weight is tied to that of {', '.join(others)}"
+    if any(base.__name__ == "DTensor" for base in type(weight).__mro__):  # by name: its module takes long to import
+        return "its weight is sharded over processes (DTensor); compress before sharding"
     if weight.device.type == "meta":
         return "its weight is on the meta device and has no values"
     if not weight.is_floating_point():

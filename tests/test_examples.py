@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -88,3 +89,14 @@ def test_multi_node(tmp_path):
     assert after <= 0.3 * before
     assert number(r"test_accuracy\W+([\d.]+)", text) > 0.5
     assert (tmp_path / "files" / "last.ckpt").is_file()
+
+
+@pytest.mark.skipif(find_spec("ray") is None, reason="needs pip install 'ray[train]'")
+@pytest.mark.situation("Strategies", "Ray Train, TorchTrainer with RayDDPStrategy", "works")
+def test_ray_train(tmp_path):
+    text = run(tmp_path, "ray_train.py", "--epochs=4")
+    before, after = (
+        number(rf"2 workers: {form} parameters", text) for form in (r"([\d,]+) -> [\d,]+", r"[\d,]+ -> ([\d,]+)")
+    )
+    assert after <= 0.3 * before
+    assert number(r"val_accuracy ([\d.]+)$", text.strip()) > 0.5

@@ -1,0 +1,109 @@
+"""Cuts that fail on one rank: what the others see of it, and whether the run could go on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from ddp_parts import RANK, OnEpoch, digest, events, failure, of_state, patched, run
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor
+
+import lr_callback as lrc
+from lr_callback import LowRankCompression, build, cut
+
+
+class FailsOn(lrc.ALDS):
+    """ALDS that fails on one rank."""
+
+    def candidates(self, *arguments: Any) -> Any:
+        if RANK == 1:
+            raise ArithmeticError("no convergence")
+        return super().candidates(*arguments)
+
+
+def fails_in_analysis() -> dict[str, Any]:
+    return failure(lambda: run(compression=events(method=FailsOn())))
+
+
+def fails_with_nan() -> dict[str, Any]:
+    def spoil(host: Trainer, module: LightningModule) -> None:
+        if RANK == 1:
+            with torch.no_grad():
+                module.network[4].weight[0, 0] = torch.nan
+
+    return failure(lambda: run(OnEpoch(1, spoil)))
+
+
+def fails_in_factors() -> dict[str, Any]:
+    factors = build.factors
+
+    def spoilt(*arguments: Any) -> tuple[Tensor, Tensor]:
+        encoder, decoder = factors(*arguments)
+        return (encoder * torch.nan, decoder) if RANK == 1 else (encoder, decoder)
+
+    with patched(build, "factors", spoilt):
+        return failure(run)
+
+
+class Undecided(LowRankCompression):
+    """A callback that decides on what only its own rank knows."""
+
+    def should_compress(self, trainer: Trainer, pl_module: LightningModule) -> float | None:
+        return 0.5 if trainer.current_epoch == 1 and RANK == 0 else None
+
+
+def fails_to_agree() -> dict[str, Any]:
+    return failure(lambda: run(compression=Undecided(show_table=False)))
+
+
+def goes_on_after(patch: Callable[[Trainer], Any]) -> dict[str, Any]:
+    """Let a cut fail on one rank in the middle, catch that, and train on with what was put back."""
+    errors: list[str] = []
+    same: list[bool] = []
+
+    def attempt(host: Trainer, module: LightningModule) -> None:
+        wrapper, before = host.strategy.model, of_state([module.state_dict(), host.optimizers[0].state_dict()])
+        grads = digest((name, one.grad) for name, one in module.named_parameters())
+        with patch(host):
+            errors.append(failure(lambda: LowRankCompression(0.5, 1).compress(host, module, 0.5))["error"])
+        same.append(host.strategy.model is wrapper)
+        same.append(of_state([module.state_dict(), host.optimizers[0].state_dict()]) == before)
+        same.append(digest((name, one.grad) for name, one in module.named_parameters()) == grads)
+
+    views = DDPStrategy(gradient_as_bucket_view=True)
+    found = run(OnEpoch(1, attempt), compression=LowRankCompression(0.5, 2, show_table=False), strategy=views)
+    return {**found, "error": errors[0], "same": same}
+
+
+def fails_in_swap() -> dict[str, Any]:
+    def broken(*arguments: Any) -> None:
+        raise MemoryError("no room for the layers")
+
+    return goes_on_after(lambda host: patched(cut, "replace_layers", broken if RANK == 1 else cut.replace_layers))
+
+
+def fails_in_wrapping() -> dict[str, Any]:
+    def patch(host: Trainer) -> Any:
+        whole = host.strategy.configure_ddp
+
+        def broken() -> None:
+            whole()
+            if RANK == 1:
+                raise MemoryError("no room for the buckets")
+
+        return patched(host.strategy, "configure_ddp", broken)
+
+    return goes_on_after(patch)
+
+
+CASES: dict[str, Callable[[], dict[str, Any]]] = {
+    "fails in the analysis": fails_in_analysis,
+    "fails with NaN": fails_with_nan,
+    "fails in the factors": fails_in_factors,
+    "fails to agree": fails_to_agree,
+    "fails in the swap": fails_in_swap,
+    "fails in the wrapping": fails_in_wrapping,
+}
