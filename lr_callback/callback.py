@@ -50,7 +50,7 @@ class LowRankCompression(Callback):
         show_table: print the table of all layers at each compression.
         snapshots: write weights-only checkpoints ``dense.ckpt`` (before the first compression), ``cut.ckpt`` (right
             after the latest) and ``final.ckpt`` into the folder ``compression`` of the log folder; without a logger of
-            ``default_root_dir``, under ``fast_dev_run`` nowhere.
+            ``default_root_dir``. Under ``fast_dev_run`` they are gone with the Trainer.
 
     Raises:
         TypeError: If ``method`` is no method.
