@@ -63,6 +63,7 @@ def __getattr__(name: str) -> object:
     """Import what is for Lightning on first use: the rest of the package does without it."""
     if name in _OF_LIGHTNING:
         found = getattr(import_module(_OF_LIGHTNING[name]), name)
-        import_module("lr_callback.packages").serve_imported_packages()
+        if name == "LowRankCompression":
+            import_module("lr_callback.packages").serve_imported_packages()
         return found
     raise AttributeError(f"module 'lr_callback' has no attribute {name!r}")

@@ -59,7 +59,7 @@ class LowRankCompression(CallbackBase):
         show_table: print the table of all layers at each compression.
         snapshots: write weights-only checkpoints ``dense.ckpt`` (before the first compression), ``cut.ckpt`` (right
             after the latest) and ``final.ckpt`` into the folder ``compression`` of the log folder; without a logger of
-            ``default_root_dir``, under ``fast_dev_run`` nowhere.
+            ``default_root_dir``. Under ``fast_dev_run`` they are gone with the Trainer.
         reset_monitors: let EarlyStopping and ModelCheckpoint begin anew at each compression: what was best so far was
             of another model; files stay.
 
@@ -104,7 +104,7 @@ class LowRankCompression(CallbackBase):
         self._start: dict[str, Any] | None = None
         self._counting = Counting(required=cost == "multiply_adds")
         self._saved_names: list[list[list[str | None]]] | None = None
-        self._turns = False
+        self._turns, self._resumes = False, False
 
     def should_compress(self, trainer: Trainer, pl_module: LightningModule) -> float | None:
         """Return the fraction to keep if the model is to be compressed at the start of this epoch, else None.
@@ -132,8 +132,8 @@ class LowRankCompression(CallbackBase):
         for module in (pl_module, *self.averages(trainer, pl_module)):
             install_hook(module)
         release_structure(pl_module)
-        # Of a file that was read for a test, perhaps; a file to resume from comes later.
-        self._saved_names, self._turns = None, False
+        # What was read before may be of a file for a test; one to resume from comes between here and `on_fit_start`.
+        self._saved_names, self._turns, self._resumes = None, False, stage == "fit"
         if stage != "fit":
             return
         if trainer.current_epoch == 0:
@@ -148,6 +148,7 @@ class LowRankCompression(CallbackBase):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the optimizers' parameters in the order of the file; check optimizers, schedules and budgets."""
+        self._resumes = False  # files that are read from now on are those of a search for a rate or a batch size
         if self._saved_names is not None:
             named = dict(pl_module.named_parameters())
             rebind(trainer.optimizers, self._saved_names, named, schedulers_of(trainer))
@@ -295,5 +296,5 @@ class LowRankCompression(CallbackBase):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Read the names of the parameters in each optimizer's groups, and whether an epoch is to begin."""
-        self._turns |= turn_epoch(checkpoint)
+        self._turns |= self._resumes and turn_epoch(checkpoint)
         self._saved_names = checkpoint.get(_GROUPS)

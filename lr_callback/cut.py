@@ -81,9 +81,9 @@ def cut(
         if start is not None:
             rewind(trainer.optimizers, schedulers_of(trainer), start, undo)
         rename_in_finetuning(trainer, names, report, pl_module, undo)
-        retire({name: targets[name] for name in made}, undo)
         if begin_anew and made:
             announce_reset(reset_monitors(trainer, undo))
+        retire({name: targets[name] for name in made}, undo)
         forget_graphs()
         return report
 

@@ -6,46 +6,60 @@ process is killed, the name stands for the former file or for the new one.
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from contextlib import ExitStack
 from pathlib import Path
+from weakref import WeakKeyDictionary, finalize
 
 from lightning.pytorch import Trainer
 
 from lr_callback.host import is_smoke_test
 
+_SCRATCH: WeakKeyDictionary[Trainer, Path] = WeakKeyDictionary()
+"""Folders of smoke tests, removed with their Trainers."""
+
 
 def write_snapshot(trainer: Trainer, name: str) -> dict[str, str]:
-    """Write the weights of this moment; return name -> path, nothing where none are written."""
+    """Write the weights of this moment; return name -> path."""
     with ExitStack() as undo:
         written = publish(trainer, write_part(trainer, name, undo))
         undo.pop_all()
     return written
 
 
-def write_part(trainer: Trainer, name: str, undo: ExitStack) -> Path | None:
+def write_part(trainer: Trainer, name: str, undo: ExitStack) -> Path:
     """Write the weights of this moment under a name that is not yet that of the snapshot.
 
     Args:
-        trainer: whose module is written, into the folder ``compression`` of its log folder.
+        trainer: whose module is written.
         name: of the snapshot.
         undo: given what removes the file again, before it is written.
 
     Returns:
-        The file's path, for :func:`publish`; None under ``fast_dev_run``, which leaves nothing on the disk.
+        The file's path, for :func:`publish`.
     """
-    if is_smoke_test(trainer):
-        return None
-    part = Path(trainer.log_dir or trainer.default_root_dir) / "compression" / f"{name}.ckpt.part"
+    part = _folder(trainer) / f"{name}.ckpt.part"
     undo.callback(part.unlink, missing_ok=True)
     trainer.save_checkpoint(part, weights_only=True)
     return part
 
 
 def publish(trainer: Trainer, part: Path | None) -> dict[str, str]:
-    """Give a written snapshot its name, in place of an earlier one; return name -> path."""
+    """Give a written snapshot its name, in place of an earlier one; return name -> path, nothing for None."""
     if part is None:
         return {}
     snapshot = part.with_suffix("")
     if trainer.is_global_zero:
         part.replace(snapshot)
     return {snapshot.stem: str(snapshot)}
+
+
+def _folder(trainer: Trainer) -> Path:
+    """Return ``compression`` in the log folder; under ``fast_dev_run``, which leaves nothing behind, a scratch one."""
+    if not is_smoke_test(trainer):
+        return Path(trainer.log_dir or trainer.default_root_dir) / "compression"
+    if trainer not in _SCRATCH:
+        _SCRATCH[trainer] = Path(tempfile.mkdtemp(prefix="compression-"))
+        finalize(trainer, shutil.rmtree, _SCRATCH[trainer], ignore_errors=True)
+    return _SCRATCH[trainer]

@@ -266,7 +266,7 @@ def test_best_may_be_on_either_side_and_fit_goes_on_afterwards(epoch, stage, tmp
             pl_module.log("score", float(trainer.current_epoch == epoch))
 
     best = ModelCheckpoint(tmp_path, "{epoch}", monitor="score", mode="max")
-    callback, module = LowRankCompression(0.4, 1, show_table=False), Small(48)
+    callback, module = LowRankCompression(0.4, 1, show_table=False, reset_monitors=False), Small(48)
     trainer = new_trainer(tmp_path, Score(), callback, best, max_epochs=3, enable_checkpointing=True)
     trainer.fit(module, loader(), loader())
     expected = load_from_checkpoint(Small, best.best_model_path)
