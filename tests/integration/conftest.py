@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torch.utils.data import DataLoader, TensorDataset
 
+collect_ignore_glob = ["ddp_*.py"]
+"""Programs that the tests start, and what these share."""
 BATCH = 64
 BATCHES = 4
 
