@@ -19,6 +19,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lr_callback import LowRankCompression
 
+collect_ignore_glob = ["ddp_*.py"]
+"""Programs that the tests start, and what these share."""
 BATCH = 64
 BATCHES = 4
 
