@@ -64,6 +64,6 @@ def __getattr__(name: str) -> object:
     if name in _OF_LIGHTNING:
         found = getattr(import_module(_OF_LIGHTNING[name]), name)
         if name == "LowRankCompression":
-            import_module("lr_callback.packages").serve_imported_packages()
+            import_module("lr_callback.host.packages").serve_imported_packages()
         return found
     raise AttributeError(f"module 'lr_callback' has no attribute {name!r}")

@@ -14,22 +14,22 @@ from torch import nn
 from lr_callback.allocation import Allocation
 from lr_callback.analysis import Analysis, analyze, check_method, survey
 from lr_callback.costs import check_cost
-from lr_callback.counting import Counting
-from lr_callback.cut import cut, start_of
 from lr_callback.events import due, read_events
 from lr_callback.hook import hold_structure, install_hook, release_structure
-from lr_callback.host import check_optimizers, is_smoke_test, schedulers_of, warn_of_late_events
-from lr_callback.journal import log_multiply_adds, tell
+from lr_callback.host.counting import Counting
+from lr_callback.host.cut import cut, start_of
+from lr_callback.host.journal import log_multiply_adds, tell
+from lr_callback.host.neighbours import align_averages, check_neighbours, held_averages
+from lr_callback.host.packages import CallbackBase
+from lr_callback.host.resume import begin_epoch, turn_epoch
+from lr_callback.host.snapshots import publish, write_part, write_snapshot
+from lr_callback.host.strategies import check_strategy, processes_of, same_on_all
+from lr_callback.host.trainer import check_optimizers, is_smoke_test, schedulers_of, warn_of_late_events
 from lr_callback.methods import Method
-from lr_callback.neighbours import align_averages, check_neighbours, held_averages
 from lr_callback.observe import Observation
 from lr_callback.optimizers import names_of, rebind
-from lr_callback.packages import CallbackBase
 from lr_callback.projection import OptimizerState, check_optimizer_state
 from lr_callback.report import analysis_progress
-from lr_callback.resume import begin_epoch, turn_epoch
-from lr_callback.snapshots import publish, write_part, write_snapshot
-from lr_callback.strategies import check_strategy, processes_of, same_on_all
 from lr_callback.surgery import SurgeryReport
 
 _GROUPS = "lr_callback_optimizer_names"

@@ -229,8 +229,8 @@ FAILURES = {
     "memory for the second layer": ("lr_callback.build.skeleton", MemoryError("no"), 2),
     "edit of the optimizer": ("lr_callback.optimizers._replace", RuntimeError("no"), 1),
     "report": ("lr_callback.surgery._report", RuntimeError("no"), 1),
-    "metrics": ("lr_callback.journal.compression_metrics", RuntimeError("no"), 1),
-    "table": ("lr_callback.journal.show", BrokenPipeError("no"), 1),
+    "metrics": ("lr_callback.host.journal.compression_metrics", RuntimeError("no"), 1),
+    "table": ("lr_callback.host.journal.show", BrokenPipeError("no"), 1),
     "snapshot on a full disk": ("lightning.pytorch.Trainer.save_checkpoint", OSError(errno.ENOSPC, "no"), 1),
 }
 

@@ -267,7 +267,7 @@ def test_average_is_as_before_when_the_cut_fails(fit, new_module, monkeypatch, n
             held = average_of(average)
             seen["parameters"], seen["values"] = list(held.parameters()), copy.deepcopy(held.state_dict())
 
-    monkeypatch.setattr("lr_callback.cut.retire", remember_and_fail)
+    monkeypatch.setattr("lr_callback.host.cut.retire", remember_and_fail)
     with pytest.raises(SystemExit):
         fit(module, average, Before(), LowRankCompression(0.5, 1, show_table=False))
     assert seen["cut"] is True

@@ -112,7 +112,7 @@ def test_still_compiled_after_ten_compressions_and_equal_to_eager(train, eager, 
 @pytest.mark.filterwarnings("ignore:.*recompile_limit")
 def test_without_forgetting_old_graphs_dynamo_stops_compiling(train, monkeypatch):
     # What the reset after a compression is for; it raises nothing.
-    monkeypatch.setattr("lr_callback.cut.torch.compiler.reset", lambda: None)
+    monkeypatch.setattr("lr_callback.host.cut.torch.compiler.reset", lambda: None)
     backend = Counting()
     graphs, _ = train(FORMS["a network inside, wrapped"](backend), backend)
     assert graphs.ran[0] >= 1

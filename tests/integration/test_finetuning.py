@@ -180,7 +180,7 @@ def test_record_is_as_before_when_the_cut_fails(fit, new_split, monkeypatch):
         def on_train_epoch_start(self, trainer, pl_module):
             seen["before"] = copy.deepcopy(tuning._internal_optimizer_metadata)
 
-    monkeypatch.setattr("lr_callback.cut.retire", fail)
+    monkeypatch.setattr("lr_callback.host.cut.retire", fail)
     with pytest.raises(MemoryError, match="injected"):
         fit(module, tuning, Before(), compression(4), max_epochs=EPOCHS)
     assert tuning._internal_optimizer_metadata == seen["before"] != seen["during"]

@@ -155,7 +155,7 @@ def test_layer_can_be_called_again_when_the_cut_fails(fit, monkeypatch):
     def fail(*_):
         raise MemoryError("injected")
 
-    monkeypatch.setattr("lr_callback.cut.forget_graphs", fail)
+    monkeypatch.setattr("lr_callback.host.cut.forget_graphs", fail)
     with pytest.raises(MemoryError, match="injected"):
         fit(module, Keep(), compression())
     assert list(module.modules()) == list(before.values())

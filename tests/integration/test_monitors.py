@@ -182,7 +182,7 @@ def test_monitors_are_as_before_when_the_cut_fails(run, new_module, tmp_path, mo
             seen["before"] = remembered(stopping, best, trainer.lr_scheduler_configs[0].scheduler)
             seen["scheduler"] = trainer.lr_scheduler_configs[0].scheduler
 
-    monkeypatch.setattr("lr_callback.cut.retire", fail)
+    monkeypatch.setattr("lr_callback.host.cut.retire", fail)
     with pytest.raises(MemoryError, match="injected"):
         run(stopping, Before(), compression(), best, module=module)
     assert seen["during"] == ("", {}, 0)

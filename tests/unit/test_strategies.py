@@ -19,7 +19,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostL
 
 import lr_callback as lrc
 from lr_callback import LowRankCompression
-from lr_callback.strategies import check_strategy, processes_of
+from lr_callback.host.strategies import check_strategy, processes_of
 
 
 def bare(kind):

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary, finalize
 
 from lightning.pytorch import Trainer
 
-from lr_callback.host import is_smoke_test
+from lr_callback.host.trainer import is_smoke_test
 
 _SCRATCH: WeakKeyDictionary[Trainer, Path] = WeakKeyDictionary()
 """Folders of smoke tests, removed with their Trainers."""

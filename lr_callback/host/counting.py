@@ -5,10 +5,10 @@ from __future__ import annotations
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from lr_callback.host import observe_example
+from lr_callback.host.strategies import processes_of
+from lr_callback.host.trainer import observe_example
 from lr_callback.observe import Observation
 from lr_callback.probe import Probe
-from lr_callback.strategies import processes_of
 
 
 class Counting:

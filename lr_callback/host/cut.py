@@ -17,15 +17,15 @@ from torch import nn
 
 from lr_callback.allocation import Allocation
 from lr_callback.build import build_layers, check_allocation
-from lr_callback.ddp import rebuild_wrapper
-from lr_callback.host import schedulers_of
-from lr_callback.monitors import announce_reset, reset_monitors
-from lr_callback.neighbours import follow_averages, rename_in_finetuning, retire
+from lr_callback.host.ddp import rebuild_wrapper
+from lr_callback.host.monitors import announce_reset, reset_monitors
+from lr_callback.host.neighbours import follow_averages, rename_in_finetuning, retire
+from lr_callback.host.strategies import processes_of
+from lr_callback.host.trainer import schedulers_of
 from lr_callback.optimizers import optimizers_in
 from lr_callback.parallel import workers
 from lr_callback.projection import OptimizerState
 from lr_callback.rewind import check_schedules, rewind, schedules_of
-from lr_callback.strategies import processes_of
 from lr_callback.surgery import SurgeryReport, replace_layers
 from lr_callback.unmoved import watch_first_step
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from lr_callback.averages import averaged_layers
-from lr_callback.packages import callbacks_of, is_a
+from lr_callback.host.packages import callbacks_of, is_a
 from lr_callback.surgery import SurgeryReport
 
 

@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info
 
-from lr_callback.packages import callbacks_of, is_a
+from lr_callback.host.packages import callbacks_of, is_a
 
 
 def reset_monitors(trainer: Trainer, undo: ExitStack) -> list[str]:

@@ -1,0 +1,1 @@
+"""Host: what a compression asks of a running Trainer, and what follows it there."""
