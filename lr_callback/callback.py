@@ -14,7 +14,8 @@ from torch import nn
 from lr_callback.allocation import Allocation
 from lr_callback.analysis import Analysis, analyze, check_method, survey
 from lr_callback.costs import check_cost
-from lr_callback.events import due, read_events
+from lr_callback.events import check_flags, due, read_events
+from lr_callback.find import check_patterns, factorized_in
 from lr_callback.hook import hold_structure, install_hook, release_structure
 from lr_callback.host.counting import Counting
 from lr_callback.host.cut import cut, start_of
@@ -23,8 +24,8 @@ from lr_callback.host.neighbours import align_averages, check_neighbours, held_a
 from lr_callback.host.packages import CallbackBase
 from lr_callback.host.resume import begin_epoch, turn_epoch
 from lr_callback.host.snapshots import publish, write_part, write_snapshot
-from lr_callback.host.strategies import check_strategy, processes_of, same_on_all
-from lr_callback.host.trainer import check_optimizers, is_smoke_test, schedulers_of, warn_of_late_events
+from lr_callback.host.strategies import check_same_weights, check_strategy, processes_of, same_on_all
+from lr_callback.host.trainer import check_optimizers, is_smoke_test, lacks, schedulers_of, warn_of_late_events
 from lr_callback.methods import Method
 from lr_callback.observe import Observation
 from lr_callback.optimizers import names_of, rebind
@@ -57,17 +58,16 @@ class LowRankCompression(CallbackBase):
         learning_rate_rewind: after each compression let all learning rates and their schedulers start again as they
             did when the run began; by default they go on as if nothing had happened.
         show_table: print the table of all layers at each compression.
-        snapshots: write weights-only checkpoints ``dense.ckpt`` (before the first compression), ``cut.ckpt`` (right
-            after the latest) and ``final.ckpt`` into the folder ``compression`` of the log folder; without a logger of
-            ``default_root_dir``. Under ``fast_dev_run`` they are gone with the Trainer.
+        snapshots: write weights-only checkpoints ``dense.ckpt`` (before the first compression), ``cut.ckpt`` (after the
+            latest) and ``final.ckpt`` into ``compression`` in the log folder, or else in ``default_root_dir``; under
+            ``fast_dev_run`` they are gone with the Trainer.
         reset_monitors: let EarlyStopping and ModelCheckpoint begin anew at each compression: what was best so far was
             of another model; files stay.
 
     Raises:
         TypeError: If ``method`` is no method.
         ValueError: If an argument is out of range.
-        MisconfigurationException: If the Trainer's strategy, precision plugin or another of its callbacks is not
-            supported.
+        MisconfigurationException: If the Trainer's strategy, precision plugin or another callback is not supported.
 
     Example::
 
@@ -93,16 +93,14 @@ class LowRankCompression(CallbackBase):
         super().__init__()
         check_cost(cost)
         check_optimizer_state(optimizer_state)
+        check_patterns(include=include, exclude=exclude)
         self.events = read_events(keep_ratio, epochs)
         self.method = check_method(method)
         self.cost, self.include, self.exclude = cost, include, exclude
         self.optimizer_state, self.learning_rate_rewind = optimizer_state, learning_rate_rewind
         self.show_table, self.snapshots, self.reset_monitors = show_table, snapshots, reset_monitors
-        self.allocation: Allocation | None = None
-        self.snapshot_files: dict[str, str] = {}
-        self._applied: list[int] = []
-        self._start: dict[str, Any] | None = None
-        self._counting = Counting(required=cost == "multiply_adds")
+        check_flags(self, "learning_rate_rewind", "show_table", "snapshots", "reset_monitors")
+        self._forget()
         self._saved_names: list[list[list[str | None]]] | None = None
         self._turns, self._resumes = False, False
 
@@ -132,23 +130,25 @@ class LowRankCompression(CallbackBase):
         for module in (pl_module, *self.averages(trainer, pl_module)):
             install_hook(module)
         release_structure(pl_module)
-        # What was read before may be of a file for a test; one to resume from comes between here and `on_fit_start`.
-        self._saved_names, self._turns, self._resumes = None, False, stage == "fit"
-        if stage != "fit":
-            return
-        if trainer.current_epoch == 0:
+        self._saved_names, self._turns, self._resumes = None, False, stage == "fit"  # of a file for a test, perhaps
+        if stage == "fit" and trainer.current_epoch == 0:
             self._forget()
-        warn_of_late_events(trainer, self.events)
+        if stage == "fit":
+            warn_of_late_events(trainer, self.events)
 
     def _forget(self) -> None:
         """Begin anew: an earlier run of this callback may have been with another model or other batches."""
-        self.allocation, self._start = None, None
-        self._applied, self.snapshot_files = [], {}
+        self.allocation: Allocation | None = None
+        self.snapshot_files: dict[str, str] = {}
+        self._applied: list[int] = []
+        self._start: dict[str, Any] | None = None
         self._counting = Counting(required=self.cost == "multiply_adds")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the optimizers' parameters in the order of the file; check optimizers, schedules and budgets."""
-        self._resumes = False  # files that are read from now on are those of a search for a rate or a batch size
+        self._resumes = False  # files read from now on are those of a search for a rate or a batch size
+        if self.allocation is not None and lacks(trainer, pl_module, self.allocation):
+            self._forget()
         if self._saved_names is not None:
             named = dict(pl_module.named_parameters())
             rebind(trainer.optimizers, self._saved_names, named, schedulers_of(trainer))
@@ -166,8 +166,9 @@ class LowRankCompression(CallbackBase):
         """Refuse budgets that cannot be met before the training, not in the middle of it."""
         counted, include, exclude = self._counting.unit, self.include, self.exclude
         prices = survey(pl_module, self.method, observation=counted, include=include, exclude=exclude)
-        for keep_ratio in self.events.values():
-            prices.allocate(keep_ratio)
+        for event, keep_ratio in self.events.items():
+            if event > max(self._applied, default=-1):
+                prices.allocate(keep_ratio)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse from now on a state dict of another structure, and begin an epoch that is to begin."""
@@ -204,14 +205,15 @@ class LowRankCompression(CallbackBase):
         with ExitStack() as undo:
             for noted in (vars(self), vars(self._counting)):
                 undo.callback(noted.update, dict(noted))
-            if "dense" not in self.snapshot_files:
+            if "dense" not in self.snapshot_files and not factorized_in(pl_module):
                 self._snapshot(trainer, "dense")
             analysis = self._analyze(trainer, pl_module)
+            check_same_weights(trainer, pl_module)
             allocation = processes.first(lambda: analysis.allocate(keep_ratio))
             self._note(trainer, allocation)
-            averages, start = self.averages(trainer, pl_module), self._start
-            options = (self.reset_monitors, self.optimizer_state, start)
-            report = cut(trainer, pl_module, allocation, undo, averages, *options)
+            averages = processes.agree(lambda: self.averages(trainer, pl_module))
+            options = (averages, self.reset_monitors, self.optimizer_state, self._start)
+            report = cut(trainer, pl_module, allocation, undo, *options)
             seconds = processes.first(lambda: perf_counter() - started)
             part = write_part(trainer, "cut", undo) if self.snapshots else None
             counted = self._counting.observation
@@ -239,13 +241,11 @@ class LowRankCompression(CallbackBase):
                 processes=processes_of(trainer),
             )
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         """Watch the first batch: how the network is called is not known before."""
         self._counting.watch(pl_module)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         """Count the multiply-adds of the first batch."""
         if not self._counting.count(trainer):
             return
@@ -296,5 +296,5 @@ class LowRankCompression(CallbackBase):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Read the names of the parameters in each optimizer's groups, and whether an epoch is to begin."""
-        self._turns |= self._resumes and turn_epoch(checkpoint)
+        self._turns |= self._resumes and turn_epoch(checkpoint, trainer.max_epochs)
         self._saved_names = checkpoint.get(_GROUPS)

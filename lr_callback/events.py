@@ -52,3 +52,18 @@ def due(events: Mapping[int, float], applied: Iterable[int], epoch: int) -> floa
     last = max(applied, default=-1)
     late = [event for event in events if last < event <= epoch]
     return events[max(late)] if late else None
+
+
+def check_flags(holder: object, *names: str) -> None:
+    """Refuse a switch that is neither True nor False: ``"no"`` would count as True.
+
+    Args:
+        holder: has the switches as attributes.
+        names: of the attributes.
+
+    Raises:
+        TypeError: If there is one.
+    """
+    for name in names:
+        if not isinstance(getattr(holder, name), bool):
+            raise TypeError(f"`{name}` must be True or False, got {getattr(holder, name)!r}.")

@@ -59,6 +59,7 @@ def find_layers(
             found.layers[name] = layer
         else:
             found.skipped[name] = reason
+    check_patterns(include=include, exclude=exclude)
     _select(found, _patterns(include), _patterns(exclude))
     return found
 
@@ -143,6 +144,36 @@ def _weight_refusal(layer: nn.Module, name: str, owners: dict[int, list[str]]) -
     if weight.numel() == 0:
         return f"its weight is empty, of shape {tuple(weight.shape)}"
     return None
+
+
+def check_patterns(**arguments: object) -> None:
+    """Refuse what are no patterns.
+
+    Args:
+        arguments: name of an argument -> its value.
+
+    Raises:
+        TypeError: If one is neither None, a string, nor a list or tuple of strings.
+    """
+    for name, value in arguments.items():
+        listed = [value] if isinstance(value, str) else value
+        if value is not None and not (
+            isinstance(listed, (list, tuple)) and all(isinstance(one, str) for one in listed)
+        ):
+            raise TypeError(
+                f"`{name}` must be a glob pattern of layer names such as 'layer1.*', or a list of them, got {value!r}."
+            )
+
+
+def factorized_in(model: nn.Module) -> list[str]:
+    """Return the names of the factorized layers of a model.
+
+    Example::
+
+        >>> factorized_in(nn.Linear(4, 4))
+        []
+    """
+    return [name for name, layer in model.named_modules() if isinstance(layer, FactorizedLayer)]
 
 
 def _patterns(patterns: Sequence[str] | str | None) -> tuple[str, ...] | None:

@@ -6,6 +6,7 @@ tell each other the result or the error. No rank can wait for one that has faile
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -118,3 +119,15 @@ class Processes:
             if self.rank != owner:
                 with torch.no_grad():
                     tensor.copy_(flat.view(tensor.dtype).view(tensor.shape))
+
+
+def digest(tensor: Tensor) -> str:
+    """Return a digest of a tensor's bits.
+
+    Example::
+
+        >>> digest(torch.ones(3)) == digest(torch.ones(3)), digest(torch.ones(3)) == digest(torch.zeros(3))
+        (True, False)
+    """
+    flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return hashlib.blake2b(flat.numpy().tobytes(), digest_size=16).hexdigest()

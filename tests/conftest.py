@@ -92,7 +92,7 @@ class Situations:
 
 
 def _runs_everything(config: pytest.Config) -> bool:
-    chosen = any(config.getoption(name) for name in ("keyword", "markexpr", "deselect", "collectonly", "lf"))
+    chosen = any(config.getoption(name, None) for name in ("keyword", "markexpr", "deselect", "collectonly", "lf"))
     return config.args_source == pytest.Config.ArgsSource.TESTPATHS and not chosen
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
@@ -44,7 +46,7 @@ class Counting:
             MisconfigurationException: If the module has none.
         """
         if self.is_due:
-            self.observation = processes_of(trainer).first(lambda: observe_example(trainer, pl_module))
+            self.observation = _of_the_first(trainer, lambda: observe_example(trainer, pl_module))
 
     def watch(self, pl_module: LightningModule) -> None:
         """Watch a batch that begins, if none was seen: how the network is called is not known before."""
@@ -58,8 +60,7 @@ class Counting:
         if probe is None:
             return False
         probe.stop()
-        # The first process's: the batches of the others may be of other sizes, and a budget is one for all.
-        self.observation = processes_of(trainer).first(lambda: self._observe(probe))
+        self.observation = _of_the_first(trainer, lambda: self._observe(probe))
         self._possible = self.observation is not None
         return True
 
@@ -81,3 +82,11 @@ class Counting:
         if self._probe is not None:
             self._probe.stop()
             self._probe = None
+
+
+def _of_the_first(trainer: Trainer, observe: Callable[[], Observation | None]) -> Observation | None:
+    """Return the first process's observation: batches of others may be of other sizes, and a budget is one for all.
+
+    All of them observe: a network that talks to its copies on other processes must not do so alone.
+    """
+    return processes_of(trainer).gather(observe)[0]

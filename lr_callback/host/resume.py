@@ -12,19 +12,20 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 
-def turn_epoch(checkpoint: dict[str, Any]) -> bool:
+def turn_epoch(checkpoint: dict[str, Any], max_epochs: int | None = None) -> bool:
     """Let a run that is resumed from a file of the turn of an epoch begin the new epoch with its hooks and batches.
 
     The files that are meant were written
 
     - after an epoch's last batch and before its validation, as with ``every_n_train_steps``: the new epoch's hooks
-      would be left out (the validation is, by Lightning itself);
+      would be left out (the validation and the hooks of the epoch's end are, by Lightning itself);
     - at an epoch's end, or after a run: with ``max_steps`` the epoch would be counted twice, and the hooks left out;
     - in the hooks of an epoch's start, as when something fails there and a checkpoint is kept of that moment: the
       batches of the epoch before would count as those of the new one, which would be left out.
 
     Args:
         checkpoint: as it was read, before the loops take over their part; edited in place.
+        max_epochs: of the run. After the last epoch none is to begin: its end is left to come, as Lightning does it.
 
     Returns:
         Whether the file is one of these; then :func:`begin_epoch` must be called before the epoch begins.
@@ -42,6 +43,8 @@ def turn_epoch(checkpoint: dict[str, Any]) -> bool:
     epochs, batches = loop.get("epoch_progress", {}), loop.get("epoch_loop.batch_progress", {})
     after_last_batch = _is_after_last_batch(epochs, batches)
     if not after_last_batch and not _is_between(epochs):
+        return False
+    if after_last_batch and epochs["total"]["processed"] + 1 == max_epochs:
         return False
     for counters in epochs.values():
         counters.update(dict.fromkeys(counters, counters["processed"] + after_last_batch))

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from weakref import WeakKeyDictionary, finalize
 
 from lightning.pytorch import Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
+from lr_callback.host.strategies import processes_of
 from lr_callback.host.trainer import is_smoke_test
 
 _SCRATCH: WeakKeyDictionary[Trainer, Path] = WeakKeyDictionary()
@@ -40,19 +42,43 @@ def write_part(trainer: Trainer, name: str, undo: ExitStack) -> Path:
         The file's path, for :func:`publish`.
     """
     part = _folder(trainer) / f"{name}.ckpt.part"
-    undo.callback(part.unlink, missing_ok=True)
-    trainer.save_checkpoint(part, weights_only=True)
+    undo.callback(_remove, part)
+    # As `Trainer.save_checkpoint` does, but for its barrier: where one process cannot write, the others must be told.
+    weights = trainer._checkpoint_connector.dump_checkpoint(weights_only=True)
+    processes_of(trainer).agree(lambda: trainer.strategy.save_checkpoint(weights, part))
     return part
 
 
 def publish(trainer: Trainer, part: Path | None) -> dict[str, str]:
-    """Give a written snapshot its name, in place of an earlier one; return name -> path, nothing for None."""
+    """Give a written snapshot its name, in place of an earlier one; return name -> path, nothing for None.
+
+    That it cannot be renamed is a warning: the compression stands by then, and the weights are on the disk.
+    """
     if part is None:
         return {}
     snapshot = part.with_suffix("")
-    if trainer.is_global_zero:
+    problem = processes_of(trainer).first(lambda: _rename(part, snapshot))
+    if problem is None:
+        return {snapshot.stem: str(snapshot)}
+    rank_zero_warn(
+        f"LowRankCompression: the snapshot {part} could not be renamed to {snapshot} ({problem}). "
+        "The compression is not affected."
+    )
+    return {}
+
+
+def _rename(part: Path, snapshot: Path) -> str | None:
+    try:
         part.replace(snapshot)
-    return {snapshot.stem: str(snapshot)}
+    except OSError as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _remove(part: Path) -> None:
+    """Remove a file if it is there; what keeps it from being removed kept it from being written, and is told then."""
+    with suppress(OSError):
+        part.unlink()
 
 
 def _folder(trainer: Trainer) -> Path:

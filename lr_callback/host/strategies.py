@@ -11,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 
 from lr_callback.hook import has_hook
-from lr_callback.processes import Processes
+from lr_callback.processes import Processes, digest
 
 _REFUSED: Mapping[str, str] = {
     "FSDPStrategy": "it holds all parameters as shards of flat ones, in which no layer can be replaced",
@@ -54,6 +54,28 @@ def same_on_all(trainer: Trainer, decide: Callable[[], float | None]) -> float |
             "Decide on values that are averaged over the ranks, such as those logged with `sync_dist=True`."
         )
     return answers[0]
+
+
+def check_same_weights(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Refuse a module whose weights are not the same on all processes: each would go on with factors of another one.
+
+    Raises:
+        RuntimeError: If they differ.
+    """
+    processes = processes_of(trainer)
+    if processes.size == 1:
+        return
+    left_apart = getattr(trainer.strategy.model, "parameters_to_ignore", ())
+    own = {name: one for name, one in pl_module.named_parameters() if name not in left_apart}
+    digests = processes.gather(lambda: {name: digest(one) for name, one in own.items()})
+    differ = [name for name in digests[0] if any(one.get(name) != digests[0][name] for one in digests)]
+    if differ:
+        raise RuntimeError(
+            f"LowRankCompression: the weights must be the same on all {processes.size} processes before a compression, "
+            f"those of {', '.join(differ[:3])}{', ...' if len(differ) > 3 else ''} differ. DDP does not average "
+            "parameters that were unfrozen after it had wrapped the module (BackboneFinetuning: put it before this "
+            "callback, or unfreeze in the epoch of a compression or before the training). Nothing was changed."
+        )
 
 
 def check_strategy(trainer: Trainer, pl_module: LightningModule) -> None:

@@ -10,6 +10,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
+from lr_callback.allocation import Allocation
+from lr_callback.find import factorized_in
 from lr_callback.observe import Observation, observe
 from lr_callback.optimizers import optimizers_in, with_inner
 from lr_callback.projection import OptimizerState, can_project
@@ -28,6 +30,25 @@ def warn_of_late_events(trainer: Trainer, events: Iterable[int]) -> None:
         rank_zero_warn(
             f"LowRankCompression: epochs {late} are never reached, max_epochs is {limit} and epochs count from 0."
         )
+
+
+def lacks(trainer: Trainer, pl_module: LightningModule, allocation: Allocation) -> bool:
+    """Return whether a module does not have the layers that a compression before this run gave one.
+
+    It may be another module, or have been given the weights of another structure since.
+
+    Raises:
+        MisconfigurationException: If the run is resumed from a file of that compression, without these layers.
+    """
+    missing = [name for name in allocation.factorized if name not in factorized_in(pl_module)]
+    if missing and trainer.ckpt_path is not None:
+        raise MisconfigurationException(
+            f"LowRankCompression: the checkpoint {trainer.ckpt_path} is of a compressed run, and must hold all layers "
+            f"that were compressed; it lacks {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}, which "
+            "would be trained as they are in the code. Let the module's `state_dict` hold them, or name them in "
+            "`exclude`."
+        )
+    return bool(missing)
 
 
 _SHARDED = ("ZeroRedundancyOptimizer", "PostLocalSGDOptimizer", "DistributedOptimizer")

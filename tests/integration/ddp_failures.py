@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
 import lr_callback as lrc
-from lr_callback import LowRankCompression, build, cut
+from lr_callback import LowRankCompression, build
+from lr_callback.host import cut
 
 
 class FailsOn(lrc.ALDS):
@@ -46,6 +48,25 @@ def fails_in_factors() -> dict[str, Any]:
 
     with patched(build, "factors", spoilt):
         return failure(run)
+
+
+def fails_on_a_full_disk() -> dict[str, Any]:
+    class Full(DDPStrategy):
+        def save_checkpoint(self, *arguments: Any, **options: Any) -> None:
+            if RANK == 1:
+                raise OSError(28, "No space left on device")
+            super().save_checkpoint(*arguments, **options)
+
+    with TemporaryDirectory() as root:
+        return failure(lambda: run(compression=events(snapshots=True), strategy=Full(), default_root_dir=root))
+
+
+def fails_apart() -> dict[str, Any]:
+    def move(host: Trainer, module: LightningModule) -> None:
+        with torch.no_grad():
+            module.network[4].weight[0, 0] += RANK
+
+    return failure(lambda: run(OnEpoch(1, move)))
 
 
 class Undecided(LowRankCompression):
@@ -103,6 +124,8 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "fails in the analysis": fails_in_analysis,
     "fails with NaN": fails_with_nan,
     "fails in the factors": fails_in_factors,
+    "fails on a full disk": fails_on_a_full_disk,
+    "fails apart": fails_apart,
     "fails to agree": fails_to_agree,
     "fails in the swap": fails_in_swap,
     "fails in the wrapping": fails_in_wrapping,

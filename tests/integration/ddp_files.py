@@ -9,7 +9,21 @@ from typing import Any
 
 import torch
 import torch.distributed
-from ddp_parts import RANK, SIZE, Module, OnEpoch, digest, events, failure, folder, loader, network, of_state, trainer
+from ddp_parts import (
+    RANK,
+    SIZE,
+    Module,
+    OnEpoch,
+    Watch,
+    digest,
+    events,
+    failure,
+    folder,
+    loader,
+    network,
+    of_state,
+    trainer,
+)
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
@@ -161,4 +175,25 @@ def fsdp2() -> dict[str, Any]:
     return {**found, "error": refused["error"]}
 
 
-CASES: dict[str, Callable[[], dict[str, Any]]] = {"resume": resume, "logs": logs, "fsdp2": fsdp2}
+class Mean(torch.nn.Module):
+    """Center on the mean over all processes, with a collective of its own."""
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        mean = values.detach().mean()
+        torch.distributed.all_reduce(mean)
+        return values - mean / SIZE
+
+
+def talks() -> dict[str, Any]:
+    module, callback, watch = Module(), events(), Watch()
+    module.network.append(Mean())
+    trainer(watch, callback).fit(module, loader())
+    return {**watch.seen(module), "counted": callback._counting.observation.dense_multiply_adds}
+
+
+CASES: dict[str, Callable[[], dict[str, Any]]] = {
+    "resume": resume,
+    "logs": logs,
+    "network that talks": talks,
+    "fsdp2": fsdp2,
+}

@@ -175,3 +175,18 @@ def test_two_of_these_callbacks_in_one_trainer_are_refused_by_lightning():
     twice = [LowRankCompression(0.5, 1), LowRankCompression(0.3, 2)]
     with pytest.raises(RuntimeError, match="more than one stateful callback of type `LowRankCompression`"):
         Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=twice)
+
+
+@pytest.mark.parametrize("argument", ["include", "exclude"])
+@pytest.mark.parametrize("value", [3, [None], {"a": 1}, ["layer", 2]], ids=str)
+def test_what_is_no_pattern_is_refused_by_name(argument, value):
+    with pytest.raises(
+        TypeError, match=rf"`{argument}` must be a glob pattern of layer names such as 'layer1\.\*', or a"
+    ):
+        LowRankCompression(**{argument: value})
+
+
+@pytest.mark.parametrize("argument", ["show_table", "snapshots", "reset_monitors", "learning_rate_rewind"])
+def test_what_is_neither_true_nor_false_is_refused_by_name(argument):
+    with pytest.raises(TypeError, match=f"`{argument}` must be True or False, got 'no'"):
+        LowRankCompression(**{argument: "no"})

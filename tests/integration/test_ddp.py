@@ -42,11 +42,15 @@ FAILED = {
     "fails in the analysis": "ArithmeticError: no convergence",
     "fails with NaN": "ValueError: network.4: every weight must be finite, found 1 of 3072",
     "fails in the factors": "the factors must be finite, found NaN or infinity in those of rank",
+    "fails on a full disk": "OSError: [Errno 28] No space left on device",
     "fails in the swap": "MemoryError: no room for the layers",
     "fails in the wrapping": "MemoryError: no room for the buckets",
 }
 """Case -> what rank 1 fails with."""
-OTHERS = ["double", "buffers", "fails to agree", "resume", "logs", "batches of other sizes", "uncountable", "fsdp2"]
+OTHERS = [
+    *("double", "buffers", "fails to agree", "fails apart", "resume", "logs", "batches of other sizes", "uncountable"),
+    *("network that talks", "fsdp2"),
+]
 needs_fork = pytest.mark.skipif(
     torch.cuda.is_available(), reason="where there is a GPU, a process that has trained cannot be forked"
 )
@@ -152,6 +156,20 @@ def test_ranks_that_decide_differently_all_stop(read):
             f"`should_compress` must return the same on every process of the run, got [0.5, {others}]" in one["error"]
         )
         assert "sync_dist=True" in one["error"]
+
+
+@pytest.mark.situation("Strategies", "DDP, weights that have come apart before a cut", "refused")
+def test_weights_that_have_come_apart_are_refused(read):
+    for one in read("fails apart"):
+        text = "the weights must be the same on all {} processes before a compression, those of network.4.weight differ"
+        assert text.format(len(read("fails apart"))) in one["error"]
+
+
+@pytest.mark.situation("Strategies", "DDP, a network that talks to its copies in its forward", "works")
+def test_network_that_talks_to_its_copies_is_counted_and_cut(read):
+    found = read("network that talks")
+    assert all_same(found, "weights", "sizes")
+    assert all(one["counted"] > 0 and one["factorized"] for one in found)
 
 
 @pytest.mark.situation("Checkpoints", "DDP, crash and resume", "works")
