@@ -77,7 +77,7 @@ def test_lightning_cli(tmp_path):
     assert number(r"val_accuracy ([\d.]+) with", text) > 0.85
 
 
-@pytest.mark.situation("Strategies", "DDP on several machines, started by torchrun", "works")
+@pytest.mark.situation("Strategies", "DDP as on several machines, started by torchrun", "works")
 def test_multi_node(tmp_path):
     launch = ["-m", "torch.distributed.run", "--standalone", "--nnodes=1", "--nproc_per_node=2"]
     program = str(EXAMPLES / "multi_node.py")
