@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lr_callback.allocation import Factorization
 from lr_callback.build import densified, skeleton
-from lr_callback.folding import Geometry, fold, unfold_decoder
+from lr_callback.folding import Geometry, decoder_matrices, fold, unfold_decoder
 from lr_callback.layers import FactorizedLayer, dense_weight
 
 
@@ -84,13 +84,7 @@ def nearest_decoder(weight: Tensor, encoder: Tensor, decoder: Tensor, folding: s
     """
     geometry = Geometry(weight.shape[0], weight.shape[1], tuple(weight.shape[2:]))
     right = encoder.to(weight.device, torch.float64).reshape(num_slices, encoder.shape[0] // num_slices, -1)
-    left = _decoder_matrices(decoder.to(weight.device, torch.float64), num_slices)
+    left = decoder_matrices(decoder.to(weight.device, torch.float64), num_slices)
     missing = fold(weight, folding, num_slices).double() - left @ right
     gram = right @ right.mT
     return unfold_decoder(left + missing @ right.mT @ torch.linalg.pinv(gram, hermitian=True), geometry, folding)
-
-
-def _decoder_matrices(decoder: Tensor, num_slices: int) -> Tensor:
-    """Return the matrices ``(k, F * D, j)`` of a decoder's weight."""
-    sliced = decoder.reshape(decoder.shape[0], num_slices, decoder.shape[1] // num_slices, -1)
-    return sliced.permute(1, 0, 3, 2).flatten(1, 2)

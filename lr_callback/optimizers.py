@@ -9,6 +9,7 @@ two factors it pulls at their squared norms, which is not the squared norm of th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -27,7 +28,8 @@ def replace_parameters(
     replacements: Replacements,
     names: Mapping[nn.Parameter, str],
     projected: Mapping[nn.Parameter, FactorizedLayer] | None = None,
-) -> Callable[[], None]:
+    undo: ExitStack | None = None,
+) -> None:
     """Let optimizers hold the new parameters where they held the old ones.
 
     Args:
@@ -36,31 +38,24 @@ def replace_parameters(
         names: name of each parameter of the new layers, for groups that were made from ``named_parameters()``.
         projected: old weight -> the layer whose factors take over its state, see :mod:`lr_callback.projection`; the
             others start without state.
-
-    Returns:
-        A function that undoes it.
+        undo: given what undoes it, before anything is changed; it is undone unless the caller takes everything off the
+            stack.
 
     Raises:
-        RuntimeError: If an optimizer does not let its groups be edited. All of them are as they were.
+        RuntimeError: If an optimizer does not let its groups be edited. All of them are as they were, once ``undo`` is
+            closed where there is one.
     """
-    undo: list[Callable[[], None]] = []
-
-    def undo_all() -> None:
-        for step in reversed(undo):
-            step()
-
     # A wrapper may share groups and state with what it wraps: what each held must be read before any is edited.
     held = [(optimizer, _held(optimizer, replacements)) for optimizer in with_inner(optimizers)]
-    try:
+    with ExitStack() as own:
+        steps = own if undo is None else undo
+        for optimizer, _ in held:
+            steps.callback(_remember(optimizer))
         for optimizer, old in held:
-            undo.append(remember(optimizer))
             _replace(optimizer, old, replacements, names, projected or {})
         for optimizer, old in held:
             _check(optimizer, old, replacements, names)
-    except BaseException:
-        undo_all()
-        raise
-    return undo_all
+        own.pop_all()
 
 
 def with_inner(optimizers: Iterable[Any]) -> list[Optimizer]:
@@ -114,7 +109,7 @@ def _refusal(optimizer: Optimizer, found: str) -> RuntimeError:
     )
 
 
-def remember(optimizer: Optimizer) -> Callable[[], None]:
+def _remember(optimizer: Optimizer) -> Callable[[], None]:
     """Return a function that puts back the parameters of each group and the state of each parameter.
 
     Args:

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from lr_callback.allocation import Allocation
 from lr_callback.build import build_layers, check_allocation, densified, weights_held
 from lr_callback.layers import FactorizedLayer
-from lr_callback.optimizers import Replacements, remember, replace_parameters, with_inner
+from lr_callback.optimizers import Replacements, replace_parameters
 from lr_callback.parallel import workers
 from lr_callback.projection import OptimizerState, check_optimizer_state
 
@@ -143,11 +143,9 @@ def replace_layers(
     places = _places(model, {layer: made[name] for name, layer in old.items()})
     with ExitStack() as own:
         steps = own if undo is None else undo  # never moved from one to the other: an interrupt could come in between
-        for optimizer in with_inner(listed):
-            steps.callback(remember(optimizer))
         steps.callback(_put_back, places)
         projected = _heirs_of_dense(old, made) if optimizer_state == "project" else {}
-        replace_parameters(listed, replacements, _names_of_new(made), projected)
+        replace_parameters(listed, replacements, _names_of_new(made), projected, steps)
         for parent, child, _, new in places:
             parent._modules[child] = new
         report = _report(model, made, before, replacements)

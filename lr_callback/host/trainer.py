@@ -40,7 +40,8 @@ def lacks(trainer: Trainer, pl_module: LightningModule, allocation: Allocation) 
     Raises:
         MisconfigurationException: If the run is resumed from a file of that compression, without these layers.
     """
-    missing = [name for name in allocation.factorized if name not in factorized_in(pl_module)]
+    present = factorized_in(pl_module)
+    missing = [name for name in allocation.factorized if name not in present]
     if missing and trainer.ckpt_path is not None:
         raise MisconfigurationException(
             f"LowRankCompression: the checkpoint {trainer.ckpt_path} is of a compressed run, and must hold all layers "

@@ -51,16 +51,6 @@ def finished(trainer):
     return copy.deepcopy((dict(module.state_dict()), optimizer.state_dict(), torch.get_rng_state()))
 
 
-def same(one, other):
-    if isinstance(one, torch.Tensor):
-        return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, dict):
-        return list(one) == list(other) and all(same(value, other[key]) for key, value in one.items())
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(same, one, other))
-    return one == other
-
-
 def state_of(trainer, callback):
     """Return all that a compression may change: the very objects, and a copy of every value."""
     module, [optimizer] = trainer.lightning_module, trainer.optimizers
@@ -139,7 +129,7 @@ def moments(lines):
 
 @pytest.mark.situation("All or nothing", "interrupt at any line of a compression", "works")
 def test_interrupt_at_any_line_leaves_everything_as_it_was_or_done_and_the_run_goes_on_bit_for_bit(
-    whole, tmp_path, loader, new_module, new_trainer
+    whole, tmp_path, loader, new_module, new_trainer, same
 ):
     callback, left = compression(), moments(whole.lines)
 
@@ -205,7 +195,7 @@ PARTS = {"in the analysis": 0.02, "in the middle": 0.3, "while layers are swappe
 @pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
 @pytest.mark.parametrize("name", [LAST, "raised.ckpt"])
 @pytest.mark.situation("Checkpoints", "file that OnExceptionCheckpoint writes in the middle of a compression", "works")
-def test_run_that_was_interrupted_is_resumed_bit_for_bit(whole, crash, resume, part, name):
+def test_run_that_was_interrupted_is_resumed_bit_for_bit(whole, crash, resume, part, name, same):
     chosen = moments(whole.lines)
     callback = traced(Lines(chosen[round(part * (len(chosen) - 1))]))
     error, _ = crash(callback)
@@ -246,7 +236,7 @@ FAILURES = {
 @pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES)
 @pytest.mark.situation("All or nothing", "a compression that fails", "works")
 def test_failure_changes_nothing_ends_the_run_with_its_cause_and_can_be_resumed(
-    whole, tmp_path, crash, resume, monkeypatch, failure
+    whole, tmp_path, crash, resume, monkeypatch, failure, same
 ):
     place, error, at = failure
     callback, before = compression(), []
@@ -276,7 +266,7 @@ class Broken(CSVLogger):
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 @pytest.mark.situation("All or nothing", "a logger that fails at a compression", "works")
-def test_logger_that_fails_undoes_the_compression_that_it_was_told_of(whole, tmp_path, crash, resume):
+def test_logger_that_fails_undoes_the_compression_that_it_was_told_of(whole, tmp_path, crash, resume, same):
     callback = compression()
     found, trainer = crash(callback, logger=Broken(tmp_path / "logs"))
     assert type(found) is ConnectionError
@@ -287,7 +277,7 @@ def test_logger_that_fails_undoes_the_compression_that_it_was_told_of(whole, tmp
 
 
 @pytest.mark.situation("All or nothing", "a snapshot that the disk has no room for", "works")
-def test_snapshot_that_does_not_fit_on_the_disk_leaves_the_former_one(whole, tmp_path, crash, resume):
+def test_snapshot_that_does_not_fit_on_the_disk_leaves_the_former_one(whole, tmp_path, crash, resume, same):
     limits, callback, kept = resource.getrlimit(resource.RLIMIT_FSIZE), compression(), []
 
     def fill_the_disk(trainer, pl_module):

@@ -83,17 +83,6 @@ def finished(trainer):
     return trainer.lightning_module.state_dict(), trainer.optimizers[0].state_dict(), schedules
 
 
-def same(one, other):
-    """Compare nested dicts and lists; tensors must be equal in every bit."""
-    if isinstance(one, torch.Tensor):
-        return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, dict):
-        return list(one) == list(other) and all(same(value, other[key]) for key, value in one.items())
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(same, one, other))
-    return one == other
-
-
 @pytest.fixture(scope="module", params=[sgd, adam_cosine, groups_by_name, made_before], ids=lambda one: one.__name__)
 def run(request, tmp_path_factory, loader, new_module, new_trainer):
     """Return an uninterrupted run with two events that wrote a checkpoint at many moments."""
@@ -136,14 +125,14 @@ MOMENTS = {
 
 
 @pytest.mark.parametrize("name", MOMENTS.values(), ids=MOMENTS)
-def test_resumed_run_ends_bit_for_bit_as_the_uninterrupted_one(run, again, name):
+def test_resumed_run_ends_bit_for_bit_as_the_uninterrupted_one(run, again, name, same):
     trainer = again(name)
     assert trainer.global_step == 4 * EPOCHS
     for resumed, uninterrupted in zip(finished(trainer), run.end, strict=True):
         assert same(resumed, uninterrupted)
 
 
-def test_module_that_was_already_cut_goes_back_to_a_dense_file(run, again):
+def test_module_that_was_already_cut_goes_back_to_a_dense_file(run, again, same):
     assert type(run.module.network[8]) is lrc.FactorizedLinear
     trainer = again("epoch=0-step=4.ckpt", run.module)
     assert same(finished(trainer), run.end)
@@ -211,7 +200,7 @@ def test_evaluating_a_file_gives_the_metrics_of_its_epoch(
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("whole", [True, False], ids=["LightningModule", "bare network"])
-def test_restore_gives_a_fresh_model_structure_and_weights(plain_run, loader, new_module, name, whole):
+def test_restore_gives_a_fresh_model_structure_and_weights(plain_run, loader, new_module, name, whole, same):
     state = torch.load(plain_run.root / name, weights_only=True)["state_dict"]
     module = new_module()
     target = module if whole else module.network
@@ -234,7 +223,7 @@ def test_files_hold_plain_data_only(plain_run, name):
         assert (state["allocation"] is None) is (epoch_of(name) == 0)
 
 
-def test_loading_a_file_twice_is_loading_it_once(plain_run, tmp_path, loader, new_module, new_trainer):
+def test_loading_a_file_twice_is_loading_it_once(plain_run, tmp_path, loader, new_module, new_trainer, same):
     module, compression, hooks = new_module(), events(), []
     found = []
     for _ in range(2):

@@ -99,16 +99,6 @@ def ended(trainer, watch):
     )
 
 
-def same(one, other):
-    if isinstance(one, torch.Tensor):
-        return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, dict):
-        return list(one) == list(other) and all(same(value, other[key]) for key, value in one.items())
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(same, one, other))
-    return one == other
-
-
 @pytest.fixture(scope="module")
 def train(loader, new_module, new_trainer, new_watch):
     """Return a function that trains with dropout, from the beginning or from a file, and returns what is left."""
@@ -128,11 +118,16 @@ def train(loader, new_module, new_trainer, new_watch):
     return run
 
 
-def equal(found, expected):
-    """Check what a resumed run leaves behind against the uninterrupted one."""
-    for name in ("weights", "optimizer", "schedule", "random", "counters"):
-        assert same(getattr(found, name), getattr(expected, name)), name
-    assert found.losses == expected.losses[len(expected.losses) - len(found.losses) :]
+@pytest.fixture(scope="session")
+def equal(same):
+    """Return a function that checks what a resumed run leaves behind against the uninterrupted one."""
+
+    def check(found, expected):
+        for name in ("weights", "optimizer", "schedule", "random", "counters"):
+            assert same(getattr(found, name), getattr(expected, name)), name
+        assert found.losses == expected.losses[len(expected.losses) - len(found.losses) :]
+
+    return check
 
 
 HOOKS, ENDS = ["on_train_epoch_start"], ["on_train_epoch_end", "on_validation_end"]
@@ -154,7 +149,7 @@ def whole(request, train, tmp_path_factory):
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.situation("Checkpoints", "resume from any step and any hook, with several compressions", "works")
-def test_file_of_any_moment_is_resumed_bit_for_bit(whole, train, tmp_path, name):
+def test_file_of_any_moment_is_resumed_bit_for_bit(whole, train, tmp_path, name, equal):
     equal(train(tmp_path, whole.root / name, **whole.limit), whole.end)
 
 
@@ -169,7 +164,7 @@ CRASHES = [
 @pytest.mark.parametrize(("hook", "step"), CRASHES, ids=str)
 @pytest.mark.parametrize("whole", [{}], indirect=True, ids=["epochs"])
 @pytest.mark.situation("Checkpoints", "ModelCheckpoint(save_on_exception=True) of a crash at any step", "works")
-def test_crash_at_any_step_is_resumed_from_the_file_of_that_moment(whole, train, tmp_path, hook, step):
+def test_crash_at_any_step_is_resumed_from_the_file_of_that_moment(whole, train, tmp_path, hook, step, equal):
     saver = ModelCheckpoint(tmp_path, "crashed", save_on_exception=True, every_n_epochs=EPOCHS, save_top_k=-1)
     with pytest.raises(Broke):
         train(tmp_path, None, [Breaks(hook, step)], [saver], seed=0)

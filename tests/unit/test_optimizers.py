@@ -1,5 +1,7 @@
 """Optimizers: parameters are replaced in place, undone, and bound again by name."""
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 from torch import nn
@@ -94,10 +96,11 @@ def test_names_follow_also_of_a_bias_that_stays():
     weight, bias, left, right = parameter(2), parameter(2), parameter(1), parameter(1)
     optimizer = torch.optim.SGD([("0.weight", weight), ("0.bias", bias)], lr=0.1)
     names = {left: "0.encoder.weight", right: "0.decoder.weight", bias: "0.decoder.bias"}
-    undo = replace_parameters([optimizer], {weight: (left, right)}, names)
+    undo = ExitStack()
+    replace_parameters([optimizer], {weight: (left, right)}, names, undo=undo)
     group = optimizer.param_groups[0]
     assert group["param_names"] == ["0.encoder.weight", "0.decoder.weight", "0.decoder.bias"]
-    undo()
+    undo.close()
     assert group["param_names"] == ["0.weight", "0.bias"]
 
 
@@ -109,9 +112,10 @@ def test_undo_puts_back_groups_and_state(make):
     optimizer = make([stays, old])
     optimizer.step(lambda: _loss(optimizer, [stays, old]))
     before, state = ids(optimizer), {key: dict(value) for key, value in optimizer.state.items()}
-    undo = replace_parameters([optimizer], {old: (new,)}, {new: "new"})
+    undo = ExitStack()
+    replace_parameters([optimizer], {old: (new,)}, {new: "new"}, undo=undo)
     assert ids(optimizer) != before
-    undo()
+    undo.close()
     assert ids(optimizer) == before
     assert {key: dict(value) for key, value in optimizer.state.items()} == state
     optimizer.step(lambda: _loss(optimizer, [stays, old]))
