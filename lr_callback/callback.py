@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from contextlib import ExitStack
-from pathlib import Path
+from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
@@ -12,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 from lr_callback.allocation import Allocation
-from lr_callback.analysis import Analysis, analyze, check_method, survey
+from lr_callback.analysis import check_method
 from lr_callback.costs import check_cost
 from lr_callback.events import check_flags, due, read_events
 from lr_callback.find import check_patterns, factorized_in
@@ -22,18 +21,15 @@ from lr_callback.host.cut import cut, start_of
 from lr_callback.host.journal import log_multiply_adds, tell
 from lr_callback.host.neighbours import align_averages, check_neighbours, held_averages
 from lr_callback.host.packages import CallbackBase
-from lr_callback.host.resume import begin_epoch, turn_epoch
+from lr_callback.host.record import Record
+from lr_callback.host.resume import Resuming, note_groups
+from lr_callback.host.scope import Scope
 from lr_callback.host.snapshots import publish, write_part, write_snapshot
 from lr_callback.host.strategies import check_same_weights, check_strategy, processes_of, same_on_all
-from lr_callback.host.trainer import check_optimizers, is_smoke_test, lacks, schedulers_of, warn_of_late_events
+from lr_callback.host.trainer import check_optimizers, is_smoke_test, lacks, warn_of_late_events
 from lr_callback.methods import Method
-from lr_callback.observe import Observation
-from lr_callback.optimizers import names_of, rebind
 from lr_callback.projection import OptimizerState, check_optimizer_state
-from lr_callback.report import analysis_progress
 from lr_callback.surgery import SurgeryReport
-
-_GROUPS = "lr_callback_optimizer_names"
 
 
 class LowRankCompression(CallbackBase):
@@ -95,14 +91,23 @@ class LowRankCompression(CallbackBase):
         check_optimizer_state(optimizer_state)
         check_patterns(include=include, exclude=exclude)
         self.events = read_events(keep_ratio, epochs)
-        self.method = check_method(method)
-        self.cost, self.include, self.exclude = cost, include, exclude
+        self.cost = cost
+        self.scope = Scope(check_method(method), include, exclude)
         self.optimizer_state, self.learning_rate_rewind = optimizer_state, learning_rate_rewind
         self.show_table, self.snapshots, self.reset_monitors = show_table, snapshots, reset_monitors
         check_flags(self, "learning_rate_rewind", "show_table", "snapshots", "reset_monitors")
         self._forget()
-        self._saved_names: list[list[list[str | None]]] | None = None
-        self._turns, self._resumes = False, False
+        self._resuming = Resuming()
+
+    @property
+    def allocation(self) -> Allocation | None:
+        """What the latest compression made of each layer; None before the first."""
+        return self._record.allocation
+
+    @property
+    def snapshot_files(self) -> dict[str, str]:
+        """The snapshots that were written: name -> path."""
+        return dict(self._record.snapshot_files)
 
     def should_compress(self, trainer: Trainer, pl_module: LightningModule) -> float | None:
         """Return the fraction to keep if the model is to be compressed at the start of this epoch, else None.
@@ -110,9 +115,9 @@ class LowRankCompression(CallbackBase):
         Override it to compress at other moments. By default: the latest event that is due and was not applied, also
         where its own epoch was passed in a run without this callback; under ``fast_dev_run`` the first, at once.
         """
-        if is_smoke_test(trainer) and not self._applied:
+        if is_smoke_test(trainer) and not self._record.applied:
             return self.events[min(self.events)]
-        return due(self.events, self._applied, trainer.current_epoch)
+        return due(self.events, self._record.applied, trainer.current_epoch)
 
     def averages(self, trainer: Trainer, pl_module: LightningModule) -> list[nn.Module]:
         """Return the averages of the module's weights, which are compressed along with it, in its basis.
@@ -130,7 +135,7 @@ class LowRankCompression(CallbackBase):
         for module in (pl_module, *self.averages(trainer, pl_module)):
             install_hook(module)
         release_structure(pl_module)
-        self._saved_names, self._turns, self._resumes = None, False, stage == "fit"  # of a file for a test, perhaps
+        self._resuming = Resuming(expected=stage == "fit")
         if stage == "fit" and trainer.current_epoch == 0:
             self._forget()
         if stage == "fit":
@@ -138,25 +143,18 @@ class LowRankCompression(CallbackBase):
 
     def _forget(self) -> None:
         """Begin anew: an earlier run of this callback may have been with another model or other batches."""
-        self.allocation: Allocation | None = None
-        self.snapshot_files: dict[str, str] = {}
-        self._applied: list[int] = []
-        self._start: dict[str, Any] | None = None
+        self._record = Record()
         self._counting = Counting(required=self.cost == "multiply_adds")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the optimizers' parameters in the order of the file; check optimizers, schedules and budgets."""
-        self._resumes = False  # files read from now on are those of a search for a rate or a batch size
         if self.allocation is not None and lacks(trainer, pl_module, self.allocation):
             self._forget()
-        if self._saved_names is not None:
-            named = dict(pl_module.named_parameters())
-            rebind(trainer.optimizers, self._saved_names, named, schedulers_of(trainer))
-            self._saved_names = None
+        self._resuming.order_optimizers(trainer, pl_module)
         check_optimizers(trainer, self.optimizer_state)
         align_averages(pl_module, self.averages(trainer, pl_module))
         if self.learning_rate_rewind:
-            self._start = start_of(trainer, self._start)
+            self._record = replace(self._record, start=start_of(trainer, self._record.start))
         if 0 in self.events or is_smoke_test(trainer):
             self._counting.observe_example(trainer, pl_module)
         if not self._counting.is_due:
@@ -164,17 +162,13 @@ class LowRankCompression(CallbackBase):
 
     def _check_budgets(self, pl_module: LightningModule) -> None:
         """Refuse budgets that cannot be met before the training, not in the middle of it."""
-        counted, include, exclude = self._counting.unit, self.include, self.exclude
-        prices = survey(pl_module, self.method, observation=counted, include=include, exclude=exclude)
-        for event, keep_ratio in self.events.items():
-            if event > max(self._applied, default=-1):
-                prices.allocate(keep_ratio)
+        ratios = [keep_ratio for event, keep_ratio in self.events.items() if event > self._record.last]
+        self.scope.check_budgets(pl_module, ratios, self._counting.unit)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse from now on a state dict of another structure, and begin an epoch that is to begin."""
         hold_structure(pl_module)
-        if self._turns:
-            begin_epoch(trainer)
+        self._resuming.begin(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let the module take any structure again."""
@@ -207,39 +201,22 @@ class LowRankCompression(CallbackBase):
                 undo.callback(noted.update, dict(noted))
             if "dense" not in self.snapshot_files and not factorized_in(pl_module):
                 self._snapshot(trainer, "dense")
-            analysis = self._analyze(trainer, pl_module)
+            self._counting.observe_example(trainer, pl_module)
+            analysis = self.scope.analyze(trainer, pl_module, self._counting.unit)
             check_same_weights(trainer, pl_module)
             allocation = processes.first(lambda: analysis.allocate(keep_ratio))
-            self._note(trainer, allocation)
+            passed = min(self.events) if is_smoke_test(trainer) else trainer.current_epoch
+            self._record = self._record.after(allocation, self.events, passed)
             averages = processes.agree(lambda: self.averages(trainer, pl_module))
-            options = (averages, self.reset_monitors, self.optimizer_state, self._start)
+            options = (averages, self.reset_monitors, self.optimizer_state, self._record.start)
             report = cut(trainer, pl_module, allocation, undo, *options)
             seconds = processes.first(lambda: perf_counter() - started)
             part = write_part(trainer, "cut", undo) if self.snapshots else None
             counted = self._counting.observation
             processes.agree(lambda: tell(trainer, pl_module, allocation, counted, seconds, self.show_table))
             undo.pop_all()
-        self.snapshot_files = self.snapshot_files | publish(trainer, part)
+        self._record = self._record.with_files(publish(trainer, part))
         return report
-
-    def _note(self, trainer: Trainer, allocation: Allocation) -> None:
-        """Note what is done now, and that the events until now have passed."""
-        self.allocation = allocation
-        passed = min(self.events) if is_smoke_test(trainer) else trainer.current_epoch
-        self._applied = sorted({*self._applied, *(event for event in self.events if event <= passed)})
-
-    def _analyze(self, trainer: Trainer, pl_module: LightningModule) -> Analysis:
-        self._counting.observe_example(trainer, pl_module)
-        with analysis_progress(trainer.progress_bar_callback) as progress:
-            return analyze(
-                pl_module,
-                self.method,
-                observation=self._counting.unit,
-                include=self.include,
-                exclude=self.exclude,
-                progress=progress,
-                processes=processes_of(trainer),
-            )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         """Watch the first batch: how the network is called is not known before."""
@@ -266,35 +243,25 @@ class LowRankCompression(CallbackBase):
 
     def _snapshot(self, trainer: Trainer, name: str) -> None:
         if self.snapshots:
-            self.snapshot_files = self.snapshot_files | write_snapshot(trainer, name)
+            self._record = self._record.with_files(write_snapshot(trainer, name))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, as plain data."""
-        observation = self._counting.observation
-        return {
-            "version": 1,
-            "applied": list(self._applied),
-            "allocation": None if self.allocation is None else self.allocation.to_dict(),
-            "observation": None if observation is None else observation.to_dict(),
-            "start": copy.deepcopy(self._start),
-            "snapshot_files": dict(self.snapshot_files),
-        }
+        return replace(self._record, observation=self._counting.observation).to_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` wrote."""
-        allocation, observation = state_dict["allocation"], state_dict["observation"]
-        self._applied = list(state_dict["applied"])
-        self.allocation = None if allocation is None else Allocation.from_dict(allocation)
-        self._counting.observation = None if observation is None else Observation.from_dict(observation)
-        self._start = copy.deepcopy(state_dict.get("start")) if self.learning_rate_rewind else None
-        written: dict[str, str] = state_dict["snapshot_files"]
-        self.snapshot_files = {name: path for name, path in written.items() if Path(path).is_file()}
+        """Take over what :meth:`state_dict` wrote.
+
+        Raises:
+            ValueError: If a newer version or something else wrote it. Nothing was changed.
+        """
+        self._record = Record.from_dict(state_dict).resumed(self.learning_rate_rewind)
+        self._counting.observation = self._record.observation
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Write the names of the parameters in each optimizer's groups."""
-        checkpoint[_GROUPS] = names_of(trainer.optimizers, dict(pl_module.named_parameters()))
+        note_groups(trainer, pl_module, checkpoint)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Read the names of the parameters in each optimizer's groups, and whether an epoch is to begin."""
-        self._turns |= self._resumes and turn_epoch(checkpoint, trainer.max_epochs)
-        self._saved_names = checkpoint.get(_GROUPS)
+        self._resuming.read(checkpoint, trainer.max_epochs)

@@ -7,9 +7,50 @@ what they are: one epoch is over, the next has not begun.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
+
+from lr_callback.host.trainer import schedulers_of
+from lr_callback.optimizers import names_of, rebind
+
+_GROUPS = "lr_callback_optimizer_names"
+
+
+@dataclass
+class Resuming:
+    """What a run knows of the file that it goes on from.
+
+    Args:
+        expected: whether a file that is read now is that one; later ones are of a search for a rate or a batch size.
+    """
+
+    expected: bool = False
+    _names: list[list[list[str | None]]] | None = None
+    _turns: bool = False
+
+    def read(self, checkpoint: dict[str, Any], max_epochs: int | None) -> None:
+        """Note the names of the parameters in each optimizer's groups, and whether an epoch is to begin."""
+        self._turns |= self.expected and turn_epoch(checkpoint, max_epochs)
+        self._names = checkpoint.get(_GROUPS)
+
+    def order_optimizers(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the optimizers' parameters in the order of the file, before it gives them their states."""
+        self.expected = False
+        if self._names is not None:
+            rebind(trainer.optimizers, self._names, dict(pl_module.named_parameters()), schedulers_of(trainer))
+            self._names = None
+
+    def begin(self, trainer: Trainer) -> None:
+        """Begin an epoch that is to begin."""
+        if self._turns:
+            begin_epoch(trainer)
+
+
+def note_groups(trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    """Write the names of the parameters in each optimizer's groups into a checkpoint."""
+    checkpoint[_GROUPS] = names_of(trainer.optimizers, dict(pl_module.named_parameters()))
 
 
 def turn_epoch(checkpoint: dict[str, Any], max_epochs: int | None = None) -> bool:
