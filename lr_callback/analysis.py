@@ -206,7 +206,7 @@ def analyze(
     found, costs = processes.agree(prices)
     owners = dict(zip(costs, processes.owners(_work(cost.geometry, method) for cost in costs.values()), strict=True))
     own = {name: found.layers[name] for name, owner in owners.items() if owner == processes.rank}
-    parts = processes.gather(lambda: _candidates(own, costs, method, progress))
+    parts = processes.gather(lambda: _candidates(own, costs, method, progress), long=True)
     layers = {name: parts[owner][name] for name, owner in owners.items()}
     return _analysis(model, method, observation, found, costs, layers)
 

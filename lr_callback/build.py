@@ -111,7 +111,7 @@ def build_layers(
             for name, owner in owners.items()
         }
 
-    made = processes.agree(build)
+    made = processes.agree(build, long=True)
     for name, layer in made.items():
         processes.send(weights_held(layer), owners[name])
     return made

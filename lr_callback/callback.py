@@ -27,6 +27,7 @@ from lr_callback.host.scope import Scope
 from lr_callback.host.snapshots import publish, write_part, write_snapshot
 from lr_callback.host.strategies import check_same_weights, check_strategy, processes_of, same_on_all
 from lr_callback.host.trainer import check_optimizers, is_smoke_test, lacks, warn_of_late_events
+from lr_callback.interrupts import held
 from lr_callback.methods import Method
 from lr_callback.projection import OptimizerState, check_optimizer_state
 from lr_callback.surgery import SurgeryReport
@@ -184,7 +185,8 @@ class LowRankCompression(CallbackBase):
         """Analyse, allocate, replace the layers and let the optimizers follow; write snapshots, log and print.
 
         It is done as a whole or not at all: whatever is raised on the way, also by a logger, a full disk or a person's
-        interrupt, leaves the model, the optimizers and this callback as they were.
+        interrupt, leaves the model, the optimizers and this callback as they were. Signals wait while layers are
+        exchanged, so that none finds half a compression.
 
         Args:
             trainer: whose optimizers are edited.
@@ -196,7 +198,7 @@ class LowRankCompression(CallbackBase):
             MisconfigurationException: If multiply-adds are to be counted and no input is known. Nothing was changed.
         """
         started, processes = perf_counter(), processes_of(trainer)
-        with ExitStack() as undo:
+        with held(), ExitStack() as undo:
             for noted in (vars(self), vars(self._counting)):
                 undo.callback(noted.update, dict(noted))
             if "dense" not in self.snapshot_files and not factorized_in(pl_module):
@@ -205,8 +207,6 @@ class LowRankCompression(CallbackBase):
             analysis = self.scope.analyze(trainer, pl_module, self._counting.unit)
             check_same_weights(trainer, pl_module)
             allocation = processes.first(lambda: analysis.allocate(keep_ratio))
-            passed = min(self.events) if is_smoke_test(trainer) else trainer.current_epoch
-            self._record = self._record.after(allocation, self.events, passed)
             averages = processes.agree(lambda: self.averages(trainer, pl_module))
             options = (averages, self.reset_monitors, self.optimizer_state, self._record.start)
             report = cut(trainer, pl_module, allocation, undo, *options)
@@ -214,8 +214,10 @@ class LowRankCompression(CallbackBase):
             part = write_part(trainer, "cut", undo) if self.snapshots else None
             counted = self._counting.observation
             processes.agree(lambda: tell(trainer, pl_module, allocation, counted, seconds, self.show_table))
+            passed = min(self.events) if is_smoke_test(trainer) else trainer.current_epoch
+            self._record = self._record.after(allocation, self.events, passed)
             undo.pop_all()
-        self._record = self._record.with_files(publish(trainer, part))
+            self._record = self._record.with_files(publish(trainer, part))
         return report
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lr_callback.layers import FactorizedLayer
@@ -186,6 +186,14 @@ def _give_state(optimizer: Optimizer, group: Mapping[str, Any], new: Sequence[nn
             start, fused = group["initial_accumulator_value"], group.get("fused")
             made = torch.optim.Adagrad([parameter], initial_accumulator_value=start, fused=fused)
             optimizer.state[parameter] = made.state[parameter]
+
+
+def moments_of(optimizers: Iterable[Optimizer], parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """Return what optimizers remember of parameters, other than counters, in the same order on every process."""
+    listed = list(parameters)
+    states = [optimizer.state.get(one, {}) for optimizer in with_inner(optimizers) for one in listed]
+    found = [state[name] for state in states for name in sorted(state) if name != "step"]
+    return list({id(one): one for one in found if isinstance(one, Tensor)}.values())
 
 
 def names_of(optimizers: Sequence[Optimizer], named: Mapping[str, nn.Parameter]) -> list[list[list[str | None]]]:

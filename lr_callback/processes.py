@@ -1,12 +1,14 @@
 """Processes: work shared out over the ranks of a distributed run, so that all go on with the same bits or none does.
 
 Ranks meet in one way only, :meth:`Processes.gather`: each does its part without talking to the others, and then all
-tell each other the result or the error. No rank can wait for one that has failed.
+tell each other the result or the error. No rank can wait for one that has failed. A person's Ctrl-C, too, is such an
+error where the ranks are inside of :func:`lr_callback.interrupts.held`: it is kept for the next thing that a rank does.
 """
 
 from __future__ import annotations
 
 import hashlib
+import signal
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,6 +17,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed
 from torch import Tensor
+
+from lr_callback.interrupts import held, live
 
 Value = TypeVar("Value")
 
@@ -38,20 +42,21 @@ class Processes:
     rank: int = 0
     size: int = 1
 
-    def gather(self, make: Callable[[], Value]) -> list[Value]:
+    def gather(self, make: Callable[[], Value], long: bool = False) -> list[Value]:
         """Run a function on every rank, and return what all of them returned, in the order of the ranks.
 
         Args:
             make: must not talk to other ranks; returns plain data, with tensors on the CPU.
+            long: whether it may take a while and changes nothing, so that what interrupts it need not wait.
 
         Raises:
             BaseException: Here, if ``make`` raised it here.
             RuntimeError: If it raised on another rank; the text says on which, and what.
         """
         if self.size == 1:
-            return [make()]
+            return [_interruptible(make) if long else make()]
         try:
-            own = make()
+            own = _interruptible(make, signal.SIGINT, long)
         except BaseException as error:
             # The others must not wait for this rank; if there are none left, its own error still is the one to show.
             with suppress(Exception):
@@ -65,13 +70,14 @@ class Processes:
 
     def _exchange(self, message: tuple[object, str | None]) -> list[Any]:
         found: list[Any] = [None] * self.size
-        torch.distributed.all_gather_object(found, message)
+        with held():
+            torch.distributed.all_gather_object(found, message)
         return found
 
-    def agree(self, make: Callable[[], Value]) -> Value:
+    def agree(self, make: Callable[[], Value], long: bool = False) -> Value:
         """Run a function on every rank and return this rank's result, if it failed on none; see :meth:`gather`."""
         results: list[Value] = []
-        self.gather(lambda: results.append(make()))
+        self.gather(lambda: results.append(make()), long)
         return results[0]
 
     def first(self, make: Callable[[], Value]) -> Value:
@@ -103,22 +109,53 @@ class Processes:
             totals[owners[index]] += listed[index]
         return owners
 
-    def send(self, tensors: Sequence[Tensor], owner: int) -> None:
+    def send(self, tensors: Sequence[Tensor], owner: int, device: torch.device | None = None) -> None:
         """Overwrite tensors on every rank with those of their owner, bit for bit.
 
         Args:
-            tensors: of the same shapes and dtypes on all ranks, on the device that the process group works on.
+            tensors: of the same shapes and dtypes on all ranks.
             owner: rank that has the values.
+            device: that the process group works on; None: that of the tensors.
         """
         if self.size == 1:
             return
         for tensor in tensors:
             # As bytes: a backend need not know the dtype. Contiguous: the memory formats of ranks may differ.
-            flat = tensor.detach().contiguous().flatten().view(torch.uint8)
+            flat = tensor.detach().to(device or tensor.device).contiguous().flatten().view(torch.uint8)
             torch.distributed.broadcast(flat, owner)
             if self.rank != owner:
                 with torch.no_grad():
                     tensor.copy_(flat.view(tensor.dtype).view(tensor.shape))
+
+    def share(self, tensors: Sequence[Tensor], device: torch.device, what: str) -> None:
+        """Overwrite tensors that every rank has computed by itself with those of rank 0, bit for bit.
+
+        Args:
+            tensors: on any device.
+            device: that the process group works on.
+            what: they are, for the text.
+
+        Raises:
+            RuntimeError: If the ranks have different ones: another number, other shapes or dtypes. None was sent.
+        """
+        found = self.gather(lambda: [f"{tuple(one.shape)} {one.dtype}" for one in tensors])
+        if any(other != found[0] for other in found):
+            raise RuntimeError(
+                f"LowRankCompression: {what} must be the same on all {self.size} processes of the run, they are not: "
+                f"{[len(one) for one in found]} tensors on ranks 0 to {self.size - 1}, or of other shapes. Let each "
+                "process hold the same, and update it at the same steps. Nothing was changed."
+            )
+        self.send(tensors, 0, device)
+
+
+def _interruptible(make: Callable[[], Value], only: int | None = None, during: bool = True) -> Value:
+    """Handle the signals that came, then run a function, during which they wait or not."""
+    if during:
+        with live(only):
+            return make()
+    with live(only):
+        pass
+    return make()
 
 
 def digest(tensor: Tensor) -> str:

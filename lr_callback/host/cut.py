@@ -16,13 +16,13 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 from lr_callback.allocation import Allocation
-from lr_callback.build import build_layers, check_allocation
+from lr_callback.build import build_layers, check_allocation, weights_held
 from lr_callback.host.ddp import rebuild_wrapper
 from lr_callback.host.monitors import announce_reset, reset_monitors
 from lr_callback.host.neighbours import follow_averages, rename_in_finetuning, retire
 from lr_callback.host.strategies import processes_of
 from lr_callback.host.trainer import schedulers_of
-from lr_callback.optimizers import optimizers_in
+from lr_callback.optimizers import moments_of, optimizers_in
 from lr_callback.parallel import workers
 from lr_callback.projection import OptimizerState
 from lr_callback.rewind import check_schedules, rewind, schedules_of
@@ -66,7 +66,9 @@ def cut(
     with workers() as crew:
         targets = processes.agree(lambda: check_allocation(pl_module, allocation))
         made = build_layers(targets, allocation, crew, processes)
-    copies = processes.agree(lambda: follow_averages(pl_module, averages, made))
+    copies = processes.agree(lambda: follow_averages(pl_module, averages, made), long=True)
+    of_averages = [weight for _, layers in copies for layer in layers.values() for weight in weights_held(layer)]
+    processes.share(of_averages, pl_module.device, "the averages of the weights")
     names = dict(pl_module.named_parameters())
 
     def replace() -> SurgeryReport:
@@ -88,6 +90,9 @@ def cut(
         return report
 
     report = processes.agree(replace)
+    if optimizer_state == "project":
+        heirs = [heir for one in report.replacements.values() for heir in one]
+        processes.share(moments_of(trainer.optimizers, heirs), pl_module.device, "the states of the optimizers")
     rebuild_wrapper(trainer.strategy, processes, undo)
     return report
 

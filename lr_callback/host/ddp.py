@@ -21,6 +21,9 @@ _STATIC_GRAPH_STARTED = "_pl_static_graph_delay_done"
 _BY_BUCKET = ("error_dict", "p_memory_dict", "q_memory_dict")
 """What PowerSGD remembers of each bucket of gradients, by its index; the new wrapper has other buckets."""
 
+_Kept = Sequence[tuple[Tensor, Tensor]]
+"""Buffers, each with its value."""
+
 
 @runtime_checkable
 class _Wraps(Protocol):
@@ -48,8 +51,9 @@ def rebuild_wrapper(strategy: object, processes: Processes, undo: ExitStack) -> 
         return
     assert isinstance(strategy, _Wraps)
     _synchronize(old.module)
-    processes.agree(lambda: _prepare(strategy, old, undo))
-    processes.agree(lambda: _wrap(strategy, old))
+    # All that a rank can fail in by itself comes first: the constructor is where ranks meet without telling an error.
+    kept = processes.agree(lambda: _prepare(strategy, old, undo))
+    processes.agree(lambda: _wrap(strategy, old, kept))
     _synchronize(old.module)
     _let_go(old)  # at once, whoever else still holds the wrapper
 
@@ -68,8 +72,9 @@ def _synchronize(module: nn.Module) -> None:
         torch.cuda.synchronize(device)
 
 
-def _prepare(strategy: _Wraps, old: DistributedDataParallel, undo: ExitStack) -> None:
-    """Detach the module, and what else belongs to the wrapper, from it."""
+def _prepare(strategy: _Wraps, old: DistributedDataParallel, undo: ExitStack) -> _Kept:
+    """Detach the module, and what else belongs to the wrapper, from it; return the values of its buffers."""
+    kept = [(buffer, buffer.detach().clone()) for buffer in old.module.buffers()]
     undo.callback(_put_back, strategy, old, getattr(strategy, _STATIC_GRAPH_STARTED, None))
     for state in _comm_states(strategy, old):
         _restart(state, undo)
@@ -77,6 +82,7 @@ def _prepare(strategy: _Wraps, old: DistributedDataParallel, undo: ExitStack) ->
         # Left at True, Lightning would not start the new wrapper's reduction under manual optimization.
         setattr(strategy, _STATIC_GRAPH_STARTED, False)
     strategy.model = old.module
+    return kept
 
 
 def _put_back(strategy: _Wraps, old: DistributedDataParallel, static_graph_started: bool | None) -> None:
@@ -110,9 +116,8 @@ def _restart(state: object, undo: ExitStack) -> None:
     state.iter = 0
 
 
-def _wrap(strategy: _Wraps, old: DistributedDataParallel) -> None:
+def _wrap(strategy: _Wraps, old: DistributedDataParallel, kept: _Kept) -> None:
     """Wrap the module as the strategy does, with the hooks that somebody else gave the wrapper before."""
-    kept = [(buffer, buffer.detach().clone()) for buffer in old.module.buffers()]
     strategy.configure_ddp()
     new = strategy.model
     assert isinstance(new, DistributedDataParallel)
@@ -126,7 +131,7 @@ def _wrap(strategy: _Wraps, old: DistributedDataParallel) -> None:
 
 
 @torch.no_grad()
-def _fill(kept: Sequence[tuple[Tensor, Tensor]]) -> None:
+def _fill(kept: _Kept) -> None:
     """Undo the constructor's broadcast of buffers: each rank may have its own, with ``forward_sync_buffers=False``."""
     for buffer, value in kept:
         buffer.copy_(value)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -120,6 +123,34 @@ def fails_in_wrapping() -> dict[str, Any]:
     return goes_on_after(patch)
 
 
+def fails_in_buffers() -> dict[str, Any]:
+    class Full(Tensor):
+        def clone(self, **options: Any) -> Tensor:
+            raise MemoryError("no room for the buffers")
+
+    @contextmanager
+    def patch(host: Trainer) -> Iterator[None]:
+        counter = torch.zeros(1)
+        host.lightning_module.register_buffer("counter", counter.as_subclass(Full) if RANK == 1 else counter)
+        yield
+        del host.lightning_module.counter
+
+    return goes_on_after(patch)
+
+
+def interrupted() -> dict[str, Any]:
+    """Interrupt one rank when it is about to meet the others, which will not hear of it if it goes away now."""
+    exchange, times = torch.distributed.all_gather_object, []
+
+    def disturbed(*arguments: Any) -> None:
+        times.append(1)
+        if RANK == 1 and len(times) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        exchange(*arguments)
+
+    return goes_on_after(lambda host: patched(torch.distributed, "all_gather_object", disturbed))
+
+
 CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "fails in the analysis": fails_in_analysis,
     "fails with NaN": fails_with_nan,
@@ -129,4 +160,6 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "fails to agree": fails_to_agree,
     "fails in the swap": fails_in_swap,
     "fails in the wrapping": fails_in_wrapping,
+    "fails in the buffers": fails_in_buffers,
+    "interrupted": interrupted,
 }

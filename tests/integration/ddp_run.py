@@ -10,6 +10,7 @@ to ``FOLDER/CASE-caller.json``.
 
 from __future__ import annotations
 
+import copy
 import faulthandler
 import sys
 import warnings
@@ -32,13 +33,16 @@ from ddp_parts import (
     data,
     digest,
     events,
+    failure,
     loader,
+    of_state,
     patched,
     run,
     trainer,
     write,
 )
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
@@ -46,7 +50,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DistributedSampler
 
 import lr_callback as lrc
-from lr_callback import build
+from lr_callback import LowRankCompression, averages, build, projection
 from lr_callback.layers import FactorizedLayer
 
 
@@ -102,6 +106,47 @@ def other_signs() -> dict[str, Any]:
 
     with patched(build, "factors", turned):
         return run(strategy=DDPStrategy(init_sync=False))
+
+
+def other_averages() -> dict[str, Any]:
+    """Let each rank find other decoders for its average."""
+    nearest, turned, noted = averages.nearest_decoder, [], []
+
+    def moved(*arguments: Any) -> Tensor:
+        turned.append(True)
+        return nearest(*arguments) * (1 + RANK / 64)
+
+    class Average(EMAWeightAveraging):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *rest: Any, **named: Any) -> None:
+            super().on_train_batch_end(trainer, pl_module, *rest, **named)
+            noted.append(digest(self._average_model.module.named_parameters()))
+
+    with patched(averages, "nearest_decoder", moved):
+        return {**run(Average(decay=0.9)), "averages": noted, "turned": any(turned)}
+
+
+class OnOneRank(LowRankCompression):
+    """A callback that finds an average on the first rank only."""
+
+    def averages(self, trainer: Trainer, pl_module: LightningModule) -> list[nn.Module]:
+        return [copy.deepcopy(pl_module.network)] if RANK == 0 and trainer.current_epoch == 1 else []
+
+
+def other_momentum() -> dict[str, Any]:
+    """Let each rank project a momentum of its own."""
+    gradient, turned, states = projection.project_gradient, [], []
+
+    def moved(*arguments: Any) -> tuple[Tensor, Tensor]:
+        turned.append(True)
+        of_encoder, of_decoder = gradient(*arguments)
+        return of_encoder * (1 + RANK / 64), of_decoder
+
+    def note(host: Trainer, module: LightningModule) -> None:
+        states.append(of_state(host.optimizers[0].state_dict()["state"]))
+
+    with patched(projection, "project_gradient", moved):
+        found = run(OnEpoch(3, note), module=Module(adam=True), compression=events(optimizer_state="project"))
+    return {**found, "states": states, "turned": any(turned)}
 
 
 def buffers() -> dict[str, Any]:
@@ -185,6 +230,9 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "batch norm": lambda: run(module=Module(norm=True)),
     "clipping": lambda: run(gradient_clip_val=0.1),
     "factors of other signs": other_signs,
+    "averages of other bits": other_averages,
+    "averages on one rank": lambda: failure(lambda: run(compression=OnOneRank(0.5, 1, show_table=False))),
+    "momentum of other bits": other_momentum,
     "double": double,
     "buffers": buffers,
     "batches of other sizes": uneven,

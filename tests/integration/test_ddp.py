@@ -45,9 +45,12 @@ FAILED = {
     "fails on a full disk": "OSError: [Errno 28] No space left on device",
     "fails in the swap": "MemoryError: no room for the layers",
     "fails in the wrapping": "MemoryError: no room for the buckets",
+    "fails in the buffers": "MemoryError: no room for the buffers",
+    "interrupted": "KeyboardInterrupt: ",
 }
 """Case -> what rank 1 fails with."""
 OTHERS = [
+    *("averages of other bits", "averages on one rank", "momentum of other bits"),
     *("double", "buffers", "fails to agree", "fails apart", "resume", "logs", "batches of other sizes", "uncountable"),
     *("network that talks", "fsdp2"),
 ]
@@ -105,6 +108,28 @@ def test_every_rank_has_the_same_averaged_gradients_and_weights_after_every_step
     assert len(set(found[0]["grads"])) == steps <= len(set(found[0]["weights"]))
 
 
+@pytest.mark.situation("Other callbacks", "DDP, EMAWeightAveraging", "works")
+def test_averages_are_the_same_on_every_rank_whatever_its_own_bits(read):
+    found = read("averages of other bits")
+    assert all_same(found, "weights", "averages")
+    assert len(set(found[0]["averages"])) == len(found[0]["averages"]) >= 4
+    assert [one["turned"] for one in found] == [True] * len(found)
+
+
+def test_averages_that_not_all_ranks_have_are_refused_on_all(read):
+    found = read("averages on one rank")
+    counts = [2] + [0] * (len(found) - 1)
+    for one in found:
+        assert one["error"].startswith("RuntimeError: LowRankCompression: the averages of the weights must be the same")
+        assert f"they are not: {counts} tensors on ranks 0 to {len(found) - 1}" in one["error"]
+
+
+def test_projected_momentum_is_the_same_on_every_rank_whatever_its_own_bits(read):
+    found = read("momentum of other bits")
+    assert all_same(found, "weights", "states")
+    assert [one["turned"] for one in found] == [True] * len(found)
+
+
 def test_powersgd_begins_anew_with_the_buckets_of_the_new_model(ran, read):
     (found, *_) = read("PowerSGD hook")
     assert found["remembers"] == [0]
@@ -138,7 +163,7 @@ def test_rank_that_fails_makes_all_fail_with_its_error(read, case, text):
         assert text in one["error"]
 
 
-@pytest.mark.parametrize("case", ["fails in the swap", "fails in the wrapping"])
+@pytest.mark.parametrize("case", ["fails in the swap", "fails in the wrapping", "fails in the buffers", "interrupted"])
 def test_after_a_cut_that_failed_the_run_can_go_on_as_it_was(ran, read, case):
     found = read(case)
     assert all(one["same"] == [True, True, True] for one in found), "wrapper, weights and optimizer, gradients"
