@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lr_callback.allocation import Allocation, Factorization
+from lr_callback.attached import copy_attributes, warn_of_attached
 from lr_callback.find import find_layers
 from lr_callback.folding import Geometry, fold, unfold_decoder, unfold_encoder
 from lr_callback.layer_types import layer_type
@@ -106,6 +107,8 @@ def build_layers(
     owners = dict(zip(pending, processes.owners(_work(targets[name], chosen[name]) for name in pending), strict=True))
 
     def build() -> dict[str, nn.Module]:
+        if processes.rank == 0:
+            warn_of_attached({name: weights_held(targets[name]) for name in pending})
         return {
             name: _rebuild(name, targets[name], chosen[name], crew if owner == processes.rank else None)
             for name, owner in owners.items()
@@ -189,6 +192,7 @@ def _take_over(made: nn.Module, owner: nn.Module, layer: nn.Module, weights: Seq
     old = weights_held(layer)[0]
     for weight in weights:
         weight.requires_grad_(old.requires_grad)
+    copy_attributes(old, weights)
     owner._parameters["bias"] = dense_bias(layer)
     made.train(layer.training)
     for hooks in _HOOKS:

@@ -205,3 +205,28 @@ def test_shared_layer_stays_shared_and_is_in_the_optimizer_once(fit, new_watch):
     assert module.middle is module.again[0] is module.again[2]
     assert isinstance(module.middle, FactorizedLinear)
     assert watch.strangers == []
+
+
+@pytest.mark.situation("Model features", "attributes of a weight, as `_no_weight_decay`", "works")
+def test_attributes_of_a_weight_are_on_its_factors_after_a_cut_and_a_resumed_one(
+    tmp_path, new_module, new_trainer, loader
+):
+    def marked():
+        module = new_module()
+        module.network[8].weight._no_weight_decay = True
+        return module
+
+    first = new_trainer(tmp_path, LowRankCompression(0.5, 1, show_table=False), max_epochs=2)
+    first.fit(marked(), loader(), loader())
+    first.save_checkpoint(tmp_path / "cut.ckpt")
+    again = new_trainer(tmp_path, LowRankCompression(0.5, 1, show_table=False), max_epochs=3)
+    again.fit(marked(), loader(), loader(), ckpt_path=tmp_path / "cut.ckpt")
+    for trainer in (first, again):
+        assert all(factor._no_weight_decay for factor in trainer.lightning_module.network[8].factors)
+
+
+def test_hook_on_the_gradient_of_a_weight_is_warned_of_at_the_cut(fit, new_module):
+    module = new_module()
+    module.network[8].weight.register_hook(lambda gradient: None)
+    with pytest.warns(UserWarning, match=r"found some at network\.8\. Register it again on the new weights"):
+        fit(module, LowRankCompression(0.5, 1, show_table=False))
