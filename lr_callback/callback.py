@@ -19,7 +19,8 @@ from lr_callback.hook import hold_structure, install_hook, release_structure
 from lr_callback.host.counting import Counting
 from lr_callback.host.cut import cut, start_of
 from lr_callback.host.journal import log_multiply_adds, tell
-from lr_callback.host.neighbours import align_averages, check_neighbours, held_averages
+from lr_callback.host.monitors import warn_of_no_best
+from lr_callback.host.neighbours import align_averages, check_alone, check_neighbours, held_averages
 from lr_callback.host.packages import CallbackBase
 from lr_callback.host.record import Record
 from lr_callback.host.resume import Resuming, note_groups
@@ -132,6 +133,7 @@ class LowRankCompression(CallbackBase):
         """Refuse what cannot work, and let the module take the structure of any checkpoint."""
         if stage == "fit":
             check_strategy(trainer, pl_module)
+            check_alone(trainer, LowRankCompression)
             check_neighbours(trainer, pl_module)
         for module in (pl_module, *self.averages(trainer, pl_module)):
             install_hook(module)
@@ -151,6 +153,7 @@ class LowRankCompression(CallbackBase):
         """Put the optimizers' parameters in the order of the file; check optimizers, schedules and budgets."""
         if self.allocation is not None and lacks(trainer, pl_module, self.allocation):
             self._forget()
+        self._resuming.check(trainer)
         self._resuming.order_optimizers(trainer, pl_module)
         check_optimizers(trainer, self.optimizer_state)
         align_averages(pl_module, self.averages(trainer, pl_module))
@@ -239,9 +242,11 @@ class LowRankCompression(CallbackBase):
         self._counting.stop()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the last snapshot."""
+        """Write the last snapshot; warn if no file is of the compressed model."""
         if self.allocation is not None:
             self._snapshot(trainer, "final")
+        if self.allocation is not None and self.reset_monitors and not is_smoke_test(trainer):
+            warn_of_no_best(trainer)
 
     def _snapshot(self, trainer: Trainer, name: str) -> None:
         if self.snapshots:

@@ -13,7 +13,7 @@ from math import inf
 
 import torch
 from lightning.pytorch import Trainer
-from lightning_utilities.core.rank_zero import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lr_callback.host.packages import callbacks_of, is_a
 
@@ -46,6 +46,28 @@ def announce_reset(names: Sequence[str]) -> None:
             f"LowRankCompression: {', '.join(names)} begin anew, what was best so far was of the model before this "
             "compression. Checkpoints that were written stay; `reset_monitors=False` turns this off."
         )
+
+
+def warn_of_no_best(trainer: Trainer) -> None:
+    """Warn at the end of a run if the best file is of no model of it, so that ``ckpt_path="best"`` finds none.
+
+    Args:
+        trainer: of a run that has compressed, and let monitors begin anew.
+    """
+    for callback in callbacks_of(trainer):
+        if is_a(callback, "ModelCheckpoint") and _has_no_best(callback):
+            rank_zero_warn(
+                f"LowRankCompression: {type(callback).__name__}(monitor={getattr(callback, 'monitor', None)!r}) has "
+                "seen no metric since the latest compression, so it has no best file, and `trainer.test("
+                "ckpt_path='best')` will be refused. Let a validation follow the last of `epochs`; or name a file: "
+                f"those of the model before the compression are in {getattr(callback, 'dirpath', None)}."
+            )
+
+
+def _has_no_best(callback: object) -> bool:
+    """Return whether a ModelCheckpoint with a monitor, which is to keep the best, has none."""
+    keeps = bool(getattr(callback, "save_top_k", 0)) and getattr(callback, "monitor", None) is not None
+    return keeps and getattr(callback, "best_model_path", None) == ""
 
 
 def _fresh(callback: object) -> dict[str, object]:

@@ -55,6 +55,20 @@ def check_neighbours(trainer: Trainer, pl_module: LightningModule) -> None:
         )
 
 
+def check_alone(trainer: Trainer, kind: type) -> None:
+    """Refuse a second callback of a kind: each would compress what the other has made, and read the other's files.
+
+    Raises:
+        MisconfigurationException: If there is one; Lightning itself refuses two of the very same class only.
+    """
+    found = [type(callback).__name__ for callback in callbacks_of(trainer) if isinstance(callback, kind)]
+    if len(found) > 1:
+        raise MisconfigurationException(
+            f"{kind.__name__}: the Trainer must have one of these callbacks, found {', '.join(found)}. For several "
+            f"compressions give one of them lists: {kind.__name__}(keep_ratio=[0.5, 0.3], epochs=[10, 20])."
+        )
+
+
 def align_averages(pl_module: LightningModule, averages: Iterable[nn.Module]) -> None:
     """Give an average that was made before a file was read, and is not in the file, the module's structure and weights.
 

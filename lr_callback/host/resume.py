@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 
 from lr_callback.host.trainer import schedulers_of
@@ -34,6 +35,23 @@ class Resuming:
         """Note the names of the parameters in each optimizer's groups, and whether an epoch is to begin."""
         self._turns |= self.expected and turn_epoch(checkpoint, max_epochs)
         self._names = checkpoint.get(_GROUPS)
+
+    def check(self, trainer: Trainer) -> None:
+        """Refuse to resume from a file of weights alone, of which Lightning says less.
+
+        Raises:
+            MisconfigurationException: If the file has no states of optimizers or schedulers.
+        """
+        read = trainer._checkpoint_connector._loaded_checkpoint
+        missing = [name for name in ("optimizer_states", "lr_schedulers") if read and name not in read]
+        if missing:
+            raise MisconfigurationException(
+                f"LowRankCompression: a file that a run is resumed from must hold the states of its optimizers, its "
+                f"schedulers and this callback; {trainer.ckpt_path} lacks {', '.join(missing)}, it is one of weights "
+                "alone (`save_weights_only=True`, or a snapshot of this callback). To begin a new run with its weights "
+                "take `model = lr_callback.load_from_checkpoint(cls, path)` or `lr_callback.restore_(model, path)`, "
+                "then `trainer.fit(model)` without `ckpt_path`."
+            )
 
     def order_optimizers(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the optimizers' parameters in the order of the file, before it gives them their states."""

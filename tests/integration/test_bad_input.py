@@ -177,6 +177,31 @@ def test_two_of_these_callbacks_in_one_trainer_are_refused_by_lightning():
         Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=twice)
 
 
+class Early(LowRankCompression):
+    """One that Lightning takes for another callback."""
+
+
+def test_two_of_these_callbacks_of_different_classes_are_refused(fit, new_module):
+    compression = [Early(0.5, 1), LowRankCompression(0.3, 2)]
+    match = r"the Trainer must have one of these callbacks, found Early, LowRankCompression\. .*give one of them lists"
+    with pytest.raises(MisconfigurationException, match=match):
+        fit(new_module(), *compression)
+
+
+@pytest.mark.situation("Checkpoints", "resuming from a file of weights alone", "refused")
+@pytest.mark.parametrize("epochs", [1, 3], ids=["of after the cut", "of before the cut"])
+def test_file_of_weights_alone_is_refused_with_the_way_out(tmp_path, fit, new_module, new_trainer, loader, epochs):
+    first = fit(new_module(), LowRankCompression(0.5, epochs), max_epochs=4)
+    path = tmp_path / "weights.ckpt"
+    first.save_checkpoint(path, weights_only=True)
+    steps = Steps()
+    again = new_trainer(tmp_path, LowRankCompression(0.5, epochs), steps, max_epochs=5)
+    match = r"weights\.ckpt lacks optimizer_states, lr_schedulers, .*load_from_checkpoint\(cls, path\)` or .*restore_"
+    with pytest.raises(MisconfigurationException, match=match):
+        again.fit(new_module(), loader(), loader(), ckpt_path=path)
+    assert steps.count == 0
+
+
 @pytest.mark.parametrize("argument", ["include", "exclude"])
 @pytest.mark.parametrize("value", [3, [None], {"a": 1}, ["layer", 2]], ids=str)
 def test_what_is_no_pattern_is_refused_by_name(argument, value):

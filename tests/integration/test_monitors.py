@@ -251,3 +251,17 @@ def test_new_layers_are_trained_and_validated_in_the_right_mode(run, when):
     trainer = run(compression([1, 3]), Modes(), enable_checkpointing=False, **when)
     assert has_factors(trainer.lightning_module)
     assert modes == {"train": {True}, "validation": {False}}
+
+
+def test_run_that_was_not_validated_after_the_cut_is_warned_that_there_is_no_best_file(run, tmp_path):
+    best = ModelCheckpoint(tmp_path / "files", "{epoch}", monitor="jump")
+    match = rf"ModelCheckpoint\(monitor='jump'\) has seen no metric since.* are in {tmp_path / 'files'}\."
+    with pytest.warns(UserWarning, match=match):
+        run(compression(4), best, check_val_every_n_epoch=4)
+    assert best.best_model_path == ""
+    assert [is_compressed(path) for path in (tmp_path / "files").iterdir()] == [False]
+
+
+@pytest.mark.parametrize("kept", [{"monitor": None}, {"monitor": "jump", "save_top_k": 0}], ids=str)
+def test_checkpoint_that_keeps_no_best_is_not_warned_of(run, tmp_path, kept):
+    run(compression(4), ModelCheckpoint(tmp_path / "files", **kept), check_val_every_n_epoch=4)
