@@ -193,3 +193,25 @@ def test_share_of_the_slowest_rank_is_within_the_bound_of_the_shortest_possible(
 
     best = min(map(slowest, itertools.product(range(size), repeat=len(loads))))
     assert slowest(Processes(0, size).owners(loads)) <= (4 / 3 - 1 / (3 * size)) * best + 1e-9
+
+
+def test_what_every_rank_has_computed_is_that_of_the_first_afterwards(tmp_path):
+    def work(processes):
+        own = [torch.full((2, 3), float(processes.rank)), torch.arange(4) + processes.rank]
+        processes.share(own, torch.device("cpu"), "these")
+        return [one.tolist() for one in own]
+
+    first, second = on_ranks(2, tmp_path, work)
+    assert first == second == [[[0.0] * 3] * 2, [0, 1, 2, 3]]
+
+
+def test_ranks_that_have_other_tensors_are_told_before_any_is_sent(tmp_path):
+    def work(processes):
+        own = [torch.full((2,), float(processes.rank))] * (1 + processes.rank)
+        with pytest.raises(
+            RuntimeError, match=r"these must be the same on all 2 processes .*\[1, 2\] tensors on ranks"
+        ):
+            processes.share(own, torch.device("cpu"), "these")
+        return own[0].tolist()
+
+    assert on_ranks(2, tmp_path, work) == [[0.0, 0.0], [1.0, 1.0]]
