@@ -53,6 +53,7 @@ class LowRankCompression(CallbackBase):
             ``example_input_array``).
         include: glob patterns of layer names; only these are factorized. By default all.
         exclude: glob patterns of layer names that stay dense.
+        embeddings: whether ``nn.Embedding`` layers are factorized, too.
         optimizer_state: what the optimizer knows of new factors: ``reset``, nothing; or ``project``, the momentum of
             their dense weight through the chain rule, for SGD, Adam and AdamW (:mod:`lr_callback.projection`).
         learning_rate_rewind: after each compression let all learning rates and their schedulers start again as they
@@ -84,6 +85,7 @@ class LowRankCompression(CallbackBase):
         cost: str = "parameters",
         include: list[str] | None = None,
         exclude: list[str] | None = None,
+        embeddings: bool = False,
         optimizer_state: OptimizerState = "reset",
         learning_rate_rewind: bool = False,
         show_table: bool = True,
@@ -96,10 +98,10 @@ class LowRankCompression(CallbackBase):
         check_patterns(include=include, exclude=exclude)
         self.events = read_events(keep_ratio, epochs)
         self.method = check_method(method)
-        self.cost, self.include, self.exclude = cost, include, exclude
+        self.cost, self.include, self.exclude, self.embeddings = cost, include, exclude, embeddings
         self.optimizer_state, self.learning_rate_rewind = optimizer_state, learning_rate_rewind
         self.show_table, self.snapshots, self.reset_monitors = show_table, snapshots, reset_monitors
-        check_flags(self, "learning_rate_rewind", "show_table", "snapshots", "reset_monitors")
+        check_flags(self, "embeddings", "learning_rate_rewind", "show_table", "snapshots", "reset_monitors")
         self._forget()
         self._saved_names: list[list[list[str | None]]] | None = None
         self._turns, self._resumes = False, False
@@ -164,8 +166,7 @@ class LowRankCompression(CallbackBase):
 
     def _check_budgets(self, pl_module: LightningModule) -> None:
         """Refuse budgets that cannot be met before the training, not in the middle of it."""
-        counted, include, exclude = self._counting.unit, self.include, self.exclude
-        prices = survey(pl_module, self.method, observation=counted, include=include, exclude=exclude)
+        prices = survey(pl_module, self.method, observation=self._counting.unit, **self._chosen)
         for event, keep_ratio in self.events.items():
             if event > max(self._applied, default=-1):
                 prices.allocate(keep_ratio)
@@ -231,15 +232,12 @@ class LowRankCompression(CallbackBase):
     def _analyze(self, trainer: Trainer, pl_module: LightningModule) -> Analysis:
         self._counting.observe_example(trainer, pl_module)
         with analysis_progress(trainer.progress_bar_callback) as progress:
-            return analyze(
-                pl_module,
-                self.method,
-                observation=self._counting.unit,
-                include=self.include,
-                exclude=self.exclude,
-                progress=progress,
-                processes=processes_of(trainer),
-            )
+            options = {"progress": progress, "processes": processes_of(trainer), **self._chosen}
+            return analyze(pl_module, self.method, observation=self._counting.unit, **options)
+
+    @property
+    def _chosen(self) -> dict[str, Any]:
+        return {"include": self.include, "exclude": self.exclude, "embeddings": self.embeddings}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         """Watch the first batch: how the network is called is not known before."""

@@ -6,6 +6,7 @@ A new layer type is a subclass of :class:`FactorizedLayer` and one row in the ta
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from inspect import getmembers
 from typing import ClassVar, Literal
 
 import torch
@@ -45,6 +46,12 @@ class FactorizedLayer(nn.Module, ABC):
 
     encoder: nn.Module
     decoder: nn.Module
+    __jit_unused_properties__: ClassVar[list[str]]
+
+    def __init_subclass__(cls, **options: object) -> None:
+        """Keep TorchScript from compiling the properties: only ``forward`` is what a layer computes."""
+        super().__init_subclass__(**options)
+        cls.__jit_unused_properties__ = [name for name, _ in getmembers(cls, lambda one: isinstance(one, property))]
 
     def __init__(self, dense: nn.Module, num_slices: int, rank: int, folding: str = "kernel_in_encoder") -> None:
         super().__init__()

@@ -41,17 +41,24 @@ class SlicedLinear(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Apply each slice's map."""
-        if self.num_slices == 1:
-            return nn.functional.linear(features, self.weight)
         # One batched product with the slices as its batch, however many leading dimensions there are.
         width = self.weight.shape[1]
         sliced = features.reshape(-1, self.num_slices, width).transpose(0, 1)
         mapped = torch.bmm(sliced, self.weight.reshape(self.num_slices, -1, width).mT)
-        return mapped.transpose(0, 1).reshape(*features.shape[:-1], self.out_features)
+        shape = list(features.shape[:-1])  # TorchScript takes a list here, and nothing unpacked
+        shape.append(self.out_features)
+        return mapped.transpose(0, 1).reshape(shape)
 
     def extra_repr(self) -> str:
         """Describe the sizes."""
         return f"in_features={self.in_features}, out_features={self.out_features}, num_slices={self.num_slices}"
+
+
+def _linear_encoder(in_features: int, out_features: int, num_slices: int, dtype: torch.dtype) -> nn.Module:
+    """Return an encoder on the meta device; of one slice an ``nn.Linear``, which quantization and adapters look for."""
+    if num_slices == 1:
+        return nn.Linear(in_features, out_features, bias=False, device="meta", dtype=dtype)
+    return SlicedLinear(in_features, out_features, num_slices, device="meta", dtype=dtype)
 
 
 class _FactorizedMap(FactorizedLayer):
@@ -59,7 +66,7 @@ class _FactorizedMap(FactorizedLayer):
 
     def _factors(self, dense: nn.Module, rank: int) -> tuple[nn.Module, nn.Module]:
         like, sizes, width = any_weight(dense), self.geometry(self), self.num_slices * rank
-        encoder = SlicedLinear(sizes.in_channels, width, self.num_slices, device="meta", dtype=like.dtype)
+        encoder = _linear_encoder(sizes.in_channels, width, self.num_slices, like.dtype)
         has_bias = dense_bias(dense) is not None
         decoder = nn.Linear(width, sizes.out_channels, bias=has_bias, device="meta", dtype=like.dtype)
         return encoder.to_empty(device=like.device), decoder.to_empty(device=like.device)
