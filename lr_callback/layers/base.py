@@ -44,13 +44,12 @@ class FactorizedLayer(nn.Module, ABC):
     works: ClassVar[Works] = "at outputs"
     only_if_asked: ClassVar[str | None] = None
 
-    encoder: nn.Module
-    decoder: nn.Module
     __jit_unused_properties__: ClassVar[list[str]]
 
     def __init_subclass__(cls, **options: object) -> None:
         """Keep TorchScript from compiling the properties: only ``forward`` is what a layer computes."""
         super().__init_subclass__(**options)
+        cls.__annotations__ = {}  # for type checkers; TorchScript would read them, and understand none
         cls.__jit_unused_properties__ = [name for name, _ in getmembers(cls, lambda one: isinstance(one, property))]
 
     def __init__(self, dense: nn.Module, num_slices: int, rank: int, folding: str = "kernel_in_encoder") -> None:

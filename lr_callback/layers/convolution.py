@@ -31,6 +31,7 @@ class FactorizedConvolution(FactorizedLayer):
     Attributes:
         dense_class: the dense type.
         axes: number of kernel axes.
+        decoder_axes: those that the decoder has.
     """
 
     dense_class: ClassVar[Callable[..., _ConvNd]]
@@ -70,14 +71,10 @@ class FactorizedConvolution(FactorizedLayer):
         batch = inputs.shape[0] if inputs.dim() == cls.axes + 2 else 1
         return Call(batch, tuple(inputs.shape[-cls.axes :]), tuple(outputs.shape[-cls.axes :]))
 
-    @property
-    def decoder_axes(self) -> tuple[int, ...]:
-        """The kernel axes that the decoder has."""
-        return decoder_axes(self.folding, self.axes)
-
     def _factors(self, dense: nn.Module, rank: int) -> tuple[nn.Module, nn.Module]:
-        width, own = self.groups * self.num_slices * rank, self.decoder_axes
+        width, own = self.groups * self.num_slices * rank, decoder_axes(self.folding, self.axes)
         other = tuple(axis for axis in range(self.axes) if axis not in own)
+        self.decoder_axes = list(own)
         encoder = self._convolution(dense, (self.in_channels, width), other, self.groups * self.num_slices, bias=False)
         has_bias = dense_bias(dense) is not None
         return encoder, self._convolution(dense, (width, self.out_channels), own, self.groups, has_bias)
@@ -174,7 +171,7 @@ class _FactorizedTransposed(FactorizedConvolution):
     swapped = frozenset({"dense", "encoder", "decoder"})
     works = "at inputs"
 
-    def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Apply the encoder, then the decoder.
 
         Args:
@@ -182,15 +179,16 @@ class _FactorizedTransposed(FactorizedConvolution):
             output_size: of the output's spatial axes, where the stride leaves a choice.
         """
         if output_size is None:
-            return super().forward(input)
-        wanted, sizes = list(output_size), list(input.shape[-self.axes :])
-        if len(wanted) >= self.axes:  # torch takes the sizes of batch and channels before them, too
-            wanted = wanted[-self.axes :]
-            inner = [sizes[axis] if axis in self.decoder_axes else size for axis, size in enumerate(wanted)]
-        else:
-            inner = wanted  # for torch to refuse
-        outputs: Tensor = self.decoder(self.encoder(input, inner), wanted)
-        return outputs
+            outputs: Tensor = self.decoder(self.encoder(input))
+            return outputs
+        axes = len(self.kernel_size)
+        wanted = output_size[-axes:]  # torch takes the sizes of batch and channels before them, too
+        inner = list(wanted)
+        if len(wanted) == axes:  # torch refuses any other number
+            for axis in self.decoder_axes:
+                inner[axis] = input.shape[axis - axes]
+        sized: Tensor = self.decoder(self.encoder(input, inner), wanted)
+        return sized
 
 
 class FactorizedConvTranspose1d(_FactorizedTransposed):
