@@ -61,13 +61,10 @@ def _check_layer(name: str, layer: nn.Module, shape: tuple[int, ...], choice: Fa
         )
     if choice is None:
         return
-    counts = geometry.slice_counts()
-    if choice.num_slices not in counts:
-        raise ValueError(
-            f"{name}: `num_slices` must be one of {counts}, the parts that the {geometry.weight_shape[1]} input "
-            f"channels{' of each group' if geometry.groups > 1 else ''} can be cut into, got {choice.num_slices}. "
-            "Nothing was changed."
-        )
+    if choice.num_slices not in geometry.slice_counts():
+        each = " of each group" if geometry.groups > 1 else ""
+        wanted = f"divide the {geometry.weight_shape[1]} input channels{each}" if geometry.sliceable else "be 1"
+        raise ValueError(f"{name}: `num_slices` must {wanted}, got {choice.num_slices}. Nothing was changed.")
     full = geometry.full_rank(choice.folding, choice.num_slices)
     if choice.rank > full:
         raise ValueError(

@@ -101,3 +101,9 @@ def test_one_whose_weight_is_the_heads_is_left_out():
     model.head = nn.Linear(16, 60, bias=False)
     model.head.weight = model[0].weight
     assert lrc.allocate(model, 0.9, embeddings=True).skipped["0"] == "its weight is tied to that of head"
+
+
+def test_slices_of_an_embedding_are_refused():
+    choice = lrc.Factorization("kernel_in_encoder", 2, 1, 0, 0, 1)
+    with pytest.raises(ValueError, match="0: `num_slices` must be 1, got 2"):
+        lrc.factorize_(network(), lrc.Allocation({"0": choice}, {}, {"0": (16, 60)}, 0, 1, 0, 1.0))
