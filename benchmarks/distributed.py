@@ -29,7 +29,6 @@ from torch import nn
 
 from lr_callback.analysis import Analysis, analyze
 from lr_callback.find import find_layers
-from lr_callback.folding import slice_counts
 from lr_callback.layer_types import layer_cost
 from lr_callback.processes import Processes
 
@@ -100,7 +99,7 @@ def allowed(model: nn.Module, size: int) -> float:
 
 def _work(layer: nn.Module) -> float:
     geometry = layer_cost(layer).geometry
-    return geometry.work(slice_counts(geometry.in_channels))
+    return geometry.work(geometry.slice_counts())
 
 
 def equal(one: Analysis, other: Analysis) -> bool:

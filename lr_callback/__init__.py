@@ -12,7 +12,14 @@ from lr_callback.analysis import allocate as allocate
 from lr_callback.analysis import analyze as analyze
 from lr_callback.checkpoint import restore_ as restore_
 from lr_callback.hook import prepare as prepare
+from lr_callback.layers import FactorizedConv1D as FactorizedConv1D
+from lr_callback.layers import FactorizedConv1d as FactorizedConv1d
 from lr_callback.layers import FactorizedConv2d as FactorizedConv2d
+from lr_callback.layers import FactorizedConv3d as FactorizedConv3d
+from lr_callback.layers import FactorizedConvTranspose1d as FactorizedConvTranspose1d
+from lr_callback.layers import FactorizedConvTranspose2d as FactorizedConvTranspose2d
+from lr_callback.layers import FactorizedConvTranspose3d as FactorizedConvTranspose3d
+from lr_callback.layers import FactorizedEmbedding as FactorizedEmbedding
 from lr_callback.layers import FactorizedLinear as FactorizedLinear
 from lr_callback.methods import ALDS as ALDS
 from lr_callback.methods import EnergyThreshold as EnergyThreshold
@@ -34,7 +41,14 @@ __all__ = [
     "Allocation",
     "Analysis",
     "EnergyThreshold",
+    "FactorizedConv1D",
+    "FactorizedConv1d",
     "FactorizedConv2d",
+    "FactorizedConv3d",
+    "FactorizedConvTranspose1d",
+    "FactorizedConvTranspose2d",
+    "FactorizedConvTranspose3d",
+    "FactorizedEmbedding",
     "FactorizedLinear",
     "Factorization",
     "LowRankCompression",

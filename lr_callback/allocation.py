@@ -17,6 +17,7 @@ VERSION = 1
 
 _KERNEL = {
     "kernel_in_encoder": "encoder",
+    "depth_in_decoder": "decoder d",
     "height_in_decoder": "decoder h",
     "width_in_decoder": "decoder w",
     "kernel_in_decoder": "decoder",
@@ -29,7 +30,7 @@ class Factorization:
 
     Args:
         folding: which kernel axes go to the decoder.
-        num_slices: ``k``, equal parts of the input channels; groups of the encoder.
+        num_slices: ``k``, equal parts of the input channels of each group.
         rank: singular values kept per slice.
         relative_error: of the layer, in the allocation's measure, 0 to ``sqrt(k)``.
         cost: of the factorized layer, in the allocation's unit.
@@ -51,7 +52,7 @@ class Allocation:
     Args:
         layers: layer name -> its factorization; None: the layer stays dense.
         skipped: name of a layer that was left out -> why.
-        shapes: layer name -> shape of its dense weight, ``(F, C, *kernel)``.
+        shapes: layer name -> shape of its dense weight, ``(F, C / groups, *kernel)`` for every type.
         cost: of the whole model as allocated, what cannot be factorized included.
         dense_cost: of the whole model, all layers dense.
         budget: what ``cost`` had to stay within.

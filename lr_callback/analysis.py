@@ -14,12 +14,12 @@ from lr_callback.allocation import Allocation, Factorization
 from lr_callback.candidates import LayerCandidates
 from lr_callback.costs import LayerCost, check_cost
 from lr_callback.find import Found, find_layers
-from lr_callback.folding import Geometry, slice_counts
-from lr_callback.layers import dense_weight
+from lr_callback.folding import Geometry
+from lr_callback.layer_types import dense_weight
 from lr_callback.methods import ALDS, Choice, Method
 from lr_callback.observe import Observation, observe
 from lr_callback.parallel import workers
-from lr_callback.pricing import dense_again, dense_parameters, layer_costs
+from lr_callback.pricing import dense_again, dense_parameters, layer_costs, no_gain
 from lr_callback.processes import Processes
 
 Progress = Callable[[int, int, str], None]
@@ -131,6 +131,7 @@ def allocate(
     cost: str = "parameters",
     include: Sequence[str] | str | None = None,
     exclude: Sequence[str] | str | None = None,
+    embeddings: bool = False,
     example_input: object = None,
 ) -> Allocation:
     """Choose, for every layer, what it becomes under one budget. Changes nothing.
@@ -142,6 +143,7 @@ def allocate(
         cost: ``"parameters"`` or ``"multiply_adds"``.
         include: glob patterns of layer names, only these are factorized; None: all.
         exclude: glob patterns of layer names that stay dense.
+        embeddings: whether ``nn.Embedding`` layers are factorized, too.
         example_input: for ``"multiply_adds"``: a tensor, or a tuple of positional or dict of named arguments of
             ``model``; the cost is counted on it.
 
@@ -167,7 +169,7 @@ def allocate(
     observation = None
     if cost == "multiply_adds":
         observation = observe(model, example_input)
-    analysis = analyze(model, method, observation=observation, include=include, exclude=exclude)
+    analysis = analyze(model, method, observation=observation, include=include, exclude=exclude, embeddings=embeddings)
     return analysis.allocate(keep_ratio)
 
 
@@ -178,6 +180,7 @@ def analyze(
     observation: Observation | None = None,
     include: Sequence[str] | str | None = None,
     exclude: Sequence[str] | str | None = None,
+    embeddings: bool = False,
     progress: Progress | None = None,
     processes: Processes | None = None,
 ) -> Analysis:
@@ -189,6 +192,7 @@ def analyze(
         observation: of one run of the model; with it costs are multiply-adds, without parameters.
         include: see :func:`allocate`.
         exclude: see :func:`allocate`.
+        embeddings: see :func:`allocate`.
         progress: told of each layer that this process computes.
         processes: each computes a part of the layers, and all return all of them; None: this one alone. The model must
             be the same on every process.
@@ -201,7 +205,7 @@ def analyze(
 
     def prices() -> tuple[Found, dict[str, LayerCost]]:
         found = find_layers(model, include, exclude)
-        return found, layer_costs(found, observation)
+        return found, layer_costs(found, observation, embeddings=embeddings)
 
     found, costs = processes.agree(prices)
     owners = dict(zip(costs, processes.owners(_work(cost.geometry, method) for cost in costs.values()), strict=True))
@@ -212,7 +216,7 @@ def analyze(
 
 
 def _work(geometry: Geometry, method: Method) -> float:
-    return geometry.work(slice_counts(geometry.in_channels, method.max_slices))
+    return geometry.work(geometry.slice_counts(method.max_slices))
 
 
 def _candidates(
@@ -235,6 +239,7 @@ def survey(
     observation: Observation | None = None,
     include: Sequence[str] | str | None = None,
     exclude: Sequence[str] | str | None = None,
+    embeddings: bool = False,
 ) -> Analysis:
     """Find the layers and their prices without computing an error: enough for the reachable range.
 
@@ -243,7 +248,7 @@ def survey(
     """
     method = check_method(method)
     found = find_layers(model, include, exclude)
-    costs = layer_costs(found, observation, skip_zero=False)
+    costs = layer_costs(found, observation, skip_zero=False, embeddings=embeddings)
     layers = {name: method.priced(layer_cost) for name, layer_cost in costs.items()}
     return _analysis(model, method, observation, found, costs, layers)
 
@@ -258,7 +263,7 @@ def _analysis(
 ) -> Analysis:
     """Put an analysis together; layers without a candidate are skipped."""
     useless = {name for name, layer in layers.items() if not layer.candidates}
-    found.skipped.update(dict.fromkeys(useless, "too small: no rank costs less than the dense layer"))
+    found.skipped.update({name: no_gain(costs[name].geometry) for name in useless})
     layers = {name: layer for name, layer in layers.items() if name not in useless}
     if not layers:
         raise ValueError(_nothing(found))
@@ -289,6 +294,6 @@ def check_method(method: Method | None) -> Method:
 def _nothing(found: Found) -> str:
     reasons = "; ".join(f"{name or '(the model)'}: {reason}" for name, reason in found.skipped.items())
     return (
-        "Nothing to factorize: the model must have at least one Linear or Conv2d layer that is worth it. "
+        "Nothing to factorize: the model must have a Linear, convolution or Conv1D layer that is worth it. "
         f"Skipped: {reasons or 'no layer with a weight was found'}."
     )

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from lr_callback.allocation import Factorization
 from lr_callback.build import densified, skeleton
 from lr_callback.folding import Geometry, decoder_matrices, fold, unfold_decoder
-from lr_callback.layers import FactorizedLayer, dense_weight
+from lr_callback.layer_types import dense_weight
+from lr_callback.layers import FactorizedLayer
 
 
 def averaged_layers(average: nn.Module, made: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -46,14 +47,15 @@ def _follower(own: nn.Module, model: nn.Module) -> nn.Module:
         assert isinstance(own, FactorizedLayer)
         return densified(own)
     made = skeleton(own, Factorization(model.folding, model.num_slices, model.rank, 0.0, 0, 0))
-    encoder, decoder = (factor.detach() for factor in model.factors)
-    with torch.no_grad():
-        made.factors[0].copy_(encoder)
-        made.factors[1].copy_(nearest_decoder(dense_weight(own), encoder, decoder, model.folding, model.num_slices))
+    encoder, decoder = (factor.detach() for factor in model.ordered_factors)
+    structure = (model.folding, model.num_slices, model.geometry(model).groups)
+    made.set_factors(encoder, nearest_decoder(dense_weight(own), encoder, decoder, *structure))
     return made
 
 
-def nearest_decoder(weight: Tensor, encoder: Tensor, decoder: Tensor, folding: str, num_slices: int) -> Tensor:
+def nearest_decoder(
+    weight: Tensor, encoder: Tensor, decoder: Tensor, folding: str, num_slices: int, groups: int = 1
+) -> Tensor:
     """Return the decoder with which an encoder comes closest to a weight.
 
     For each slice ``W`` of the weight, with ``A`` and ``B`` those of encoder and decoder: of all ``X`` with the least
@@ -64,11 +66,12 @@ def nearest_decoder(weight: Tensor, encoder: Tensor, decoder: Tensor, folding: s
     That is ``W A^+`` where the rows of ``A`` are independent; a row of zeros leaves its column of ``B`` as it is.
 
     Args:
-        weight: ``(F, C, *kernel)``.
-        encoder: ``(k * j, C / k, *kernel)``.
+        weight: ``(F, C / g, *kernel)``.
+        encoder: ``(g * k * j, C / (g * k), *kernel)``.
         decoder: ``(F, k * j, *kernel)``; it gives the columns that the encoder does not determine.
         folding: of the factors.
         num_slices: ``k``.
+        groups: ``g``.
 
     Returns:
         The decoder's weight, float64, on the weight's device.
@@ -82,9 +85,9 @@ def nearest_decoder(weight: Tensor, encoder: Tensor, decoder: Tensor, folding: s
         tensor([[0.5000],
                 [0.5000]], dtype=torch.float64)
     """
-    geometry = Geometry(weight.shape[0], weight.shape[1], tuple(weight.shape[2:]))
-    right = encoder.to(weight.device, torch.float64).reshape(num_slices, encoder.shape[0] // num_slices, -1)
-    left = decoder_matrices(decoder.to(weight.device, torch.float64), num_slices)
-    missing = fold(weight, folding, num_slices).double() - left @ right
+    geometry = Geometry(weight.shape[0], groups * weight.shape[1], tuple(weight.shape[2:]), groups)
+    left = decoder_matrices(decoder.to(weight.device, torch.float64), num_slices, groups)
+    right = encoder.to(weight.device, torch.float64).reshape(len(left), left.shape[2], -1)
+    missing = fold(weight, folding, num_slices, groups).double() - left @ right
     gram = right @ right.mT
     return unfold_decoder(left + missing @ right.mT @ torch.linalg.pinv(gram, hermitian=True), geometry, folding)

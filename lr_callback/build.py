@@ -14,8 +14,8 @@ from lr_callback.allocation import Allocation, Factorization
 from lr_callback.attached import copy_attributes, warn_of_attached
 from lr_callback.find import find_layers
 from lr_callback.folding import Geometry, fold, unfold_decoder, unfold_encoder
-from lr_callback.layer_types import layer_type
-from lr_callback.layers import FactorizedLayer, dense_bias, dense_weight, weight_of
+from lr_callback.layer_types import build, dense_weight, layer_type
+from lr_callback.layers import FactorizedLayer, dense_bias, weight_of
 from lr_callback.parallel import Workers
 from lr_callback.processes import Processes
 from lr_callback.spectrum import truncate
@@ -62,11 +62,10 @@ def _check_layer(name: str, layer: nn.Module, shape: tuple[int, ...], choice: Fa
         )
     if choice is None:
         return
-    if geometry.in_channels % choice.num_slices:
-        raise ValueError(
-            f"{name}: `num_slices` must divide the {geometry.in_channels} input channels, got {choice.num_slices}. "
-            "Nothing was changed."
-        )
+    if choice.num_slices not in geometry.slice_counts():
+        each = " of each group" if geometry.groups > 1 else ""
+        wanted = f"divide the {geometry.weight_shape[1]} input channels{each}" if geometry.sliceable else "be 1"
+        raise ValueError(f"{name}: `num_slices` must {wanted}, got {choice.num_slices}. Nothing was changed.")
     full = geometry.full_rank(choice.folding, choice.num_slices)
     if choice.rank > full:
         raise ValueError(
@@ -106,7 +105,7 @@ def build_layers(
     pending = [name for name, layer in targets.items() if not _is_as_chosen(layer, chosen[name])]
     owners = dict(zip(pending, processes.owners(_work(targets[name], chosen[name]) for name in pending), strict=True))
 
-    def build() -> dict[str, nn.Module]:
+    def rebuild() -> dict[str, nn.Module]:
         if processes.rank == 0:
             warn_of_attached({name: weights_held(targets[name]) for name in pending})
         return {
@@ -114,7 +113,7 @@ def build_layers(
             for name, owner in owners.items()
         }
 
-    made = processes.agree(build, long=True)
+    made = processes.agree(rebuild, long=True)
     for name, layer in made.items():
         processes.send(weights_held(layer), owners[name])
     return made
@@ -138,10 +137,7 @@ def _rebuild(name: str, layer: nn.Module, choice: Factorization | None, crew: Wo
     made = skeleton(layer, choice)
     if crew is None:
         return made
-    encoder, decoder = factors(dense_weight(layer), choice, crew)
-    with torch.no_grad():
-        made.factors[0].copy_(encoder)
-        made.factors[1].copy_(decoder)
+    made.set_factors(*factors(dense_weight(layer), made.geometry(made), choice, crew))
     if not all(bool(torch.isfinite(factor).all()) for factor in made.factors):
         raise ValueError(
             f"{name}: the factors must be finite, found NaN or infinity in those of rank {choice.rank} in "
@@ -154,19 +150,16 @@ def _structure(layer: FactorizedLayer) -> tuple[str, int, int]:
     return layer.folding, layer.num_slices, layer.rank
 
 
-def factors(weight: Tensor, choice: Factorization, crew: Workers) -> tuple[Tensor, Tensor]:
-    """Return the encoder's and the decoder's weight, float64, of a dense weight."""
-    geometry = Geometry(weight.shape[0], weight.shape[1], tuple(weight.shape[2:]))
-    left, right = truncate(fold(weight, choice.folding, choice.num_slices), choice.rank, crew)
+def factors(weight: Tensor, geometry: Geometry, choice: Factorization, crew: Workers) -> tuple[Tensor, Tensor]:
+    """Return the encoder's and the decoder's weight of a dense weight, float64, in the order of axes of ``folding``."""
+    left, right = truncate(fold(weight, choice.folding, choice.num_slices, geometry.groups), choice.rank, crew)
     return unfold_encoder(right, geometry, choice.folding), unfold_decoder(left, geometry, choice.folding)
 
 
 def skeleton(layer: nn.Module, choice: Factorization) -> FactorizedLayer:
     """Return the factorized form of a layer with its bias, mode and hooks, but weights that are not set."""
-    kind = layer_type(layer)
-    assert kind is not None
     with torch.inference_mode(False):
-        made = kind.build(layer, choice)
+        made = build(layer, choice)
     _take_over(made, made.decoder, layer, made.factors)
     return made
 
@@ -193,7 +186,8 @@ def _take_over(made: nn.Module, owner: nn.Module, layer: nn.Module, weights: Seq
     for weight in weights:
         weight.requires_grad_(old.requires_grad)
     copy_attributes(old, weights)
-    owner._parameters["bias"] = dense_bias(layer)
+    if "bias" in owner._parameters:
+        owner._parameters["bias"] = dense_bias(layer)
     made.train(layer.training)
     for hooks in _HOOKS:
         # The same dict: handles that users hold still remove their hooks.

@@ -51,6 +51,7 @@ class LowRankCompression(CallbackBase):
             ``example_input_array``).
         include: glob patterns of layer names; only these are factorized. By default all.
         exclude: glob patterns of layer names that stay dense.
+        embeddings: whether ``nn.Embedding`` layers are factorized, too.
         optimizer_state: what the optimizer knows of new factors: ``reset``, nothing; or ``project``, the momentum of
             their dense weight through the chain rule, for SGD, Adam and AdamW (:mod:`lr_callback.projection`).
         learning_rate_rewind: after each compression let all learning rates and their schedulers start again as they
@@ -82,6 +83,7 @@ class LowRankCompression(CallbackBase):
         cost: str = "parameters",
         include: list[str] | None = None,
         exclude: list[str] | None = None,
+        embeddings: bool = False,
         optimizer_state: OptimizerState = "reset",
         learning_rate_rewind: bool = False,
         show_table: bool = True,
@@ -94,9 +96,10 @@ class LowRankCompression(CallbackBase):
         check_patterns(include=include, exclude=exclude)
         self.events = read_events(keep_ratio, epochs)
         self.cost = cost
-        self.scope = Scope(check_method(method), include, exclude)
+        self.scope = Scope(check_method(method), include, exclude, embeddings)
         self.optimizer_state, self.learning_rate_rewind = optimizer_state, learning_rate_rewind
         self.show_table, self.snapshots, self.reset_monitors = show_table, snapshots, reset_monitors
+        check_flags(self.scope, "embeddings")
         check_flags(self, "learning_rate_rewind", "show_table", "snapshots", "reset_monitors")
         self._forget()
         self._resuming = Resuming()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lr_callback.costs import LayerCost
-from lr_callback.folding import distinct_foldings, slice_counts
+from lr_callback.folding import distinct_foldings
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def layer_candidates(
     Args:
         cost: of this layer.
         foldings: names of the foldings to try.
-        max_slices: largest number of slices to try; None: up to ``C``.
+        max_slices: largest number of slices to try; None: all that the layer can have.
         curves: computes the errors.
 
     Raises:
@@ -91,7 +91,7 @@ def layer_candidates(
     """
     found: list[Candidate] = []
     for folding in distinct_foldings(cost.geometry, tuple(foldings)):
-        last = _last_ranks(cost, folding, slice_counts(cost.geometry.in_channels, max_slices))
+        last = _last_ranks(cost, folding, cost.geometry.slice_counts(max_slices))
         errors = curves(folding, last) if last else {}
         found += [_candidate(cost, folding, count, curve) for count, curve in errors.items()]
     return LayerCandidates(cost.dense, tuple(found))

@@ -17,9 +17,9 @@ from torch.nn.parameter import is_lazy
 from lr_callback.allocation import Allocation, Factorization
 from lr_callback.build import dense_skeleton, skeleton
 from lr_callback.find import find_layers
-from lr_callback.folding import FOLDINGS, Geometry
+from lr_callback.folding import FOLDINGS
 from lr_callback.layer_types import layer_type
-from lr_callback.layers import FactorizedLayer
+from lr_callback.layers import FactorizedLayer, dense_bias
 from lr_callback.source import is_extra, load, state_dict_of
 from lr_callback.surgery import factorize_, replace_layers
 
@@ -87,7 +87,7 @@ def _possible_names(model: nn.Module) -> list[tuple[str, ...]]:
             for inner in _ENTRIES:
                 entries.pop(f"{name}.{inner}", None)
             entries[f"{name}.weight"] = (f"{name}.weight", f"{name}.encoder.weight")
-            if layer.bias is not None:
+            if dense_bias(layer) is not None:
                 entries[f"{name}.bias"] = (f"{name}.bias", f"{name}.decoder.bias")
     return list(entries.values())
 
@@ -140,28 +140,42 @@ def _structure_in(state: Mapping[str, Tensor], prefix: str, name: str, layer: nn
     kind = layer_type(layer)
     if encoder is None or decoder is None or kind is None:
         return None
-    geometry = kind.geometry(layer)
-    choice = _fitting(geometry, tuple(encoder.shape), tuple(decoder.shape))
+    choice = _fitting(kind, layer, tuple(encoder.shape), tuple(decoder.shape))
     if choice is None:
+        geometry = kind.geometry(layer)
+        shape = kind.relaid_shape("dense", geometry.weight_shape, geometry.groups)
         raise ValueError(
-            f"{name}: the factors in the state dict must multiply to a weight of shape {geometry.weight_shape}, found "
+            f"{name}: the factors in the state dict must multiply to a weight of shape {shape}, found "
             f"an encoder of {tuple(encoder.shape)} and a decoder of {tuple(decoder.shape)}; "
             "the file is of another model, or damaged. Nothing was changed."
         )
     return choice
 
 
-def _fitting(geometry: Geometry, encoder: tuple[int, ...], decoder: tuple[int, ...]) -> Factorization | None:
+def _fitting(
+    kind: type[FactorizedLayer], layer: nn.Module, encoder: tuple[int, ...], decoder: tuple[int, ...]
+) -> Factorization | None:
     """Return the structure whose factors have these shapes, None if there is none."""
-    width = encoder[0]
-    if not width or len(encoder) < 2 or not encoder[1] or geometry.in_channels % encoder[1]:
+    geometry = kind.geometry(layer)
+    if len(decoder) != len(geometry.weight_shape):
         return None
-    num_slices = geometry.in_channels // encoder[1]
-    for folding in FOLDINGS if geometry.kernel else ("kernel_in_encoder",):
-        fits = encoder[2:] == geometry.encoder_kernel(folding) and decoder[2:] == geometry.decoder_kernel(folding)
-        if fits and decoder[:2] == (geometry.out_channels, width) and width % num_slices == 0:
-            return Factorization(folding, num_slices, width // num_slices, 0.0, 0, 0)
+    width = kind.relaid_shape("decoder", decoder, geometry.groups)[1]  # of a group: slices times rank
+    for folding in FOLDINGS:
+        for num_slices in geometry.slice_counts(width):
+            choice = Factorization(folding, num_slices, width // num_slices, 0.0, 0, 0)
+            if width % num_slices == 0 and _factor_shapes(kind, layer, choice) == (encoder, decoder):
+                return choice
     return None
+
+
+def _factor_shapes(
+    kind: type[FactorizedLayer], layer: nn.Module, choice: Factorization
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the shapes of encoder and decoder in a structure, as the layer's type holds them."""
+    geometry = kind.geometry(layer)
+    encoder, decoder = geometry.factor_shapes(choice.folding, choice.num_slices, choice.rank)
+    of_encoder = kind.relaid_shape("encoder", encoder, geometry.groups * choice.num_slices)
+    return of_encoder, kind.relaid_shape("decoder", decoder, geometry.groups)
 
 
 def check_weights(model: nn.Module, state: Mapping[str, Tensor], partial: bool = False) -> None:
@@ -194,12 +208,10 @@ def _shapes_in(layer: nn.Module, choice: Factorization | None) -> dict[str, tupl
     kind = layer_type(layer)
     assert kind is not None
     geometry = kind.geometry(layer)
-    bias = {} if layer.bias is None else {"bias": (geometry.out_channels,)}
+    bias = {} if dense_bias(layer) is None else {"bias": (geometry.out_channels,)}
     if choice is None:
-        return {"weight": geometry.weight_shape, **bias}
-    width = choice.num_slices * choice.rank
-    encoder = (width, geometry.in_channels // choice.num_slices, *geometry.encoder_kernel(choice.folding))
-    decoder = (geometry.out_channels, width, *geometry.decoder_kernel(choice.folding))
+        return {"weight": kind.relaid_shape("dense", geometry.weight_shape, geometry.groups), **bias}
+    encoder, decoder = _factor_shapes(kind, layer, choice)
     return {
         "encoder.weight": encoder,
         "decoder.weight": decoder,

@@ -84,12 +84,14 @@ def analyze_command(arguments: Sequence[str]) -> None:
     parser.add_subclass_arguments(Method, "method", required=False, help="how to choose; by default ALDS")
     parser.add_argument("--include", type=list[str] | None, help="glob patterns; only these layers are factorized")
     parser.add_argument("--exclude", type=list[str] | None, help="glob patterns of layers that stay dense")
+    parser.add_argument("--embeddings", type=bool, default=False, help="factorize nn.Embedding layers, too")
     parser.add_argument("--json", type=str | None, help="a file to write the allocation to")
     chosen = parser.instantiate_classes(parser.parse_args(list(arguments)))
     if chosen.model is None:
         parser.error("--model must name a model, for example --model lr_callback.recipes.CifarResNet; got none.")
     try:
-        found = analyze(chosen.model, chosen.method, include=chosen.include, exclude=chosen.exclude)
+        choice = {"include": chosen.include, "exclude": chosen.exclude, "embeddings": chosen.embeddings}
+        found = analyze(chosen.model, chosen.method, **choice)
         allocation: Allocation = found.allocate(chosen.keep_ratio)
     except ValueError as error:
         parser.error(str(error))

@@ -2,6 +2,10 @@
 
 A factorized layer costs ``fixed + rank * per_rank``. Two units are known: ``parameters`` (``sum(p.numel())`` of the
 module that is built) and ``multiply_adds`` (half of what torch's flop counter counts for it; biases are not counted).
+
+A weight is applied at positions, and which ones depends on the layer. A convolution works at the positions of its
+output. A transposed one works at those of its input; where an encoder comes before, that is as large as the output
+along the axes that the encoder has upsampled already. An embedding looks up: that multiplies nothing.
 """
 
 from __future__ import annotations
@@ -9,11 +13,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Literal
 
 from lr_callback.folding import Geometry, decoder_axes
 
 COSTS = ("parameters", "multiply_adds")
 """Names of the known units."""
+
+Works = Literal["at outputs", "at inputs", "by lookup"]
+"""Where a layer's multiply-adds arise: at each position of its output, of its input, or nowhere."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,7 @@ class LayerCost:
         geometry: sizes of the weight.
         bias: number of bias entries, 0 without one.
         calls: observed calls, for ``multiply_adds``; None for ``parameters``.
+        works: where the dense layer's multiply-adds arise.
 
     Example::
 
@@ -56,6 +65,7 @@ class LayerCost:
     geometry: Geometry
     bias: int = 0
     calls: tuple[Call, ...] | None = None
+    works: Works = "at outputs"
 
     @property
     def fixed(self) -> int:
@@ -65,14 +75,24 @@ class LayerCost:
     @property
     def dense(self) -> int:
         """Cost of the dense layer."""
-        return self.fixed + prod(self.geometry.weight_shape) * _positions(self.calls)
+        return self.fixed + prod(self.geometry.weight_shape) * self._first_positions(())
 
     def per_rank(self, folding: str, num_slices: int) -> int:
-        """Return the cost of one rank in every slice: one encoder row and one decoder column a slice."""
+        """Return the cost of one rank in every slice of every group: one encoder row and one decoder column a slice."""
         encoder = self.geometry.in_channels * prod(self.geometry.encoder_kernel(folding))
         decoder = num_slices * self.geometry.out_channels * prod(self.geometry.decoder_kernel(folding))
-        # Along the decoder's kernel axes the stride is still to come: there the encoder walks over the input.
-        return encoder * _positions(self.calls, decoder_axes(folding)) + decoder * _positions(self.calls)
+        # Along the decoder's kernel axes the stride is still to come: there the encoder's output is as its input.
+        own = decoder_axes(folding, len(self.geometry.kernel))
+        second = _positions(self.calls, own if self.works == "at inputs" else ())
+        return encoder * self._first_positions(own) + decoder * second
+
+    def _first_positions(self, pointwise: tuple[int, ...]) -> int:
+        """Return the positions at which a weight is applied to the layer's input, with no stride along some axes."""
+        if self.calls is not None and self.works == "by lookup":
+            return 0
+        return _positions(
+            self.calls, tuple(range(len(self.geometry.kernel))) if self.works == "at inputs" else pointwise
+        )
 
     def factorized(self, folding: str, num_slices: int, rank: int) -> int:
         """Return the cost of the factorized layer."""

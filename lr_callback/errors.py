@@ -3,6 +3,10 @@
 A measure maps a slicing to the absolute error at rank 0, 1, ..., last. Divided by the error of keeping nothing of the
 unsliced layer (its norm) it is the *relative error*. Every measure here is exact for the layer that is built, before
 its factors are rounded to the layer's dtype.
+
+The groups of a convolution are blocks on the diagonal of the matrix that it is: its operator norm is the largest of
+theirs, its squared Frobenius norm their sum. So a measure may take the slices of all groups as those of one, except
+for the residual of several slices, which is a matrix of its own for each group.
 """
 
 from __future__ import annotations
@@ -49,8 +53,9 @@ def operator_error(slicing: Slicing, limit: Tensor, workers: Workers) -> Tensor:
     # Squares of weights of any size must fit the working precision: scale by the longest row or column.
     scale = float(slicing.gram.diagonal(dim1=-2, dim2=-1).amax().sqrt())
     vectors, values = scaled_left_vectors(slicing, workers, scale, dtype)
-    residual = scale * residual_norms(vectors, len(limit) - 1, workers, limit / scale)
-    return torch.maximum(residual, _at_ranks(values.amax(dim=0), limit))
+    blocks = torch.split(vectors, slicing.num_slices)
+    residual = torch.stack([residual_norms(block, len(limit) - 1, workers, limit / scale) for block in blocks])
+    return torch.maximum(scale * residual.amax(dim=0), _at_ranks(values.amax(dim=0), limit))
 
 
 def _at_ranks(values: Tensor, limit: Tensor) -> Tensor:
@@ -80,7 +85,8 @@ def relative_errors(
     """Compute the relative error of a folded layer for each number of slices and each rank.
 
     Args:
-        matrix: ``(rows, columns)``, the layer folded with one slice; finite and not all zero.
+        matrix: ``(rows, columns)``, or ``(g, rows, columns)`` of groups, the layer folded with one slice; finite and
+            not all zero.
         error: a name in :data:`ERRORS`.
         last: number of slices ``k`` -> largest rank of interest, at most the smaller side of a slice.
         workers: where it is computed.
@@ -103,7 +109,7 @@ def relative_errors(
         [1.0, 0.5, 0.25, 0.25, 0.0]
     """
     measure = find_measure(error)
-    if error == "operator" and matrix.shape[0] > matrix.shape[1]:
+    if error == "operator" and matrix.shape[-2] > matrix.shape[-1]:
         # The triangle of a QR decomposition has the same slices up to one rotation, and fewer rows.
         triangle: Tensor = torch.linalg.qr(matrix.double(), mode="r").R
         matrix = triangle.to(torch.promote_types(matrix.dtype, torch.float32))

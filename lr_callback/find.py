@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from lr_callback.layer_types import layer_type
-from lr_callback.layers import FactorizedLayer, dense_weight
+from lr_callback.layer_types import dense_weight, layer_type
+from lr_callback.layers import FactorizedLayer
 from lr_callback.table import readable
 
 _COMPUTED = "its weight is computed from other parameters (weight_norm, pruning or another parametrization)"
@@ -46,10 +46,10 @@ def find_layers(
 
     Example::
 
-        >>> model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3, groups=8))
+        >>> model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Bilinear(8, 8, 3))
         >>> found = find_layers(model)
         >>> list(found.layers), found.skipped
-        (['0'], {'1': 'groups=8: grouped convolutions are not factorized yet'})
+        (['0'], {'1': 'Bilinear is not among the layer types that are factorized'})
     """
     found = Found()
     owners = _parameter_owners(model)

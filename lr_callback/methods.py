@@ -53,10 +53,11 @@ class Method(ABC):
 
     def candidates(self, weight: Tensor, cost: LayerCost, workers: Workers) -> LayerCandidates:
         """Compute the candidates of one layer; see :func:`lr_callback.candidates.layer_candidates`."""
+        groups = cost.geometry.groups
 
         def curves(folding: str, last: Mapping[int, int]) -> dict[int, Tensor]:
             prices = {count: cost.per_rank(folding, count) for count in last} if self.takes_any_rank else None
-            return relative_errors(fold(weight, folding, 1)[0], self.error, last, workers, prices)
+            return relative_errors(fold(weight, folding, 1, groups), self.error, last, workers, prices)
 
         return layer_candidates(cost, self.foldings, self.max_slices, curves)
 
@@ -97,8 +98,8 @@ class ALDS(Method):
         error: measure of a layer's error. ``slice``: the worst slice's, what the paper's results were made with;
             ``operator``: exact operator norm of the residual; ``bound``: the paper's Theorem 1; ``frobenius``.
         objective: ``minimax``: the largest error is smallest, then the next largest (leximin).
-        foldings: which of the four foldings to try: ``kernel_in_encoder``, ``height_in_decoder``,
-            ``width_in_decoder``, ``kernel_in_decoder``.
+        foldings: which to try of ``kernel_in_encoder``, ``depth_in_decoder``, ``height_in_decoder``,
+            ``width_in_decoder``, ``kernel_in_decoder``; a layer takes those that its kernel has the axes for.
         max_slices: largest number of slices to try; by default all that divide the input channels.
         rank_multiple: rank times slices, the width between the two factors, must be a multiple of it.
 
@@ -246,7 +247,7 @@ def _check_foldings(foldings: Sequence[str]) -> None:
     if isinstance(foldings, str) or not foldings:
         raise ValueError(f"`foldings` must be a non-empty list of names, got {foldings!r}.")
     for folding in foldings:
-        decoder_axes(folding)
+        decoder_axes(folding, 0)
 
 
 def _check_at_least_one(name: str, value: int | None) -> None:

@@ -105,7 +105,7 @@ def _recorder(seen: list[Call]) -> Callable[[nn.Module, tuple[Tensor, ...], dict
     def record(layer: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], outputs: Tensor) -> None:
         kind = layer_type(layer)
         assert kind is not None
-        seen.append(kind.call(inputs[0] if inputs else named["input"], outputs))
+        seen.append(kind.call(inputs[0] if inputs else named[kind.argument], outputs))
 
     return record
 

@@ -9,7 +9,8 @@ from torch.nn.parameter import is_lazy
 
 from lr_callback.costs import LayerCost
 from lr_callback.find import Found, check_weight
-from lr_callback.layer_types import layer_cost, saved_cost
+from lr_callback.folding import Geometry
+from lr_callback.layer_types import layer_cost, layer_type, saved_cost
 from lr_callback.layers import FactorizedLayer
 from lr_callback.observe import Observation
 
@@ -37,10 +38,16 @@ def dense_again(model: nn.Module, skipped: Mapping[str, str]) -> dict[str, tuple
     }
 
 
-def layer_costs(found: Found, observation: Observation | None, skip_zero: bool = True) -> dict[str, LayerCost]:
-    """Return the cost of each layer; move those that have none, or no error, to the skipped ones."""
+def layer_costs(
+    found: Found, observation: Observation | None, skip_zero: bool = True, embeddings: bool = False
+) -> dict[str, LayerCost]:
+    """Return the cost of each layer; move those without one, without error or not asked for to the skipped ones."""
     costs: dict[str, LayerCost] = {}
     for name, layer in found.layers.items():
+        kind = layer_type(layer)
+        if kind is not None and kind.only_if_asked is not None and not embeddings:
+            found.skipped[name] = kind.only_if_asked
+            continue
         calls = None if observation is None else observation.calls.get(name, ())
         zero = check_weight(name, layer)
         reason = zero if skip_zero else None
@@ -51,3 +58,10 @@ def layer_costs(found: Found, observation: Observation | None, skip_zero: bool =
             continue
         costs[name] = layer_cost(layer, calls)
     return costs
+
+
+def no_gain(geometry: Geometry) -> str:
+    """Return why a layer is skipped that has no candidate."""
+    depthwise = geometry.groups == geometry.in_channels > 1
+    what = "a depthwise convolution" if depthwise else "too small"
+    return f"{what}: no rank costs less than the dense layer"

@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from lr_callback.folding import Geometry, decoder_matrices, fold, unfold_decoder, unfold_encoder
-from lr_callback.layer_types import layer_type
 from lr_callback.layers import FactorizedLayer
 
 OptimizerState = Literal["reset", "project"]
@@ -49,7 +48,7 @@ def can_project(optimizer: Optimizer) -> bool:
 
 
 def project_gradient(
-    gradient: Tensor, encoder: Tensor, decoder: Tensor, folding: str, num_slices: int
+    gradient: Tensor, encoder: Tensor, decoder: Tensor, folding: str, num_slices: int, groups: int = 1
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of the two factors, given that of their product.
 
@@ -58,11 +57,12 @@ def project_gradient(
         dA_i = B_i^T G_i        dB_i = G_i A_i^T
 
     Args:
-        gradient: ``(F, C, *kernel)``, of the dense weight, or anything linear in gradients.
-        encoder: ``(k * j, C / k, *kernel)``, the ``A_i``.
+        gradient: ``(F, C / g, *kernel)``, of the dense weight, or anything linear in gradients.
+        encoder: ``(g * k * j, C / (g * k), *kernel)``, the ``A_i``.
         decoder: ``(F, k * j, *kernel)``, the ``B_i``.
         folding: of the factors.
         num_slices: ``k``.
+        groups: ``g``.
 
     Returns:
         Gradients shaped as encoder and decoder, in the gradient's dtype but at least float32.
@@ -79,10 +79,10 @@ def project_gradient(
         torch.Size([4, 2]) tensor([3.])
     """
     working = torch.promote_types(gradient.dtype, torch.float32)
-    geometry = Geometry(gradient.shape[0], gradient.shape[1], tuple(gradient.shape[2:]))
-    slices = fold(gradient.to(working), folding, num_slices)
-    left = decoder_matrices(decoder.to(working), num_slices)
-    right = encoder.to(working).reshape(num_slices, left.shape[2], -1)
+    geometry = Geometry(gradient.shape[0], groups * gradient.shape[1], tuple(gradient.shape[2:]), groups)
+    slices = fold(gradient.to(working), folding, num_slices, groups)
+    left = decoder_matrices(decoder.to(working), num_slices, groups)
+    right = encoder.to(working).reshape(len(left), left.shape[2], -1)
     of_encoder = unfold_encoder(left.mT @ slices, geometry, folding)
     return of_encoder, unfold_decoder(slices @ right.mT, geometry, folding)
 
@@ -126,19 +126,22 @@ def projected_state(
 
 
 def _fits(value: object, layer: FactorizedLayer) -> bool:
-    kind = layer_type(layer)
-    assert kind is not None
-    return isinstance(value, Tensor) and tuple(value.shape) == kind.geometry(layer).weight_shape
+    """Return whether a value is a tensor like the dense weight; that of a sparse gradient is not."""
+    geometry = layer.geometry(layer)
+    shape = layer.relaid_shape("dense", geometry.weight_shape, geometry.groups)
+    return isinstance(value, Tensor) and value.layout == torch.strided and tuple(value.shape) == shape
 
 
 def _projected(moments: Mapping[str, Tensor], layer: FactorizedLayer) -> dict[str, tuple[Tensor, Tensor]]:
     """Project means of gradients through the factors, means of squares through the factors' squares."""
-    plain = [factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in layer.factors]
+    plain = [factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in layer.ordered_factors]
     squared = [factor.square() for factor in plain]
+    groups = layer.geometry(layer).groups
     made: dict[str, tuple[Tensor, Tensor]] = {}
     for name, value in moments.items():
-        encoder, decoder = squared if name in _SQUARES else plain
-        made[name] = project_gradient(value, encoder, decoder, layer.folding, layer.num_slices)
+        ordered, of = layer.relaid("dense", value, groups), squared if name in _SQUARES else plain
+        of_encoder, of_decoder = project_gradient(ordered, of[0], of[1], layer.folding, layer.num_slices, groups)
+        made[name] = layer.in_own_order(of_encoder, of_decoder)
     for name in made.keys() & set(_SQUARES):
         of_encoder, of_decoder = (
             torch.maximum(square, mean.square()) for square, mean in zip(made[name], made["exp_avg"], strict=True)

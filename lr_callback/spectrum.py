@@ -25,17 +25,19 @@ class Slicing:
     """One slicing of a layer: its matrices and their Gram matrices.
 
     Args:
-        slices: ``(k, rows, columns)`` in the weight's dtype.
-        gram: ``(k, n, n)`` float64, ``n`` the smaller side: ``W_i W_i^T`` if wide, ``W_i^T W_i`` if tall.
+        slices: ``(g * k, rows, columns)`` in the weight's dtype, those of one group after those of another.
+        gram: ``(g * k, n, n)`` float64, ``n`` the smaller side: ``W_i W_i^T`` if wide, ``W_i^T W_i`` if tall.
+        groups: ``g``.
     """
 
     slices: Tensor
     gram: Tensor
+    groups: int = 1
 
     @property
     def num_slices(self) -> int:
-        """Number of slices ``k``."""
-        return self.slices.shape[0]
+        """Number of slices ``k`` of a group."""
+        return self.slices.shape[0] // self.groups
 
     @property
     def full_rank(self) -> int:
@@ -49,33 +51,37 @@ def is_wide(matrices: Tensor) -> bool:
 
 
 def split(matrix: Tensor, num_slices: int) -> Tensor:
-    """Return the slices ``(k, rows, columns / k)`` of a folded layer ``(rows, columns)``.
+    """Return the slices ``(g * k, rows, columns / k)`` of a folded layer ``(rows, columns)`` or ``(g, rows, columns)``.
 
     Equal to :func:`lr_callback.folding.fold` with ``k`` slices, where ``matrix`` is the fold with one.
     """
-    return matrix.reshape(matrix.shape[0], num_slices, -1).transpose(0, 1)
+    rows, columns = matrix.shape[-2:]
+    sliced = matrix.reshape(-1, rows, num_slices, columns // num_slices)
+    return sliced.transpose(1, 2).flatten(0, 1)
 
 
 def slicings(matrix: Tensor, counts: Sequence[int], workers: Workers) -> Iterator[Slicing]:
     """Yield the slicings of a folded layer, one at a time, the wide ones first.
 
     Args:
-        matrix: ``(rows, columns)``, the layer folded with one slice; not changed.
+        matrix: ``(rows, columns)``, or ``(g, rows, columns)`` of groups, the layer folded with one slice; not changed.
         counts: numbers of slices, each a divisor of the input channels.
         workers: where the products are computed.
 
     Memory: the Gram matrices of two slicings, in float64; each set is at most as many numbers as the matrix.
     """
-    folded = {count: split(matrix, count) for count in sorted(counts)}
-    wide = [count for count, slices in folded.items() if is_wide(slices)]
-    tall = [count for count in folded if count not in wide]
+    groups = matrix.shape[0] if matrix.dim() == 3 else 1
+    rows, columns = matrix.shape[-2:]
+    wide = [count for count in sorted(counts) if columns // count >= rows]
+    tall = [count for count in sorted(counts) if columns // count < rows]
     for group in (wide[-1:] + wide[:-1], tall):  # each starts with the one that the others derive from
         base: Tensor | None = None
         for count in group:
-            gram = None if base is None else _derive(base, count)
-            gram = _gram(folded[count], workers) if gram is None else gram
+            slices = split(matrix, count)
+            gram = None if base is None else _derive(base, groups * count)
+            gram = _gram(slices, workers) if gram is None else gram
             base = gram if base is None else base
-            yield Slicing(folded[count], gram)
+            yield Slicing(slices, gram, groups)
 
 
 def _derive(base: Tensor, count: int) -> Tensor | None:

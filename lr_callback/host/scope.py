@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
@@ -22,11 +23,13 @@ class Scope:
         method: that chooses the ranks.
         include: glob patterns of layer names; None: all.
         exclude: glob patterns of layer names that stay dense.
+        embeddings: whether ``nn.Embedding`` layers are factorized, too.
     """
 
     method: Method
     include: list[str] | None = None
     exclude: list[str] | None = None
+    embeddings: bool = False
 
     def check_budgets(self, pl_module: LightningModule, ratios: Iterable[float], unit: Observation | None) -> None:
         """Refuse fractions to keep that no choice of ranks meets.
@@ -39,19 +42,16 @@ class Scope:
         Raises:
             ValueError: If one is out of reach; the text gives the range.
         """
-        prices = survey(pl_module, self.method, observation=unit, include=self.include, exclude=self.exclude)
+        prices = survey(pl_module, self.method, observation=unit, **self._layers)
         for keep_ratio in ratios:
             prices.allocate(keep_ratio)
 
     def analyze(self, trainer: Trainer, pl_module: LightningModule, unit: Observation | None) -> Analysis:
         """Analyse the module as it stands, shared out over the processes of the run; show the progress in its bar."""
         with analysis_progress(trainer.progress_bar_callback) as progress:
-            return analyze(
-                pl_module,
-                self.method,
-                observation=unit,
-                include=self.include,
-                exclude=self.exclude,
-                progress=progress,
-                processes=processes_of(trainer),
-            )
+            options = {"progress": progress, "processes": processes_of(trainer), **self._layers}
+            return analyze(pl_module, self.method, observation=unit, **options)
+
+    @property
+    def _layers(self) -> dict[str, Any]:
+        return {"include": self.include, "exclude": self.exclude, "embeddings": self.embeddings}

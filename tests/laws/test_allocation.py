@@ -17,7 +17,7 @@ from lr_callback.candidates import Candidate, LayerCandidates
 from lr_callback.costs import LayerCost
 from lr_callback.errors import ERRORS
 from lr_callback.folding import FOLDINGS, Geometry, fold, slice_counts, unfold_decoder, unfold_encoder
-from lr_callback.layer_types import layer_type
+from lr_callback.layer_types import build
 from lr_callback.methods import cost_of
 from lr_callback.parallel import workers
 from lr_callback.spectrum import truncate
@@ -193,7 +193,7 @@ def test_reported_costs_are_the_parameters_of_the_modules_that_are_built(keep_ra
     assert allocation.factorized
     for name, choice in allocation.factorized.items():
         dense = network[name]
-        module = layer_type(dense).build(dense, choice)
+        module = build(dense, choice)
         assert choice.dense_cost == sum(p.numel() for p in dense.parameters())
         assert choice.cost == sum(p.numel() for p in module.parameters())
     lrc.factorize_(network, allocation)

@@ -162,10 +162,10 @@ def test_forward_hooks_survive_and_the_handles_of_users_still_remove_them():
 def test_a_layer_that_is_left_out_is_listed_with_its_reason():
     allocation = lrc.allocate(Network(), 0.5, exclude="head")
     assert allocation.skipped == {
-        "depthwise": "groups=16: grouped convolutions are not factorized yet",
+        "depthwise": "a depthwise convolution: no rank costs less than the dense layer",
         "head": "named by `exclude`",
     }
-    assert "skipped depthwise: groups=16" in str(allocation)
+    assert "skipped depthwise: a depthwise convolution" in str(allocation)
 
 
 class Failing(torch.optim.SGD):

@@ -12,10 +12,14 @@ from lr_callback.observe import observe
 from lr_callback.pricing import dense_parameters
 
 
+class Special(nn.Conv2d):
+    """A subclass, which is not factorized."""
+
+
 def network():
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.Conv2d(16, 16, 3, groups=4), nn.Flatten(), nn.Linear(64, 32)
+        nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), Special(16, 16, 3, groups=4), nn.Flatten(), nn.Linear(64, 32)
     )
 
 
@@ -66,9 +70,9 @@ def test_the_message_about_a_budget_names_its_parts(model):
 
 def test_nothing_to_factorize_lists_what_was_skipped_and_why():
     with pytest.raises(
-        ValueError, match=r"Nothing to factorize.*Skipped: 0: groups=2.*; 1: too small: no rank costs less"
+        ValueError, match=r"Nothing to factorize.*Skipped: 0: Special is not.*; 1: too small: no rank costs less"
     ):
-        lrc.allocate(nn.Sequential(nn.Conv2d(2, 2, 1, groups=2), nn.Linear(1, 4)))
+        lrc.allocate(nn.Sequential(Special(2, 2, 1), nn.Linear(1, 4)))
     with pytest.raises(ValueError, match="Skipped: no layer with a weight was found"):
         lrc.allocate(nn.ReLU())
 

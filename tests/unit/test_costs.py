@@ -19,7 +19,7 @@ CALLS = [  # stride, padding, input size
 
 
 def own(values, folding: str, decoder: bool, pointwise: int) -> tuple[int, ...]:
-    axes = decoder_axes(folding)
+    axes = decoder_axes(folding, 2)
     return tuple(value if (axis in axes) == decoder else pointwise for axis, value in enumerate(values))
 
 

@@ -174,3 +174,32 @@ def test_an_unknown_measure_is_refused_with_the_known_ones(crew):
 @pytest.mark.parametrize("error", ERRORS)
 def test_a_measure_is_found_by_its_name(error):
     assert find_measure(error) is ERRORS[error]
+
+
+@pytest.mark.parametrize("shape", [(3, 6, 8), (2, 80, 96), (2, 96, 20)], ids=str)
+@pytest.mark.parametrize("error", ERRORS)
+def test_the_error_of_groups_is_that_of_the_matrix_with_them_on_its_diagonal(shape, error, crew):
+    groups = draw(*shape).float() * torch.tensor([1.0, 2.0, 3.0])[: shape[0], None, None]
+    last, order = every_rank(shape[1:]), "fro" if error == "frobenius" else 2
+    norms = torch.linalg.matrix_norm(groups.double(), order)
+    together = relative_errors(groups, error, last, crew)
+    apart = [relative_errors(one, error, last, crew) for one in groups]
+    for count in last:
+        absolute = torch.stack([curves[count] * norm for curves, norm in zip(apart, norms, strict=True)])
+        whole = absolute.norm(dim=0) / norms.norm() if error == "frobenius" else absolute.amax(0) / norms.max()
+        assert torch.allclose(together[count], whole, rtol=1e-5, atol=1e-7)
+
+
+def test_what_is_given_up_of_groups_is_beaten_by_another_number_of_slices(crew):
+    groups = draw(2, 80, 96).float()
+    last, prices = every_rank((80, 96)), {count: 96 + count * 80 for count in slice_counts(96)}
+    known, all_of_them = (relative_errors(groups, "operator", last, crew, given) for given in (prices, None))
+    given_up = 0
+    for count, curve in known.items():
+        assert torch.allclose(curve[curve.isfinite()], all_of_them[count][curve.isfinite()], rtol=1e-5)
+        for rank in curve.isinf().nonzero().flatten().tolist():
+            given_up += 1
+            cheaper = [(other, rank * prices[count] // prices[other]) for other in last]
+            best = min(all_of_them[other][min(r, last[other])].item() for other, r in cheaper)
+            assert best <= all_of_them[count][rank].item() * (1 + 1e-6)
+    assert given_up

@@ -46,10 +46,13 @@ def test_a_factorized_layer_is_found_as_one_layer_without_its_factors():
 @pytest.mark.parametrize(
     ("layer", "reason"),
     [
-        (nn.Conv2d(4, 8, 3, groups=2), "groups=2: grouped convolutions are not factorized yet"),
-        (nn.Conv1d(4, 8, 3), "Conv1d is not among the layer types that are factorized"),
-        (nn.ConvTranspose2d(4, 8, 3), "ConvTranspose2d is not among the layer types that are factorized"),
-        (nn.Embedding(4, 8), "Embedding is not among the layer types that are factorized"),
+        (nn.Bilinear(4, 4, 8), "Bilinear is not among the layer types that are factorized"),
+        (nn.EmbeddingBag(4, 8), "EmbeddingBag is not among the layer types that are factorized"),
+        (nn.Embedding(4, 8, max_norm=1.0), "max_norm=1.0: it changes rows of its weight as it looks them up"),
+        (
+            nn.Embedding.from_pretrained(torch.ones(4, 8), padding_idx=1),
+            "its row padding_idx=1 is not zero: it is fixed, and would move with the decoder",
+        ),
         (nn.LSTM(4, 8), "LSTM is not among the layer types that are factorized"),
         (Own(4, 8), "Own is not among the layer types that are factorized"),
         (nn.Linear(4, 8, device="meta"), "its weight is on the meta device and has no values"),

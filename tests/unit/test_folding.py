@@ -37,8 +37,8 @@ def row_major(index: tuple[int, ...], sizes: tuple[int, ...]) -> int:
 
 def fold_by_loops(weight: torch.Tensor, folding: str, num_slices: int) -> torch.Tensor:
     (filters, channels), kernel = weight.shape[:2], tuple(weight.shape[2:])
-    own = [axis for axis in range(len(kernel)) if axis in FOLDINGS[folding]]
-    other = [axis for axis in range(len(kernel)) if axis not in FOLDINGS[folding]]
+    own = [axis for axis in range(len(kernel)) if axis - len(kernel) in FOLDINGS[folding]]
+    other = [axis for axis in range(len(kernel)) if axis - len(kernel) not in FOLDINGS[folding]]
     decoder, encoder = (tuple(kernel[axis] for axis in axes) for axes in (own, other))
     width = channels // num_slices
     folded = weight.new_full((num_slices, filters * prod(decoder), width * prod(encoder)), torch.nan)
@@ -93,7 +93,7 @@ def test_composed_factors_fold_to_the_product_of_their_matrices(sizes, kernel, f
 @pytest.mark.parametrize("kernel", [(3, 3), (2, 5), (1, 3), (1, 1)], ids=str)
 def test_two_convolutions_do_what_the_composed_weight_does(kernel, stride, padding, folding):
     filters, channels, num_slices, rank = 4, 6, 3, 2
-    geometry, own = Geometry(filters, channels, kernel), decoder_axes(folding)
+    geometry, own = Geometry(filters, channels, kernel), decoder_axes(folding, 2)
     encoder = draw(num_slices * rank, channels // num_slices, *geometry.encoder_kernel(folding))
     decoder = draw(filters, num_slices * rank, *geometry.decoder_kernel(folding))
 
@@ -151,7 +151,9 @@ def test_slices_that_do_not_divide_the_channels_are_refused(num_slices):
         fold(draw(3, 12), "kernel_in_encoder", num_slices)
 
 
-@pytest.mark.parametrize("ask", [decoder_axes, lambda name: fold(draw(2, 2), name, 1), Geometry(2, 2).decoder_kernel])
+@pytest.mark.parametrize(
+    "ask", [lambda name: decoder_axes(name, 2), lambda name: fold(draw(2, 2), name, 1), Geometry(2, 2).decoder_kernel]
+)
 def test_an_unknown_folding_is_refused_with_the_known_ones(ask):
     with pytest.raises(ValueError, match=r"`folding` must be one of \['kernel_in_encoder', .*\], got 'sideways'"):
         ask("sideways")
@@ -168,7 +170,7 @@ def test_distinct_foldings_drops_exactly_those_with_the_matrices_of_an_earlier_o
 
 
 def test_distinct_foldings_prefers_the_one_with_the_fewest_axes_in_the_decoder():
-    backwards = tuple(reversed(NAMES))
+    backwards = ("kernel_in_decoder", "width_in_decoder", "height_in_decoder", "kernel_in_encoder")
     assert distinct_foldings(Geometry(4, 6, (1, 3)), backwards) == ("width_in_decoder", "kernel_in_encoder")
     assert distinct_foldings(Geometry(4, 6, (3, 3)), backwards) == backwards
 

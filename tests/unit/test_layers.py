@@ -9,9 +9,10 @@ from torch import nn
 
 import lr_callback as lrc
 from lr_callback.costs import Call
-from lr_callback.layer_types import LAYER_TYPES, layer_type
-from lr_callback.layers import SlicedLinear, dense_bias, dense_weight
+from lr_callback.layer_types import LAYER_TYPES, dense_weight, layer_type
+from lr_callback.layers import SlicedLinear, dense_bias
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVOLUTION = nn.Conv2d(8, 12, (3, 5), stride=(2, 1), padding=(1, 2), dilation=(1, 2), padding_mode="circular")
 
 
@@ -127,14 +128,16 @@ def test_factorized_layers_can_be_copied_and_pickled(copying):
     assert torch.equal(copying(model)(inputs), model(inputs))
 
 
-def test_the_table_knows_exactly_linear_and_conv2d_and_their_factorized_forms():
+def test_the_table_knows_dense_types_exactly_and_their_factorized_forms():
     class Special(nn.Linear):
         pass
 
-    assert set(LAYER_TYPES) == {nn.Linear, nn.Conv2d}
-    assert layer_type(nn.Linear(2, 2)) is layer_type(lrc.FactorizedLinear(nn.Linear(2, 2), 1, 1))
-    assert layer_type(nn.Conv2d(2, 2, 1)) is layer_type(lrc.FactorizedConv2d(nn.Conv2d(2, 2, 1), 1, 1))
-    for other in (Special(2, 2), nn.Conv1d(2, 2, 1), nn.ReLU()):
+    for dense in (nn.Linear(2, 2), *(kind(2, 2, 1) for kind in CONVOLUTIONS), nn.Embedding(2, 2)):
+        kind = layer_type(dense)
+        assert kind.__name__ == f"Factorized{type(dense).__name__}"
+        assert layer_type(kind(dense, 1, 1)) is kind
+    assert len(LAYER_TYPES) == 9  # and the Conv1D of transformers
+    for other in (Special(2, 2), nn.Bilinear(2, 2, 1), nn.ReLU()):
         assert layer_type(other) is None
 
 

@@ -11,7 +11,12 @@ from lr_callback.errors import ERRORS, relative_errors
 from lr_callback.folding import FOLDINGS, Geometry, fold
 from lr_callback.methods import ALDS, EnergyThreshold, Method, SingularValueThreshold, UniformRank, cost_of
 
-GEOMETRIES = {"wide": Geometry(8, 12, (3, 3)), "tall": Geometry(24, 6), "square": Geometry(12, 12, (1, 1))}
+GEOMETRIES = {
+    "wide": Geometry(8, 12, (3, 3)),
+    "tall": Geometry(24, 6),
+    "square": Geometry(12, 12, (1, 1)),
+    "grouped": Geometry(16, 24, (3,), groups=2),
+}
 RULES = [UniformRank, SingularValueThreshold, EnergyThreshold]
 
 
@@ -53,7 +58,7 @@ def test_candidates_carry_the_error_curves_of_the_weight(name, error, crew):
     layer = method.candidates(weight, LayerCost(GEOMETRIES[name]), crew)
     assert layer.candidates
     for one in layer.candidates:
-        matrix = fold(weight, one.folding, 1)[0]
+        matrix = fold(weight, one.folding, 1, GEOMETRIES[name].groups)
         curve = relative_errors(matrix, error, {one.num_slices: one.last}, crew)[one.num_slices]
         known = one.errors.isfinite()  # what another candidate beats needs no error
         assert one.errors[known].tolist() == pytest.approx(curve[known].tolist(), rel=1e-5, abs=1e-6)

@@ -11,6 +11,7 @@ from torch.nn.utils import prune
 
 import lr_callback as lrc
 from lr_callback.build import check_allocation, dense_skeleton, factors, skeleton
+from lr_callback.folding import Geometry
 from lr_callback.parallel import workers
 from lr_callback.surgery import replace_layers
 
@@ -235,9 +236,9 @@ def test_check_allocation_returns_the_named_layers():
 def test_factors_multiply_to_the_nearest_weight_of_that_rank():
     weight = torch.randn(6, 8, dtype=torch.float64)
     with workers() as crew:
-        encoder, decoder = factors(weight, choice(6), crew)
+        encoder, decoder = factors(weight, Geometry(6, 8), choice(6), crew)
         assert torch.allclose(decoder @ encoder, weight)
-        encoder, decoder = factors(weight, choice(2), crew)
+        encoder, decoder = factors(weight, Geometry(6, 8), choice(2), crew)
     error = torch.linalg.matrix_norm(weight - decoder @ encoder, 2)
     assert torch.allclose(error, torch.linalg.svdvals(weight)[2])
 

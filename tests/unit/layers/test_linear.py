@@ -1,0 +1,66 @@
+"""The Conv1D of transformers, and that nothing of transformers is imported for it."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import lr_callback as lrc
+
+
+def test_a_conv1d_of_transformers_is_factorized_and_made_dense_again():
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Conv1D(24, 32), nn.Tanh(), Conv1D(32, 24))
+    lrc.factorize_(model, lrc.allocate(model, 0.6))
+    assert {type(model[0]), type(model[2])} == {lrc.FactorizedConv1D}
+    inputs, layer = torch.randn(2, 3, 32), model[0]
+    assert (layer.nf, layer.nx, layer.weight.shape) == (24, 32, (32, 24))
+    assert torch.equal(layer(x=inputs), layer(inputs))
+    assert torch.allclose(layer(inputs), inputs @ layer.weight + layer.bias, atol=1e-5)
+    outputs = model(inputs)
+    lrc.densify_(model)
+    assert type(model[0]) is Conv1D
+    assert torch.allclose(model(inputs), outputs, atol=1e-5)
+
+
+def test_multiply_adds_of_a_conv1d_that_is_called_by_name():
+    from transformers.pytorch_utils import Conv1D
+
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = Conv1D(24, 32)
+
+        def forward(self, inputs):
+            return self.layer(x=inputs)
+
+    model, inputs = Named(), torch.zeros(2, 5, 32)
+    for _ in range(2):  # dense, then factorized
+        allocation = lrc.allocate(model, 0.5, cost="multiply_adds", example_input=inputs)
+        assert allocation.dense_cost == 10 * 24 * 32
+        lrc.factorize_(model, allocation)
+
+
+def test_the_core_does_not_import_transformers():
+    code = (
+        "import sys, torch, lr_callback as lrc\n"
+        "model = torch.nn.Sequential(torch.nn.Linear(64, 64))\n"
+        "lrc.factorize_(model, lrc.allocate(model, 0.5)); lrc.densify_(model)\n"
+        "assert 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_encoder_of_one_slice_is_a_linear_that_other_tools_look_for():
+    assert type(lrc.FactorizedLinear(nn.Linear(8, 4), 1, 2).encoder) is nn.Linear
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.* is deprecated:FutureWarning")
+def test_factorized_linears_are_scripted():
+    model = nn.Sequential(nn.Linear(32, 32))
+    lrc.factorize_(model, lrc.allocate(model, 0.5))
+    assert torch.allclose(torch.jit.script(model)(torch.ones(2, 3, 32)), model(torch.ones(2, 3, 32)))
