@@ -44,8 +44,8 @@ def layer_costs(found: Found, observation: Observation | None, skip_zero: bool =
         calls = None if observation is None else observation.calls.get(name, ())
         zero = check_weight(name, layer)
         reason = zero if skip_zero else None
-        if calls == ():
-            reason = "its forward is not called on the example input"
+        if observation is not None:
+            reason = observation.why_not(name) or reason
         if reason is not None:
             found.skipped[name] = reason
             continue
