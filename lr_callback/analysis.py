@@ -19,7 +19,7 @@ from lr_callback.layers import dense_weight
 from lr_callback.methods import ALDS, Choice, Method
 from lr_callback.observe import Observation, observe
 from lr_callback.parallel import workers
-from lr_callback.pricing import dense_again, dense_parameters, layer_costs
+from lr_callback.pricing import dense_again, dense_parameters, layer_costs, leave_out_unused
 from lr_callback.processes import Processes
 
 Progress = Callable[[int, int, str], None]
@@ -142,8 +142,8 @@ def allocate(
         cost: ``"parameters"`` or ``"multiply_adds"``.
         include: glob patterns of layer names, only these are factorized; None: all.
         exclude: glob patterns of layer names that stay dense.
-        example_input: for ``"multiply_adds"``: a tensor, or a tuple of positional or dict of named arguments of
-            ``model``; the cost is counted on it.
+        example_input: a tensor, or a tuple of positional or dict of named arguments of ``model``. Multiply-adds are
+            counted on it; of ``"parameters"`` those in layers that it does not use are left alone.
 
     Returns:
         The allocation; ``print`` shows it as a table, :func:`~lr_callback.surgery.factorize_` carries it out.
@@ -164,10 +164,10 @@ def allocate(
         raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
     check_keep_ratio(keep_ratio)
     check_cost(cost)
-    observation = None
-    if cost == "multiply_adds":
-        observation = observe(model, example_input)
-    analysis = analyze(model, method, observation=observation, include=include, exclude=exclude)
+    is_counted = cost == "multiply_adds"
+    seen = observe(model, example_input) if is_counted or example_input is not None else None
+    observation, used = (seen, None) if is_counted else (None, seen)
+    analysis = analyze(model, method, observation=observation, include=include, exclude=exclude, used=used)
     return analysis.allocate(keep_ratio)
 
 
@@ -180,6 +180,7 @@ def analyze(
     exclude: Sequence[str] | str | None = None,
     progress: Progress | None = None,
     processes: Processes | None = None,
+    used: Observation | None = None,
 ) -> Analysis:
     """Compute every layer's candidates, for any budget afterwards.
 
@@ -192,6 +193,7 @@ def analyze(
         progress: told of each layer that this process computes.
         processes: each computes a part of the layers, and all return all of them; None: this one alone. The model must
             be the same on every process.
+        used: of one run of the model; layers that it neither calls nor reads are left out, whatever the unit.
 
     Raises:
         ValueError: See :func:`allocate`.
@@ -201,6 +203,7 @@ def analyze(
 
     def prices() -> tuple[Found, dict[str, LayerCost]]:
         found = find_layers(model, include, exclude)
+        leave_out_unused(found, used)
         return found, layer_costs(found, observation)
 
     found, costs = processes.agree(prices)

@@ -198,6 +198,17 @@ def factorized_in(model: nn.Module) -> list[str]:
     return [name for name, layer in model.named_modules() if isinstance(layer, FactorizedLayer)]
 
 
+def replaceable_in(model: nn.Module) -> dict[str, FactorizedLayer]:
+    """Return the factorized layers of a model that can be replaced, under their names.
+
+    Example::
+
+        >>> replaceable_in(nn.Linear(4, 4))
+        {}
+    """
+    return {name: layer for name, layer in find_layers(model).layers.items() if isinstance(layer, FactorizedLayer)}
+
+
 def _patterns(patterns: Sequence[str] | str | None) -> tuple[str, ...] | None:
     return (patterns,) if isinstance(patterns, str) else None if patterns is None else tuple(patterns)
 

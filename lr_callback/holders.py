@@ -56,13 +56,16 @@ def held_elsewhere(model: nn.Module, wanted: Collection[nn.Module | Tensor]) -> 
 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, object]]:
     """Yield what a module has besides its children, also in slots."""
-    for name, value in list(vars(module).items()):
-        if name not in _CHILDREN | _RECORDS:
-            yield name, value
+    yield from _own(module).items()
     for base in type(module).__mro__:
         for name in _names(vars(base).get("__slots__", ())):
             if name != "__dict__" and hasattr(module, name):
                 yield name, getattr(module, name)
+
+
+def _own(value: object) -> dict[str, object]:
+    """Return the attributes in an object's dict; what ``functools.wraps`` copied from a module has its children too."""
+    return {name: one for name, one in vars(value).items() if name not in _CHILDREN | _RECORDS}
 
 
 def _names(slots: str | Iterable[str]) -> Iterable[str]:
@@ -89,11 +92,11 @@ def _inside(value: object) -> Iterable[object] | None:
     if isinstance(value, Mapping):
         return [*value.keys(), *value.values()] if len(value) <= _LONGEST else None
     if isinstance(value, partial):
-        return [value.func, value.args, value.keywords, vars(value)]
+        return [value.func, value.args, value.keywords, *_own(value).values()]
     if isinstance(value, MethodType):
         return [value.__self__, value.__func__]
     if isinstance(value, FunctionType):
-        return [*_cells(value), value.__defaults__, value.__kwdefaults__, vars(value)]
+        return [*_cells(value), value.__defaults__, value.__kwdefaults__, *_own(value).values()]
     if isinstance(value, SimpleNamespace) or (dataclasses.is_dataclass(value) and hasattr(value, "__dict__")):
         return None if isinstance(value, type) else list(vars(value).values())
     return None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lr_callback.costs import Call
-from lr_callback.find import find_layers
+from lr_callback.find import find_layers, replaceable_in
 from lr_callback.layer_types import layer_type, saved_cost
 from lr_callback.layers import FactorizedLayer
 
@@ -64,24 +64,20 @@ class Observation:
 
 def saved_multiply_adds(model: nn.Module, calls: Mapping[str, tuple[Call, ...]]) -> int:
     """Return how many multiply-adds the factorized layers of a model save in the named calls."""
-    layers = _factorized(model)
+    layers = replaceable_in(model)
     return sum(saved_cost(layer, calls[name]) for name, layer in layers.items() if name in calls)
 
 
 def composed_multiply_adds(model: nn.Module, reads: Mapping[str, int]) -> int:
     """Return how many multiply-adds it takes to compose the weights of factorized layers as often as they are read."""
-    layers = _factorized(model) if reads else {}
+    layers = replaceable_in(model) if reads else {}
     return sum(_to_compose(layer) * reads[name] for name, layer in layers.items() if name in reads)
 
 
 def _to_compose(layer: FactorizedLayer) -> int:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         _ = layer.weight
-    return counter.get_total_flops() // 2
-
-
-def _factorized(model: nn.Module) -> dict[str, FactorizedLayer]:
-    return {name: layer for name, layer in find_layers(model).layers.items() if isinstance(layer, FactorizedLayer)}
+    return int(counter.get_total_flops()) // 2
 
 
 def observe(model: nn.Module, example_input: object) -> Observation:

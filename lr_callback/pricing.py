@@ -8,9 +8,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lr_callback.costs import LayerCost
-from lr_callback.find import Found, check_weight
+from lr_callback.find import Found, check_weight, replaceable_in
 from lr_callback.layer_types import layer_cost, saved_cost
-from lr_callback.layers import FactorizedLayer
 from lr_callback.observe import Observation
 
 
@@ -24,17 +23,23 @@ def dense_parameters(model: nn.Module) -> int:
         if is_lazy(parameter):
             raise ValueError(f"{name}: it is not initialised yet and cannot be counted; run one batch first.")
     own = sum(parameter.numel() for parameter in model.parameters())
-    return own + sum(saved_cost(layer) for layer in model.modules() if isinstance(layer, FactorizedLayer))
+    return own + sum(saved_cost(layer) for layer in replaceable_in(model).values())
 
 
 def dense_again(model: nn.Module, skipped: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
-    """Return the dense weight's shape of each layer that is left out and factorized."""
-    layers = {name: layer for name, layer in model.named_modules() if name in skipped}
-    return {
-        name: layer_cost(layer).geometry.weight_shape
-        for name, layer in layers.items()
-        if isinstance(layer, FactorizedLayer)
-    }
+    """Return the dense weight's shape of each layer that is left out, factorized, and can be replaced."""
+    layers = replaceable_in(model)
+    return {name: layer_cost(layer).geometry.weight_shape for name, layer in layers.items() if name in skipped}
+
+
+def leave_out_unused(found: Found, observation: Observation | None) -> None:
+    """Move the layers that a run neither called nor read to the skipped ones; without a run, none."""
+    if observation is None:
+        return
+    for name in list(found.layers):
+        if not observation.calls.get(name) and not observation.reads.get(name):
+            found.skipped[name] = "not used on the example input: neither called, nor its weight read"
+            del found.layers[name]
 
 
 def layer_costs(found: Found, observation: Observation | None, skip_zero: bool = True) -> dict[str, LayerCost]:
