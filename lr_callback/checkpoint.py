@@ -154,10 +154,9 @@ def _structure_in(state: Mapping[str, Tensor], prefix: str, name: str, layer: nn
 
 def _fitting(geometry: Geometry, encoder: tuple[int, ...], decoder: tuple[int, ...]) -> Factorization | None:
     """Return the structure whose factors have these shapes, None if there is none."""
-    width = encoder[0]
-    if not width or len(encoder) < 2 or not encoder[1] or geometry.in_channels % encoder[1]:
+    if len(encoder) < 2 or not encoder[0] or not encoder[1] or geometry.in_channels % encoder[1]:
         return None
-    num_slices = geometry.in_channels // encoder[1]
+    width, num_slices = encoder[0], geometry.in_channels // encoder[1]
     for folding in FOLDINGS if geometry.kernel else ("kernel_in_encoder",):
         fits = encoder[2:] == geometry.encoder_kernel(folding) and decoder[2:] == geometry.decoder_kernel(folding)
         if fits and decoder[:2] == (geometry.out_channels, width) and width % num_slices == 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -142,7 +143,10 @@ def _refusal(name: str, layer: nn.Module, inside: str | None, holders: _Holders)
     if weight is None:
         return COMPUTED
     reason = layer_trap(layer) or _shared(weight, name, holders) or weight_trap(weight)
-    return reason or _elsewhere(holders, layer, weight) or kind.refusal(layer)
+    reason = reason or _elsewhere(holders, layer, weight) or kind.refusal(layer)
+    if reason is None and prod(kind.geometry(layer).weight_shape) != weight.numel():
+        return f"its weight is of shape {tuple(weight.shape)}, which is not what its sizes say"
+    return reason
 
 
 def _class_of(layer: nn.Module) -> str:
