@@ -59,8 +59,17 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, object]]:
     yield from _own(module).items()
     for base in type(module).__mro__:
         for name in _names(vars(base).get("__slots__", ())):
-            if name != "__dict__" and hasattr(module, name):
-                yield name, getattr(module, name)
+            value = _slot(module, name)
+            if name != "__dict__" and value is not None:
+                yield name, value
+
+
+def _slot(module: nn.Module, name: str) -> object:
+    """Return what is in a slot, past a ``__getattr__`` of the module's own; None if nothing is."""
+    try:
+        return object.__getattribute__(module, name)
+    except AttributeError:
+        return None
 
 
 def _own(value: object) -> dict[str, object]:

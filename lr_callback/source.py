@@ -34,7 +34,9 @@ def load(source: Allocation | Mapping[str, Any] | str | Path) -> Allocation | Ma
         )
     path = Path(source)
     if not _is_file(path):
-        raise FileNotFoundError(f"{str(path)[:200]}: no such file; `source` must be an allocation, JSON text, a dict or a path.")
+        raise FileNotFoundError(
+            f"{str(path)[:200]}: no such file; `source` must be an allocation, JSON text, a dict or a path."
+        )
     with path.open("rb") as file:
         is_text = file.read(64).lstrip().startswith(b"{")
     return Allocation.from_json(path) if is_text or path.suffix == ".json" else read_checkpoint(path)

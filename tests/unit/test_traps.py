@@ -56,7 +56,10 @@ def by_hand(model, name="1"):
         (lambda layer: parametrizations.weight_norm(layer), COMPUTED),
         (lambda layer: parametrizations.orthogonal(layer), COMPUTED),
         (lambda layer: prune.l1_unstructured(layer, "weight", 0.5), COMPUTED),
-        (lambda layer: prune.l1_unstructured(layer, "bias", 0.5), "more than a weight and a bias: bias_orig, bias_mask"),
+        (
+            lambda layer: prune.l1_unstructured(layer, "bias", 0.5),
+            "more than a weight and a bias: bias_orig, bias_mask",
+        ),
         (lambda layer: register(layer, "bias"), "ParametrizedLinear is not among the layer types"),
     ],
     ids=["weight norm", "spectral norm", "new weight norm", "orthogonal", "pruned", "pruned bias", "parametrized bias"],
