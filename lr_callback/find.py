@@ -142,7 +142,7 @@ def _refusal(name: str, layer: nn.Module, inside: str | None, holders: _Holders)
     weight = layer._parameters.get("weight")
     if weight is None:
         return COMPUTED
-    reason = layer_trap(layer) or _shared(weight, name, holders) or weight_trap(weight)
+    reason = _shared(weight, name, holders) or weight_trap(weight) or layer_trap(layer)
     reason = reason or _elsewhere(holders, layer, weight) or kind.refusal(layer)
     if reason is None and prod(kind.geometry(layer).weight_shape) != weight.numel():
         return f"its weight is of shape {tuple(weight.shape)}, which is not what its sizes say"

@@ -7,9 +7,10 @@ memory is not such a place: it would go on with the dense layer, and nothing wou
 from __future__ import annotations
 
 import dataclasses
+from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import partial
-from types import FunctionType, MethodType, SimpleNamespace
+from types import FunctionType, MethodType, NoneType, SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,9 @@ _CHILDREN = frozenset({"_modules", "_parameters", "_buffers"})
 _RECORDS = frozenset({"_hparams", "_hparams_initial"})
 """Where Lightning notes the arguments that a module was built with; nothing is called from there."""
 
+_IGNORED = _CHILDREN | _RECORDS
+_PLAIN = frozenset({bool, int, float, str, NoneType})
+_CONTAINERS = frozenset({dict, OrderedDict, list, tuple, set})
 _DEPTH = 8
 _LONGEST = 10_000
 """Longer containers are data."""
@@ -74,7 +78,13 @@ def _slot(module: nn.Module, name: str) -> object:
 
 def _own(value: object) -> dict[str, object]:
     """Return the attributes in an object's dict; what ``functools.wraps`` copied from a module has its children too."""
-    return {name: one for name, one in vars(value).items() if name not in _CHILDREN | _RECORDS}
+    return {name: one for name, one in vars(value).items() if name not in _IGNORED and not _is_nothing(one)}
+
+
+def _is_nothing(value: object) -> bool:
+    """Return whether a value has hold of nothing: most of what a module has are hooks that there are none of."""
+    kind = type(value)
+    return kind in _PLAIN or (kind in _CONTAINERS and not value)
 
 
 def _names(slots: str | Iterable[str]) -> Iterable[str]:
@@ -136,8 +146,9 @@ def shared_memory(model: nn.Module) -> dict[int, list[str]]:
     spans = sorted((*span, number) for number, (_, tensor) in enumerate(named) for span in _span(tensor))
     others: dict[int, list[str]] = {}
     for place, (device, _, end, number) in enumerate(spans):
-        for device_of_next, start, _, following in spans[place + 1 :]:
-            if device_of_next != device or start >= end:
+        for later in range(place + 1, len(spans)):
+            device_of_later, start, _, following = spans[later]
+            if device_of_later != device or start >= end:
                 break
             for one, other in ((number, following), (following, number)):
                 others.setdefault(id(named[one][1]), []).append(named[other][0])

@@ -26,6 +26,8 @@ _AROUND: Mapping[str, str] = {
 }
 """Class of a module -> why no layer inside it can be replaced."""
 
+_PACKED = ("WeightedQuantizedModule", "FullyShardedDataParallel")
+
 _STATE_HOOKS = (
     "_state_dict_hooks",
     "_state_dict_pre_hooks",
@@ -47,8 +49,8 @@ def around(module: nn.Module) -> str | None:
 
 
 def holds_weight(module: nn.Module) -> bool:
-    """Return whether a module that has no matrix among its parameters has one elsewhere: quantized, or frozen."""
-    packed = any(base.__name__ == "WeightedQuantizedModule" for base in type(module).__mro__)
+    """Return whether a module without a matrix among its parameters has one elsewhere: packed, flat or a buffer."""
+    packed = any(base.__name__ in _PACKED for base in type(module).__mro__)
     frozen = (name for name, buffer in module._buffers.items() if buffer is not None and buffer.dim() >= 2)
     return packed or any(name.endswith("weight") for name in frozen)
 

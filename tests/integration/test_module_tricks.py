@@ -1,4 +1,4 @@
-"""Networks that read weights directly, tie them, trace themselves or are called otherwise: right, in outputs and cost."""
+"""Networks that read weights directly, tie them, trace themselves or are called otherwise: outputs and costs."""
 
 import copy
 import warnings

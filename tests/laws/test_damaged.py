@@ -117,7 +117,7 @@ def test_a_file_with_other_bytes_in_it_is_valid_or_refused(tmp_path_factory, at,
 
 @given(VALUES)
 def test_anything_is_refused_that_is_no_allocation(value):
-    with pytest.raises(ValueError, match="^Allocation"):
+    with pytest.raises(ValueError, match=r"^Allocation"):
         lrc.Allocation.from_dict(value)
 
 

@@ -33,7 +33,7 @@ class Pair:
 
 
 def closure(layer):
-    return lambda inputs: layer(inputs)
+    return lambda *inputs: layer(sum(inputs))
 
 
 def recursive(layer):
@@ -99,12 +99,12 @@ def test_slots_hooks_and_attributes_of_parts_are_looked_through():
     "hold",
     [
         lambda model: [model],
-        lambda model: lambda inputs: model.first(inputs),
+        lambda model: lambda *inputs: model.first(sum(inputs)),
         lambda model: model.forward,
         lambda model: torch.optim.SGD(model.parameters(), 0.1),
         lambda model: [model.first.bias, "first", None, 3],
         lambda model: iter([model.first]),
-        lambda model: list(range(20_000)) + [model.first],
+        lambda model: [*range(20_000), model.first],
         lambda model: deep(model.first, 40),
     ],
     ids=["parent", "through the parent", "method", "optimizer", "bias", "iterator", "data", "too deep"],

@@ -1,7 +1,5 @@
 """Traps: what looks like a layer and is more, or less, is left alone for a reason that is told."""
 
-import warnings
-
 import pytest
 import torch
 from torch import nn
@@ -12,13 +10,6 @@ from lr_callback.find import find_layers
 from lr_callback.traps import around, factor_trap, layer_trap, weight_trap
 
 COMPUTED = "its weight is computed from other parameters (weight_norm, pruning or another parametrization)"
-
-
-def package(name):
-    """Import a package that is not needed, whatever it warns of."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return pytest.importorskip(name)
 
 
 class Named(nn.Module):
@@ -51,10 +42,10 @@ def by_hand(model, name="1"):
 @pytest.mark.parametrize(
     ("trick", "reason"),
     [
-        (lambda layer: nn.utils.weight_norm(layer), COMPUTED),
-        (lambda layer: nn.utils.spectral_norm(layer), COMPUTED),
-        (lambda layer: parametrizations.weight_norm(layer), COMPUTED),
-        (lambda layer: parametrizations.orthogonal(layer), COMPUTED),
+        (nn.utils.weight_norm, COMPUTED),
+        (nn.utils.spectral_norm, COMPUTED),
+        (parametrizations.weight_norm, COMPUTED),
+        (parametrizations.orthogonal, COMPUTED),
         (lambda layer: prune.l1_unstructured(layer, "weight", 0.5), COMPUTED),
         (
             lambda layer: prune.l1_unstructured(layer, "bias", 0.5),
@@ -113,63 +104,6 @@ def test_a_subclass_is_named_with_its_module_if_it_has_the_name_of_a_known_type(
     out_projection = nn.modules.linear.NonDynamicallyQuantizableLinear
     assert "somewhere.Linear is not among" in reasons(namesake(4, 4))["0"]
     assert "NonDynamicallyQuantizableLinear is not among" in reasons(out_projection(4, 4))["0"]
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
-@pytest.mark.situation("Module tricks", "quantized layers: torch.ao and torchao", "works")
-def test_dynamically_quantized_layers_are_listed():
-    quantized = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(4, 4)), {nn.Linear})
-    name = "torch.ao.nn.quantized.dynamic.modules.linear.Linear"
-    assert reasons(quantized) == {"0.0": f"{name} is not among the layer types that are factorized"}
-
-
-@pytest.mark.situation("Module tricks", "quantized layers: torch.ao and torchao", "works")
-def test_weights_of_torchao_are_listed_by_their_class():
-    quantization = package("torchao.quantization")
-    layer = nn.Sequential(nn.Linear(32, 32))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        quantization.quantize_(layer, quantization.Int8WeightOnlyConfig())
-    kind = type(layer[0].weight).__name__
-    assert reasons(layer) == {"0.0": f"its weight is a {kind}, not a plain nn.Parameter; compress first"}
-
-
-@pytest.mark.situation("Module tricks", "adapters of peft: LoRA, DoRA", "works")
-@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["lora", "dora"])
-def test_adapters_of_peft_are_left_alone_and_merge_as_before(options):
-    peft = package("peft")
-    torch.manual_seed(0)
-    model = peft.get_peft_model(Named(), peft.LoraConfig(target_modules=["first"], r=4, **options))
-    nn.init.normal_(model.base_model.model.first.lora_B["default"].weight)
-    found = find_layers(model)
-    assert list(found.layers) == ["base_model.model.second"]
-    inside = {f"base_model.model.first.{name}" for name in ("base_layer", "lora_A.default", "lora_B.default")}
-    assert inside <= found.skipped.keys()
-    assert all("inside an adapter of peft" in found.skipped[name] for name in inside)
-    assert lrc.factorize_(model, lrc.allocate(model, 0.8)).factorized == ("base_model.model.second",)
-    outputs = model(inputs := torch.randn(3, 32))
-    model.merge_adapter()
-    assert torch.allclose(model(inputs), outputs, atol=1e-5)
-    model.unmerge_adapter()
-    assert torch.allclose(model(inputs), outputs, atol=1e-5)
-    merged = model.merge_and_unload()
-    assert torch.allclose(merged(inputs), outputs, atol=1e-5)
-    assert list(find_layers(merged).layers) == ["first", "second"]
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-@pytest.mark.situation("Bad input", "scripted and traced modules", "refused")
-@pytest.mark.parametrize("whole", [True, False])
-@pytest.mark.parametrize("script", [torch.jit.script, lambda model: torch.jit.trace(model, torch.zeros(1, 32))])
-def test_torchscript_is_left_alone(script, whole):
-    scripted = script(Named())
-    reason = "inside a TorchScript module, which cannot be changed; compress first, then script or trace"
-    if whole:
-        assert find_layers(scripted).skipped == {"first": reason, "second": reason}
-        with pytest.raises(ValueError, match="Nothing to factorize.*inside a TorchScript module"):
-            lrc.allocate(scripted, 0.5)
-    else:
-        assert reasons(scripted) == {"0.first": reason, "0.second": reason}
 
 
 def changed(change):
@@ -272,7 +206,7 @@ def test_convolutions_without_channels_are_left_alone():
 def test_a_model_on_the_meta_device_is_refused_by_name():
     with torch.device("meta"):
         model = Named()
-    with pytest.raises(ValueError, match="Nothing to factorize: .*first: its weight is on the meta device and has no"):
+    with pytest.raises(ValueError, match=r"Nothing to factorize: .*first: its weight is on the meta device and has no"):
         lrc.allocate(model, 0.5)
 
 
