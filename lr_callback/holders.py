@@ -6,11 +6,11 @@ memory is not such a place: it would go on with the dense layer, and nothing wou
 
 from __future__ import annotations
 
-import dataclasses
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from functools import partial
-from types import FunctionType, MethodType, NoneType, SimpleNamespace
+from types import FunctionType, MethodType, NoneType
+from weakref import ReferenceType
 
 import torch
 from torch import Tensor, nn
@@ -22,16 +22,19 @@ _RECORDS = frozenset({"_hparams", "_hparams_initial"})
 _IGNORED = _CHILDREN | _RECORDS
 _PLAIN = frozenset({bool, int, float, str, NoneType})
 _CONTAINERS = frozenset({dict, OrderedDict, list, tuple, set})
+_HOSTS = frozenset({"builtins", "lightning", "lightning_fabric", "pytorch_lightning", "torch", "torchmetrics"})
 _DEPTH = 8
+_MOST = 100_000
 _LONGEST = 10_000
-"""Longer containers are data."""
+"""Longer containers are data, and so is what comes after so many objects."""
 
 
 def held_elsewhere(model: nn.Module, wanted: Collection[nn.Module | Tensor]) -> dict[int, str]:
     """Find what plain attributes of a model's modules have hold of.
 
-    Looked through are lists, tuples, sets, dicts, dataclasses, partials, methods, hooks and what functions close over;
-    not other objects: an optimizer follows a surgery.
+    Looked through are containers, partials, methods, hooks, what functions close over, weak references and the
+    attributes of other objects; not those of torch and Lightning: an optimizer follows a surgery, a Trainer holds the
+    model. What is held outside of the model is not found.
 
     Args:
         model: whose modules' attributes are looked through.
@@ -97,7 +100,7 @@ def _reached(value: object, seen: set[int], depth: int) -> Iterator[object]:
         yield value
         return
     inner = _inside(value)
-    if inner is None or depth == 0 or id(value) in seen:
+    if inner is None or depth == 0 or id(value) in seen or len(seen) > _MOST:
         return
     seen.add(id(value))
     for one in inner:
@@ -108,7 +111,7 @@ def _inside(value: object) -> Iterable[object] | None:
     """Return what a value has hold of, None if it is not of a kind that is looked through."""
     if isinstance(value, (list, tuple, set, frozenset)):
         return value if len(value) <= _LONGEST else None
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         return [*value.keys(), *value.values()] if len(value) <= _LONGEST else None
     if isinstance(value, partial):
         return [value.func, value.args, value.keywords, *_own(value).values()]
@@ -116,9 +119,15 @@ def _inside(value: object) -> Iterable[object] | None:
         return [value.__self__, value.__func__]
     if isinstance(value, FunctionType):
         return [*_cells(value), value.__defaults__, value.__kwdefaults__, *_own(value).values()]
-    if isinstance(value, SimpleNamespace) or (dataclasses.is_dataclass(value) and hasattr(value, "__dict__")):
-        return None if isinstance(value, type) else list(vars(value).values())
-    return None
+    if isinstance(value, ReferenceType):
+        return [value()]
+    return _own(value).values() if _is_looked_into(value) else None
+
+
+def _is_looked_into(value: object) -> bool:
+    """Return whether an object is of a user's or another package's class, and not one that follows by itself."""
+    packages = {base.__module__.partition(".")[0] for base in type(value).__mro__ if base is not object}
+    return not packages & _HOSTS and not isinstance(value, type) and hasattr(value, "__dict__")
 
 
 def _cells(function: FunctionType) -> Iterator[object]:

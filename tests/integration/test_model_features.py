@@ -1,5 +1,7 @@
 """What a module is made of and how it is called: recomputed, laid out otherwise, hooked, shared, held elsewhere."""
 
+from itertools import cycle, islice
+
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
@@ -117,23 +119,17 @@ def test_hooks_go_on_and_their_handles_still_remove_them(fit):
     assert [len(seen) for seen in calls.values()] == [13, 13, 12]
 
 
-class Held:
-    """No module, and no container either."""
-
-    def __init__(self, *layers):
-        self.layers = layers
-
-
 class HeldElsewhere(Plain):
     def build(self):
         super().build()
         self.held = self.hold(*self.first)
 
     def hold(self, *layers):
-        return Held(*layers)
+        return cycle(layers)
 
     def forward(self, images):
-        for layer in self.held.layers if isinstance(self.held, Held) else self.held():
+        layers = self.held() if callable(self.held) else islice(self.held, 3)
+        for layer in layers:
             images = layer(images)
         return self.last(images)
 
@@ -143,7 +139,7 @@ class HeldByAClosure(HeldElsewhere):
         return lambda: layers
 
 
-@pytest.mark.situation("Model features", "layers called from a plain list or a closure", "works")
+@pytest.mark.situation("Model features", "layers called from a plain list, a closure or an object", "works")
 def test_layer_that_a_closure_holds_stays_dense_and_says_why(fit):
     module, callback = HeldByAClosure(), LowRankCompression(0.5, 1, show_table=False)
     losses = train(fit, module, callback)
@@ -152,7 +148,7 @@ def test_layer_that_a_closure_holds_stays_dense_and_says_why(fit):
     assert "held by the attribute held of the model too" in callback.allocation.skipped["first.2"]
 
 
-@pytest.mark.situation("Model features", "layers called from an object that is no module", "refused")
+@pytest.mark.situation("Model features", "layers called from where they cannot be found", "refused")
 def test_layer_that_is_called_from_elsewhere_is_reported_at_the_first_batch(fit):
     # Without the report the dense layers would go on being called, and nothing that is called would train.
     module, losses = HeldElsewhere(), Losses()

@@ -1,11 +1,13 @@
 """Holders: what would keep a dense layer, or its weight, is found wherever it may be written down."""
 
 import dataclasses
+import weakref
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch import Callback, Trainer
 from torch import nn
 
 import lr_callback as lrc
@@ -30,6 +32,23 @@ class Model(nn.Module):
 class Pair:
     name: str
     layer: object
+
+
+class Held(Callback):
+    def __init__(self, layer):
+        self.layer = layer
+
+
+class Plain:
+    def __init__(self, layer):
+        self.layer = layer
+
+
+class Average:
+    """Keeps weak references to the parameters, as some averages do."""
+
+    def __init__(self, layer):
+        self.parameters = [weakref.ref(one) for one in layer.parameters()]
 
 
 def closure(layer):
@@ -61,6 +80,10 @@ HOLD = {
     "default": lambda layer: lambda inputs, layer=layer: layer(inputs),
     "namespace": lambda layer: SimpleNamespace(layer=layer),
     "dataclass": lambda layer: Pair("a", layer),
+    "object": Plain,
+    "object in an object": lambda layer: Plain([Plain(layer)]),
+    "weak reference": weakref.ref,
+    "average": Average,
     "weight": lambda layer: [layer.weight],
     "weight of a closure": lambda layer: closure(layer.weight),
 }
@@ -102,12 +125,14 @@ def test_slots_hooks_and_attributes_of_parts_are_looked_through():
         lambda model: lambda *inputs: model.first(sum(inputs)),
         lambda model: model.forward,
         lambda model: torch.optim.SGD(model.parameters(), 0.1),
+        lambda model: type("Own", (torch.optim.SGD,), {})(model.parameters(), 0.1),
+        lambda model: Trainer(callbacks=[Held(model.first)], logger=False, barebones=False, accelerator="cpu"),
         lambda model: [model.first.bias, "first", None, 3],
         lambda model: iter([model.first]),
         lambda model: [*range(20_000), model.first],
         lambda model: deep(model.first, 40),
     ],
-    ids=["parent", "through the parent", "method", "optimizer", "bias", "iterator", "data", "too deep"],
+    ids=range(10),
 )
 def test_what_follows_a_surgery_or_is_not_looked_through_is_no_reason(hold):
     model = Model()

@@ -210,6 +210,16 @@ def test_a_model_on_the_meta_device_is_refused_by_name():
         lrc.allocate(model, 0.5)
 
 
+@pytest.mark.situation("Bad input", "one layer of many on another device", "works")
+def test_one_layer_on_the_meta_device_does_not_stand_in_the_way_of_the_others():
+    model = nn.ModuleDict({"body": nn.Sequential(nn.Linear(64, 64)), "away": nn.Linear(8, 8, device="meta")})
+    allocation = lrc.allocate(model, 0.6)
+    assert allocation.skipped == {"away": "its weight is on the meta device and has no values"}
+    assert lrc.factorize_(model, allocation).factorized == ("body.0",)
+    assert model["away"].weight.device.type == "meta"
+    assert sum(one.numel() for one in model.parameters()) == allocation.cost
+
+
 @pytest.mark.situation("Module tricks", "weights that are not contiguous, or made in inference mode", "works")
 def test_a_weight_that_is_not_contiguous_is_factorized_as_any_other():
     torch.manual_seed(0)
