@@ -11,9 +11,13 @@ from typing import Any
 from lr_callback.costs import COSTS
 from lr_callback.folding import FOLDINGS
 from lr_callback.table import WIDTH, align, readable, shorten, wrap
+from lr_callback.written import Kind, check_fields, describe, is_plain, read_json
 
 VERSION = 1
 """Version of the written form; a file of a newer version is refused."""
+
+_LARGEST_ERROR = 1e6
+"""Beyond any error of a layer, which is at most the root of its slices."""
 
 _KERNEL = {
     "kernel_in_encoder": "encoder",
@@ -121,18 +125,7 @@ class Allocation:
             FileNotFoundError: If the file does not exist.
             ValueError: If it is not JSON, or not an allocation.
         """
-        is_text = isinstance(source, str) and source.lstrip().startswith("{")
-        where = "Allocation text" if is_text else f"Allocation file {Path(source).name!r}"
-        try:
-            written = json.loads(str(source) if is_text else Path(source).read_text(encoding="utf-8"))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{where}: must be JSON in UTF-8, found other bytes at position {error.start}.") from error
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{where}: must be JSON, broken at line {error.lineno}, column {error.colno} ({error.msg}); "
-                "it may be cut off. Write it again with `allocation.to_json(path)`."
-            ) from error
-        return cls.from_dict(written)
+        return _read(read_json(source, "Allocation"))
 
     def __str__(self) -> str:
         """Return the table of all layers, the skipped ones by reason, and the totals, at most 80 characters wide."""
@@ -168,7 +161,7 @@ class Allocation:
         )
 
 
-_FIELDS: dict[str, type | tuple[type, ...]] = {
+_FIELDS: dict[str, Kind] = {
     "layers": dict,
     "skipped": dict,
     "shapes": dict,
@@ -180,7 +173,7 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
     "error": str,
     "method": dict,
 }
-_LAYER_FIELDS: dict[str, type | tuple[type, ...]] = {
+_LAYER_FIELDS: dict[str, Kind] = {
     "folding": str,
     "num_slices": int,
     "rank": int,
@@ -195,16 +188,17 @@ def _read(written: object) -> Allocation:
     if not isinstance(written, Mapping) or "version" not in written:
         raise ValueError(
             "Allocation: must be a dict with the keys that `Allocation.to_dict()` writes, among them 'version', "
-            f"got {_name_of(written)}."
+            f"got {describe(written)}."
         )
-    if not isinstance(written["version"], int) or written["version"] < 1:
-        raise ValueError(f"Allocation: `version` must be a whole number from 1, got {_name_of(written['version'])}.")
-    if written["version"] > VERSION:
+    version = written["version"]
+    if type(version) is not int or not 1 <= version < 2**63:
+        raise ValueError(f"Allocation: `version` must be a whole number from 1, got {describe(version)}.")
+    if version > VERSION:
         raise ValueError(
-            f"Allocation: version {written['version']!r} is newer than {VERSION}, the newest that this lr_callback "
-            "reads; update lr_callback."
+            f"Allocation: version {version} is newer than {VERSION}, the newest that this lr_callback reads; "
+            "update lr_callback."
         )
-    parts = _checked(written, _FIELDS, "Allocation")
+    parts = check_fields(written, _FIELDS, "Allocation")
     _check_ranges(parts)
     layers = {name: _read_layer(name, layer) for name, layer in parts["layers"].items()}
     shapes = {name: _read_shape(name, shape) for name, shape in parts["shapes"].items()}
@@ -220,6 +214,10 @@ def _check_ranges(parts: Mapping[str, Any]) -> None:
     """Refuse names, a unit, costs or a ratio that no allocation has."""
     if not all(isinstance(name, str) for field_ in ("layers", "skipped", "shapes") for name in parts[field_]):
         raise ValueError("Allocation: the names of layers must be strings; the file is damaged or foreign.")
+    if not all(isinstance(reason, str) for reason in parts["skipped"].values()):
+        raise ValueError("Allocation: `skipped` must give each reason as a string; the file is damaged or foreign.")
+    if not is_plain(parts["method"]):
+        raise ValueError(f"Allocation: `method` must hold names, numbers and lists, got {describe(parts['method'])}.")
     if parts["unit"] not in COSTS:
         raise ValueError(f"Allocation: `unit` must be one of {list(COSTS)}, got {parts['unit']!r}.")
     if not 0 < parts["keep_ratio"] <= 1:
@@ -228,6 +226,8 @@ def _check_ranges(parts: Mapping[str, Any]) -> None:
         raise ValueError(
             f"Allocation: `cost` must be from 0 to `dense_cost`, got {parts['cost']} and {parts['dense_cost']}."
         )
+    if parts["budget"] < 0:
+        raise ValueError(f"Allocation: `budget` must not be negative, got {parts['budget']}.")
 
 
 def _read_layer(name: str, written: object) -> Factorization | None:
@@ -235,12 +235,16 @@ def _read_layer(name: str, written: object) -> Factorization | None:
         return None
     where = f"Allocation, layer {name!r}"
     if not isinstance(written, Mapping):
-        raise ValueError(f"{where}: must be a dict or null, got {_name_of(written)}.")
-    layer = Factorization(**_checked(written, _LAYER_FIELDS, where))
+        raise ValueError(f"{where}: must be a dict or null, got {describe(written)}.")
+    layer = Factorization(**check_fields(written, _LAYER_FIELDS, where))
     if layer.folding not in FOLDINGS:
         raise ValueError(f"{where}: `folding` must be one of {list(FOLDINGS)}, got {layer.folding!r}.")
     if layer.num_slices < 1 or layer.rank < 1:
         raise ValueError(f"{where}: `num_slices` and `rank` must be at least 1, got {layer.num_slices}, {layer.rank}.")
+    if not 0 <= layer.relative_error <= _LARGEST_ERROR:
+        raise ValueError(
+            f"{where}: `relative_error` must be a finite number from 0, got {describe(layer.relative_error)}."
+        )
     if not 0 < layer.cost <= layer.dense_cost:
         raise ValueError(
             f"{where}: `cost` must be above 0 and at most `dense_cost`, got {layer.cost} and {layer.dense_cost}."
@@ -249,26 +253,13 @@ def _read_layer(name: str, written: object) -> Factorization | None:
 
 
 def _read_shape(name: str, written: object) -> tuple[int, ...]:
-    if isinstance(written, (list, tuple)) and len(written) >= 2 and all(type(size) is int for size in written):
+    if isinstance(written, (list, tuple)) and len(written) >= 2 and all(map(_is_size, written)):
         return tuple(written)
     raise ValueError(
-        f"Allocation, layer {name!r}: its shape must be a list of at least two whole numbers, got {_name_of(written)}."
+        f"Allocation, layer {name!r}: its shape must be a list of at least two whole numbers from 1, got "
+        f"{describe(written)}."
     )
 
 
-def _checked(written: Mapping[str, Any], fields: Mapping[str, type | tuple[type, ...]], where: str) -> dict[str, Any]:
-    """Return the named fields of a written value; refuse a missing one and one of another type."""
-    for name, kind in fields.items():
-        if name not in written:
-            raise ValueError(f"{where}: `{name}` is missing, found {sorted(written)}; the file is damaged or foreign.")
-        if not isinstance(written[name], kind) or isinstance(written[name], bool):
-            raise ValueError(f"{where}: `{name}` must be {_kinds(kind)}, got {_name_of(written[name])}.")
-    return {name: written[name] for name in fields}
-
-
-def _kinds(kind: type | tuple[type, ...]) -> str:
-    return " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
-
-
-def _name_of(value: object) -> str:
-    return f"{type(value).__name__} {str(value)[:60]!r}"
+def _is_size(size: object) -> bool:
+    return type(size) is int and 1 <= size < 2**63

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import floor
 from numbers import Real
+from typing import Any
 
 from torch import nn
 
@@ -16,10 +17,10 @@ from lr_callback.costs import LayerCost, check_cost
 from lr_callback.find import Found, find_layers
 from lr_callback.folding import Geometry
 from lr_callback.layer_types import dense_weight
-from lr_callback.methods import ALDS, Choice, Method
+from lr_callback.methods import Choice, Method, check_method
 from lr_callback.observe import Observation, observe
 from lr_callback.parallel import workers
-from lr_callback.pricing import dense_again, dense_parameters, layer_costs, no_gain
+from lr_callback.pricing import dense_again, dense_parameters, layer_costs, leave_out_unused, no_gain
 from lr_callback.processes import Processes
 
 Progress = Callable[[int, int, str], None]
@@ -144,8 +145,8 @@ def allocate(
         include: glob patterns of layer names, only these are factorized; None: all.
         exclude: glob patterns of layer names that stay dense.
         embeddings: whether ``nn.Embedding`` layers are factorized, too.
-        example_input: for ``"multiply_adds"``: a tensor, or a tuple of positional or dict of named arguments of
-            ``model``; the cost is counted on it.
+        example_input: a tensor, or a tuple of positional or dict of named arguments of ``model``. Multiply-adds are
+            counted on it; of ``"parameters"`` those in layers that it does not use are left alone.
 
     Returns:
         The allocation; ``print`` shows it as a table, :func:`~lr_callback.surgery.factorize_` carries it out.
@@ -166,10 +167,11 @@ def allocate(
         raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
     check_keep_ratio(keep_ratio)
     check_cost(cost)
-    observation = None
-    if cost == "multiply_adds":
-        observation = observe(model, example_input)
-    analysis = analyze(model, method, observation=observation, include=include, exclude=exclude, embeddings=embeddings)
+    is_counted = cost == "multiply_adds"
+    seen = observe(model, example_input) if is_counted or example_input is not None else None
+    observation, used = (seen, None) if is_counted else (None, seen)
+    layers: dict[str, Any] = {"include": include, "exclude": exclude, "embeddings": embeddings}
+    analysis = analyze(model, method, observation=observation, used=used, **layers)
     return analysis.allocate(keep_ratio)
 
 
@@ -183,6 +185,7 @@ def analyze(
     embeddings: bool = False,
     progress: Progress | None = None,
     processes: Processes | None = None,
+    used: Observation | None = None,
 ) -> Analysis:
     """Compute every layer's candidates, for any budget afterwards.
 
@@ -196,6 +199,7 @@ def analyze(
         progress: told of each layer that this process computes.
         processes: each computes a part of the layers, and all return all of them; None: this one alone. The model must
             be the same on every process.
+        used: of one run of the model; layers that it neither calls nor reads are left out, whatever the unit.
 
     Raises:
         ValueError: See :func:`allocate`.
@@ -205,6 +209,7 @@ def analyze(
 
     def prices() -> tuple[Found, dict[str, LayerCost]]:
         found = find_layers(model, include, exclude)
+        leave_out_unused(found, used)
         return found, layer_costs(found, observation, embeddings=embeddings)
 
     found, costs = processes.agree(prices)
@@ -276,19 +281,6 @@ def _analysis(
         skipped=found.skipped,
         dense_cost=dense_parameters(model) if observation is None else observation.dense_multiply_adds,
     )
-
-
-def check_method(method: Method | None) -> Method:
-    """Return the method, the default one for None.
-
-    Raises:
-        TypeError: If it is no method.
-    """
-    if method is None:
-        return ALDS()
-    if isinstance(method, Method):
-        return method
-    raise TypeError(f"`method` must be a lr_callback.Method such as ALDS(error='slice'), got {method!r}.")
 
 
 def _nothing(found: Found) -> str:

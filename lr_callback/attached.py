@@ -1,7 +1,8 @@
 """Attached: what users put on a weight itself, and what becomes of it when others take the weight's place.
 
 Attributes such as ``weight._no_weight_decay = True`` are copied. A hook on the gradient of a weight cannot follow: it
-was written for that gradient, and nobody knows what it is to do with those of two factors.
+was written for that gradient, and nobody knows what it is to do with those of two factors. (Where a hook waits for the
+accumulated gradient the layer stays dense: it may be what trains the weight.)
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 _PLAIN = (bool, int, float, str, bytes, type(None))
 _OF_TORCH = ("_dynamo", "_is_param")
 """How names begin that torch itself gives to parameters."""
@@ -45,7 +45,7 @@ def warn_of_attached(weights: Mapping[str, Iterable[nn.Parameter]]) -> None:
     Args:
         weights: name of a layer -> those of its weights that others are to take the place of.
     """
-    hooked = [name for name, of in weights.items() if any(getattr(one, hooks, None) for one in of for hooks in _HOOKS)]
+    hooked = [name for name, of in weights.items() if any(one._backward_hooks for one in of)]
     left = {
         f"{name} ({attribute})": None
         for name, of in weights.items()

@@ -181,7 +181,10 @@ def densified(layer: FactorizedLayer) -> nn.Module:
 
 
 def _take_over(made: nn.Module, owner: nn.Module, layer: nn.Module, weights: Sequence[nn.Parameter]) -> None:
-    """Give a new layer what the old one has besides its weight; the bias stays the same parameter."""
+    """Give a new layer what the old one has besides its weight; the bias stays the same parameter.
+
+    Attributes that users set on a layer or on its weight, as marks for an optimizer or an initialization, come along.
+    """
     old = weights_held(layer)[0]
     for weight in weights:
         weight.requires_grad_(old.requires_grad)
@@ -192,6 +195,15 @@ def _take_over(made: nn.Module, owner: nn.Module, layer: nn.Module, weights: Seq
     for hooks in _HOOKS:
         # The same dict: handles that users hold still remove their hooks.
         setattr(made, hooks, getattr(layer, hooks))
+    for name in vars(layer).keys() - _declared(layer) - vars(made).keys():
+        setattr(made, name, vars(layer)[name])
+
+
+def _declared(layer: nn.Module) -> set[str]:
+    """Return the attributes that a layer has as one of its type; whatever else it has the user gave it."""
+    annotated = (name for base in type(layer).__mro__ for name in vars(base).get("__annotations__", ()))
+    own = type(layer).own_attributes() if isinstance(layer, FactorizedLayer) else ()
+    return {*annotated, *vars(nn.Module()), *own}
 
 
 def weights_held(layer: nn.Module) -> tuple[nn.Parameter, ...]:

@@ -11,7 +11,6 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 from lr_callback.allocation import Allocation
-from lr_callback.analysis import check_method
 from lr_callback.costs import check_cost
 from lr_callback.events import check_flags, due, read_events
 from lr_callback.find import check_patterns, factorized_in
@@ -29,7 +28,7 @@ from lr_callback.host.snapshots import publish, write_part, write_snapshot
 from lr_callback.host.strategies import check_same_weights, check_strategy, processes_of, same_on_all
 from lr_callback.host.trainer import check_optimizers, is_smoke_test, lacks, warn_of_late_events
 from lr_callback.interrupts import held
-from lr_callback.methods import Method
+from lr_callback.methods import Method, check_method
 from lr_callback.projection import OptimizerState, check_optimizer_state
 from lr_callback.surgery import SurgeryReport
 

@@ -20,7 +20,7 @@ from lr_callback.find import find_layers
 from lr_callback.folding import FOLDINGS
 from lr_callback.layer_types import layer_type
 from lr_callback.layers import FactorizedLayer, dense_bias
-from lr_callback.source import is_extra, load, state_dict_of
+from lr_callback.source import check_values, is_extra, load, state_dict_of
 from lr_callback.surgery import factorize_, replace_layers
 
 _ENTRIES = ("weight", "bias", "encoder.weight", "decoder.weight", "decoder.bias")
@@ -59,6 +59,7 @@ def restore_(model: nn.Module, source: Allocation | Mapping[str, Any] | str | Pa
         return
     state = _without_prefix(model, state_dict_of(loaded))
     check_weights(model, state)
+    check_values(model.state_dict(), state)
     adapt_structure(model, state)
     model.load_state_dict(state)
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from math import prod
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from lr_callback.layer_types import dense_weight, layer_type
+from lr_callback.holders import held_elsewhere, shared_memory
+from lr_callback.layer_types import LAYER_TYPES, dense_weight, layer_type
 from lr_callback.layers import FactorizedLayer
 from lr_callback.table import readable
-
-_COMPUTED = "its weight is computed from other parameters (weight_norm, pruning or another parametrization)"
+from lr_callback.traps import COMPUTED, around, factor_trap, holds_weight, layer_trap, weight_trap
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,9 @@ def find_layers(
         (['0'], {'1': 'Bilinear is not among the layer types that are factorized'})
     """
     found = Found()
-    owners = _parameter_owners(model)
+    holders = _holders(model)
     for name, layer, inside in _weighted(model):
-        reason = _refusal(name, layer, inside, owners)
+        reason = _refusal(name, layer, inside, holders)
         if reason is None:
             found.layers[name] = layer
         else:
@@ -64,22 +65,24 @@ def find_layers(
     return found
 
 
-def _weighted(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module | None]]:
-    """Yield the layers with a weight of their own: name, layer, the attention module that it belongs to."""
-    attention: nn.Module | None = None
+def _weighted(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | None]]:
+    """Yield the layers with a weight of their own: name, layer, why nothing around it lets it be replaced."""
+    reason: str | None = None
     prefix = ""
     hidden: set[nn.Module] = set()
     for name, layer in model.named_modules():
-        if attention is not None and not name.startswith(prefix):
-            attention = None
-        if isinstance(layer, nn.MultiheadAttention):
-            attention, prefix = layer, f"{name}." if name else ""
+        if reason is not None and not name.startswith(prefix):
+            reason = None
+        inside = reason
+        if reason is None:
+            reason, prefix = around(layer), f"{name}." if name else ""
         if layer in hidden:
             continue
         parts = _parts(layer)
         hidden |= parts
-        if parts or any(parameter is not None and _is_matrix(parameter) for parameter in layer._parameters.values()):
-            yield name, layer, attention
+        own = any(parameter is not None and _is_matrix(parameter) for parameter in layer._parameters.values())
+        if parts or own or holds_weight(layer):
+            yield name, layer, inside
 
 
 def _parts(layer: nn.Module) -> set[nn.Module]:
@@ -97,53 +100,76 @@ def _is_matrix(parameter: nn.Parameter) -> bool:
     return is_lazy(parameter) or parameter.dim() >= 2
 
 
-def _parameter_owners(model: nn.Module) -> dict[int, list[str]]:
-    """Return, for the id of each parameter, the names of the different modules that hold it."""
+@dataclass(frozen=True)
+class _Holders:
+    """Who has hold of the parameters and layers of a model, by their ids."""
+
+    owners: dict[int, list[str]]
+    memory: dict[int, list[str]]
+    elsewhere: dict[int, str]
+
+
+def _holders(model: nn.Module) -> _Holders:
     owners: dict[int, list[str]] = {}
+    wanted: list[nn.Module | Tensor] = []
     for name, layer in model.named_modules():
         for parameter in layer._parameters.values():
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append(name)
-    return owners
+        if layer_type(layer) is not None:
+            weights = [] if (weight := layer._parameters.get("weight")) is None else [weight]
+            wanted += [layer, *weights]
+    return _Holders(owners, shared_memory(model), held_elsewhere(model, wanted))
 
 
-def _refusal(name: str, layer: nn.Module, attention: nn.Module | None, owners: dict[int, list[str]]) -> str | None:
+def _refusal(name: str, layer: nn.Module, inside: str | None, holders: _Holders) -> str | None:
     """Return why a layer cannot be factorized, None if it can."""
     kind = layer_type(layer)
-    if attention is not None and layer is not attention:
-        return "read directly by nn.MultiheadAttention"
+    if inside is not None:
+        return inside
     if any(parameter is not None and is_lazy(parameter) for parameter in layer._parameters.values()):
         return "its weight is not initialised yet; run one batch first"
     if is_parametrized(layer, "weight"):
-        return _COMPUTED
+        return COMPUTED
     if layer._compiled_call_impl is not None or name.rpartition(".")[2] == "_orig_mod":
         return "it is compiled on its own, and would go on being called; compile the module that holds it instead"
     if kind is None:
-        return f"{type(layer).__name__} is not among the layer types that are factorized"
+        return f"{_class_of(layer)} is not among the layer types that are factorized"
     if name == "":
         return "the model itself is this layer, and cannot be replaced in place; put it into an nn.Sequential"
     if isinstance(layer, FactorizedLayer):
-        return None
-    return _weight_refusal(layer, name, owners) or kind.refusal(layer)
-
-
-def _weight_refusal(layer: nn.Module, name: str, owners: dict[int, list[str]]) -> str | None:
-    """Return what is wrong with the weight of a dense layer, None if nothing is."""
+        return factor_trap(layer) or _elsewhere(holders, layer)
     weight = layer._parameters.get("weight")
     if weight is None:
-        return _COMPUTED
-    others = [other for other in owners[id(weight)] if other != name]
+        return COMPUTED
+    reason = _shared(weight, name, holders) or weight_trap(weight) or layer_trap(layer)
+    reason = reason or _elsewhere(holders, layer, weight) or kind.refusal(layer)
+    if reason is None and prod(kind.geometry(layer).weight_shape) != weight.numel():
+        return f"its weight is of shape {tuple(weight.shape)}, which is not what its sizes say"
+    return reason
+
+
+def _class_of(layer: nn.Module) -> str:
+    """Name the class of a layer; in full where a known type has the same name."""
+    kind = type(layer)
+    is_namesake = any(kind.__name__ == known.rpartition(".")[2] for known in LAYER_TYPES)
+    return f"{kind.__module__}.{kind.__qualname__}" if is_namesake else kind.__name__
+
+
+def _shared(weight: nn.Parameter, name: str, holders: _Holders) -> str | None:
+    others = [other for other in holders.owners[id(weight)] if other != name]
     if others:
         return f"its weight is tied to that of {', '.join(others)}"
-    if any(base.__name__ == "DTensor" for base in type(weight).__mro__):  # by name: its module takes long to import
-        return "its weight is sharded over processes (DTensor); compress before sharding"
-    if weight.device.type == "meta":
-        return "its weight is on the meta device and has no values"
-    if not weight.is_floating_point():
-        return f"its weight is of dtype {weight.dtype}, not floating point"
-    if weight.numel() == 0:
-        return f"its weight is empty, of shape {tuple(weight.shape)}"
-    return None
+    memory = holders.memory.get(id(weight))
+    return None if memory is None else f"its weight lies in the same memory as {', '.join(memory)}"
+
+
+def _elsewhere(holders: _Holders, *held: nn.Module | Tensor) -> str | None:
+    """Return where a layer or its weight is held besides its place in the model."""
+    places = [holders.elsewhere[id(one)] for one in held if id(one) in holders.elsewhere]
+    if not places:
+        return None
+    return f"held by {places[0]} too, which would keep the layer as it is now; hold layers as submodules only"
 
 
 def check_patterns(**arguments: object) -> None:
@@ -174,6 +200,17 @@ def factorized_in(model: nn.Module) -> list[str]:
         []
     """
     return [name for name, layer in model.named_modules() if isinstance(layer, FactorizedLayer)]
+
+
+def replaceable_in(model: nn.Module) -> dict[str, FactorizedLayer]:
+    """Return the factorized layers of a model that can be replaced, under their names.
+
+    Example::
+
+        >>> replaceable_in(nn.Linear(4, 4))
+        {}
+    """
+    return {name: layer for name, layer in find_layers(model).layers.items() if isinstance(layer, FactorizedLayer)}
 
 
 def _patterns(patterns: Sequence[str] | str | None) -> tuple[str, ...] | None:

@@ -253,3 +253,16 @@ def _check_foldings(foldings: Sequence[str]) -> None:
 def _check_at_least_one(name: str, value: int | None) -> None:
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
         raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
+
+
+def check_method(method: Method | None) -> Method:
+    """Return the method, the default one for None.
+
+    Raises:
+        TypeError: If it is no method.
+    """
+    if method is None:
+        return ALDS()
+    if isinstance(method, Method):
+        return method
+    raise TypeError(f"`method` must be a lr_callback.Method such as ALDS(error='slice'), got {method!r}.")

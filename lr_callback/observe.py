@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lr_callback.costs import Call
-from lr_callback.find import find_layers
+from lr_callback.find import find_layers, replaceable_in
 from lr_callback.layer_types import layer_type, saved_cost
 from lr_callback.layers import FactorizedLayer
 
@@ -26,21 +26,31 @@ class Observation:
         dense_multiply_adds: of the model with all layers dense: what torch's flop counter counted, halved, and what
             factorized layers saved.
         calls: layer name -> its calls, in order.
+        reads: layer name -> how often the model took its weight without calling it, where it did: a factorized layer
+            multiplies its factors each time, and what is done with their product costs as much as before.
     """
 
     dense_multiply_adds: int
     calls: Mapping[str, tuple[Call, ...]]
+    reads: Mapping[str, int] = field(default_factory=dict)
 
     def multiply_adds(self, model: nn.Module) -> int:
         """Return the multiply-adds of the model as it stands now, for the same run."""
-        return self.dense_multiply_adds - saved_multiply_adds(model, self.calls)
+        spent = composed_multiply_adds(model, self.reads)
+        return self.dense_multiply_adds - saved_multiply_adds(model, self.calls) + spent
+
+    def why_not(self, name: str) -> str | None:
+        """Return why a layer saves no multiply-adds however it is factorized, None if it can."""
+        if self.reads.get(name):
+            return "its weight is read directly, not only by its forward: there it saves no multiply-adds"
+        return None if self.calls.get(name) else "its forward is not called on the example input"
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as dicts, lists and numbers."""
         calls = {
             name: [[one.batch, list(one.inputs), list(one.outputs)] for one in of] for name, of in self.calls.items()
         }
-        return {"dense_multiply_adds": self.dense_multiply_adds, "calls": calls}
+        return {"dense_multiply_adds": self.dense_multiply_adds, "calls": calls, "reads": dict(self.reads)}
 
     @classmethod
     def from_dict(cls, written: Mapping[str, Any]) -> Observation:
@@ -49,17 +59,25 @@ class Observation:
             name: tuple(Call(batch, tuple(inputs), tuple(outputs)) for batch, inputs, outputs in of)
             for name, of in written["calls"].items()
         }
-        return cls(written["dense_multiply_adds"], calls)
+        return cls(written["dense_multiply_adds"], calls, dict(written.get("reads", {})))
 
 
 def saved_multiply_adds(model: nn.Module, calls: Mapping[str, tuple[Call, ...]]) -> int:
     """Return how many multiply-adds the factorized layers of a model save in the named calls."""
-    layers = find_layers(model).layers
-    return sum(
-        saved_cost(layer, calls[name])
-        for name, layer in layers.items()
-        if isinstance(layer, FactorizedLayer) and name in calls
-    )
+    layers = replaceable_in(model)
+    return sum(saved_cost(layer, calls[name]) for name, layer in layers.items() if name in calls)
+
+
+def composed_multiply_adds(model: nn.Module, reads: Mapping[str, int]) -> int:
+    """Return how many multiply-adds it takes to compose the weights of factorized layers as often as they are read."""
+    layers = replaceable_in(model) if reads else {}
+    return sum(_to_compose(layer) * reads[name] for name, layer in layers.items() if name in reads)
+
+
+def _to_compose(layer: FactorizedLayer) -> int:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        _ = layer.weight
+    return int(counter.get_total_flops()) // 2
 
 
 def observe(model: nn.Module, example_input: object) -> Observation:
@@ -87,27 +105,71 @@ def observe(model: nn.Module, example_input: object) -> Observation:
 
 def observe_run(model: nn.Module, run: Callable[[], object]) -> Observation:
     """Observe the layers of ``model`` while ``run`` calls it, or a part of it."""
-    seen: dict[str, list[Call]] = {}
     with ExitStack() as stack:
         stack.enter_context(untouched(model))
-        for name, layer in find_layers(model).layers.items():
-            seen[name] = []
-            handle = layer.register_forward_hook(_recorder(seen[name]), with_kwargs=True)
-            stack.callback(handle.remove)
+        watched = {name: _Watched(layer, stack) for name, layer in find_layers(model).layers.items()}
         stack.enter_context(_as_written())
         counter = stack.enter_context(FlopCounterMode(display=False))
         run()
-    calls = {name: tuple(of) for name, of in seen.items()}
-    return Observation(counter.get_total_flops() // 2 + saved_multiply_adds(model, calls), calls)
+    calls = {name: tuple(one.calls) for name, one in watched.items()}
+    reads = {name: one.reads for name, one in watched.items() if one.reads}
+    dense = counter.get_total_flops() // 2 + saved_multiply_adds(model, calls) - composed_multiply_adds(model, reads)
+    return Observation(dense, calls, reads)
 
 
-def _recorder(seen: list[Call]) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor], Tensor], None]:
-    def record(layer: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], outputs: Tensor) -> None:
+class _Watched:
+    """The calls of a layer, and how often its weight is taken between them.
+
+    Args:
+        layer: dense or factorized.
+        stack: given what ends the watch.
+    """
+
+    def __init__(self, layer: nn.Module, stack: ExitStack) -> None:
+        self.calls: list[Call] = []
+        self.reads = 0
+        self._depth = 0
+        stack.callback(layer.register_forward_pre_hook(self._enter).remove)
+        leave = layer.register_forward_hook(self._leave, with_kwargs=True, prepend=True)
+        stack.callback(leave.remove)
+        holder = layer.encoder if isinstance(layer, FactorizedLayer) else layer
+        parameters = holder._parameters
+        watched = _Parameters(parameters, self._read)
+        vars(holder)["_parameters"] = watched
+        stack.callback(_give_back, holder, parameters, watched)
+
+    def _enter(self, layer: nn.Module, inputs: object) -> None:
+        self._depth += 1
+
+    def _leave(self, layer: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], outputs: Tensor) -> None:
+        self._depth -= 1
         kind = layer_type(layer)
         assert kind is not None
-        seen.append(kind.call(inputs[0] if inputs else named[kind.argument], outputs))
+        self.calls.append(kind.call(inputs[0] if inputs else named[kind.argument], outputs))
 
-    return record
+    def _read(self) -> None:
+        self.reads += not self._depth
+
+
+class _Parameters(dict[str, nn.Parameter | None]):
+    """A module's parameters, which tell when the weight is taken by name, as ``module.weight`` does."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter | None], read: Callable[[], None]) -> None:
+        super().__init__(parameters)
+        self._read = read
+
+    def __getitem__(self, name: str) -> nn.Parameter | None:
+        if name == "weight":
+            self._read()
+        return super().__getitem__(name)
+
+
+def _give_back(
+    holder: nn.Module, parameters: dict[str, nn.Parameter | None], watched: Mapping[str, nn.Parameter | None]
+) -> None:
+    parameters.clear()
+    parameters.update(watched)
+    vars(holder)["_parameters"] = parameters
 
 
 @contextmanager

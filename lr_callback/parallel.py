@@ -52,7 +52,12 @@ def workers() -> Iterator[Workers]:
     """
     threads = torch.get_num_threads()
     try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        # The threads are not in the inference mode of the one that opens them, and must share their tensors with it.
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+        ):
             yield Workers(pool)
     finally:
         # Setting it in a worker also changes the default of threads that start later.

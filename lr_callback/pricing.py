@@ -8,10 +8,9 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lr_callback.costs import LayerCost
-from lr_callback.find import Found, check_weight
+from lr_callback.find import Found, check_weight, replaceable_in
 from lr_callback.folding import Geometry
 from lr_callback.layer_types import layer_cost, layer_type, saved_cost
-from lr_callback.layers import FactorizedLayer
 from lr_callback.observe import Observation
 
 
@@ -25,17 +24,23 @@ def dense_parameters(model: nn.Module) -> int:
         if is_lazy(parameter):
             raise ValueError(f"{name}: it is not initialised yet and cannot be counted; run one batch first.")
     own = sum(parameter.numel() for parameter in model.parameters())
-    return own + sum(saved_cost(layer) for layer in model.modules() if isinstance(layer, FactorizedLayer))
+    return own + sum(saved_cost(layer) for layer in replaceable_in(model).values())
 
 
 def dense_again(model: nn.Module, skipped: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
-    """Return the dense weight's shape of each layer that is left out and factorized."""
-    layers = {name: layer for name, layer in model.named_modules() if name in skipped}
-    return {
-        name: layer_cost(layer).geometry.weight_shape
-        for name, layer in layers.items()
-        if isinstance(layer, FactorizedLayer)
-    }
+    """Return the dense weight's shape of each layer that is left out, factorized, and can be replaced."""
+    layers = replaceable_in(model)
+    return {name: layer_cost(layer).geometry.weight_shape for name, layer in layers.items() if name in skipped}
+
+
+def leave_out_unused(found: Found, observation: Observation | None) -> None:
+    """Move the layers that a run neither called nor read to the skipped ones; without a run, none."""
+    if observation is None:
+        return
+    for name in list(found.layers):
+        if not observation.calls.get(name) and not observation.reads.get(name):
+            found.skipped[name] = "not used on the example input: neither called, nor its weight read"
+            del found.layers[name]
 
 
 def layer_costs(
@@ -51,8 +56,8 @@ def layer_costs(
         calls = None if observation is None else observation.calls.get(name, ())
         zero = check_weight(name, layer)
         reason = zero if skip_zero else None
-        if calls == ():
-            reason = "its forward is not called on the example input"
+        if observation is not None:
+            reason = observation.why_not(name) or reason
         if reason is not None:
             found.skipped[name] = reason
             continue

@@ -33,11 +33,20 @@ def load(source: Allocation | Mapping[str, Any] | str | Path) -> Allocation | Ma
             "Nothing was changed."
         )
     path = Path(source)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; `source` must be an allocation, JSON text, a dict or a path.")
+    if not _is_file(path):
+        raise FileNotFoundError(
+            f"{str(path)[:200]}: no such file; `source` must be an allocation, JSON text, a dict or a path."
+        )
     with path.open("rb") as file:
         is_text = file.read(64).lstrip().startswith(b"{")
     return Allocation.from_json(path) if is_text or path.suffix == ".json" else read_checkpoint(path)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # no path at all: too long, or with a zero byte
+        return False
 
 
 def read_checkpoint(path: Path) -> Mapping[str, Any]:
@@ -84,6 +93,33 @@ def state_dict_of(loaded: Mapping[str, Any]) -> dict[str, Tensor]:
 def _is_entry(entry: tuple[object, object]) -> bool:
     name, value = entry
     return isinstance(name, str) and (isinstance(value, Tensor) or is_extra(name))
+
+
+def check_values(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Refuse values that torch would stop at in the middle of loading, or convert to something else.
+
+    Args:
+        own: state dict of the model.
+        state: that is to be loaded, in names and shapes that fit.
+
+    Raises:
+        ValueError: If a value is not a plain tensor with values, or is not floating point where the model's is.
+    """
+    for name, value in state.items():
+        reason = None if is_extra(name) else _misfit(own.get(name), value)
+        if reason is not None:
+            raise ValueError(f"`source`: {name} must be {reason}. Nothing was changed.")
+
+
+def _misfit(own: Tensor | None, value: Tensor) -> str | None:
+    """Return what a value must be and is not, None if it is; what the model lacks is a factor."""
+    if value.layout != torch.strided or value.is_quantized or value.is_nested or value.device.type == "meta":
+        return f"a plain tensor with values, found layout {value.layout} on {value.device}, dtype {value.dtype}"
+    if (own is None or own.is_floating_point()) and not value.is_floating_point():
+        return f"floating point, found {value.dtype}"
+    if own is not None and value.is_complex() and not own.is_complex():
+        return f"real, found {value.dtype}"
+    return None
 
 
 def is_extra(name: str) -> bool:

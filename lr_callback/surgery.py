@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from lr_callback.allocation import Allocation
 from lr_callback.build import build_layers, check_allocation, densified, weights_held
+from lr_callback.find import find_layers
 from lr_callback.layers import FactorizedLayer
 from lr_callback.optimizers import Replacements, replace_parameters
 from lr_callback.parallel import workers
@@ -100,7 +101,7 @@ def densify_(model: nn.Module, *, optimizers: Iterable[Optimizer] | Optimizer = 
         What was done.
 
     Raises:
-        ValueError: If the model itself is a factorized layer.
+        ValueError: If the model itself is a factorized layer, or one cannot be replaced. Nothing was changed.
 
     Example::
 
@@ -113,6 +114,9 @@ def densify_(model: nn.Module, *, optimizers: Iterable[Optimizer] | Optimizer = 
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, FactorizedLayer)}
     if "" in layers:
         raise ValueError("`model` is a factorized layer itself, not one that holds it; take `model.to_dense()`.")
+    for name, reason in find_layers(model).skipped.items():
+        if name in layers:
+            raise ValueError(f"{name}: it cannot be made dense, {reason}. Nothing was changed.")
     return replace_layers(model, {name: densified(layer) for name, layer in layers.items()}, optimizers)
 
 

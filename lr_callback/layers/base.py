@@ -60,6 +60,11 @@ class FactorizedLayer(nn.Module, ABC):
         self.encoder, self.decoder = self._factors(dense, rank)
 
     @classmethod
+    def own_attributes(cls) -> set[str]:
+        """Return the names of what a layer of this type is given when made; what else it has is the user's."""
+        return {"folding", "num_slices", *cls.attributes}
+
+    @classmethod
     def refusal(cls, dense: nn.Module) -> str | None:
         """Return why a dense layer of this type cannot be factorized, None if it can."""
         return None

@@ -60,6 +60,11 @@ class FactorizedConvolution(FactorizedLayer):
     padding_mode: str
 
     @classmethod
+    def own_attributes(cls) -> set[str]:
+        """Return the names of what a layer of this type is given when it is made."""
+        return {*super().own_attributes(), "decoder_axes"}
+
+    @classmethod
     def geometry(cls, layer: nn.Module) -> Geometry:
         """Return the sizes of the weight."""
         assert isinstance(layer, (_ConvNd, FactorizedConvolution))

@@ -1,5 +1,7 @@
 """What a module is made of and how it is called: recomputed, laid out otherwise, hooked, shared, held elsewhere."""
 
+from itertools import cycle, islice
+
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
@@ -120,15 +122,33 @@ def test_hooks_go_on_and_their_handles_still_remove_them(fit):
 class HeldElsewhere(Plain):
     def build(self):
         super().build()
-        self.listed = [*self.first]
+        self.held = self.hold(*self.first)
+
+    def hold(self, *layers):
+        return cycle(layers)
 
     def forward(self, images):
-        for layer in self.listed:
+        layers = self.held() if callable(self.held) else islice(self.held, 3)
+        for layer in layers:
             images = layer(images)
         return self.last(images)
 
 
-@pytest.mark.situation("Model features", "layers called from a plain list or a closure", "refused")
+class HeldByAClosure(HeldElsewhere):
+    def hold(self, *layers):
+        return lambda: layers
+
+
+@pytest.mark.situation("Model features", "layers called from a plain list, a closure or an object", "works")
+def test_layer_that_a_closure_holds_stays_dense_and_says_why(fit):
+    module, callback = HeldByAClosure(), LowRankCompression(0.5, 1, show_table=False)
+    losses = train(fit, module, callback)
+    assert losses[-1] < losses[0]
+    assert isinstance(module.last[1], FactorizedLinear)
+    assert "held by the attribute held of the model too" in callback.allocation.skipped["first.2"]
+
+
+@pytest.mark.situation("Model features", "layers called from where they cannot be found", "refused")
 def test_layer_that_is_called_from_elsewhere_is_reported_at_the_first_batch(fit):
     # Without the report the dense layers would go on being called, and nothing that is called would train.
     module, losses = HeldElsewhere(), Losses()
