@@ -163,6 +163,7 @@ def _quiet_jit(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message="`torch.jit.* is deprecated")
+        warnings.simplefilter("ignore", DeprecationWarning)  # of the properties of modules: all are looked at
         # LightningModule has it: while it is set, `trainer` may be looked at where there is none.
         for base in {base for module in model.modules() for base in type(module).__mro__ if flag in vars(base)}:
             stack.callback(setattr, base, flag, vars(base)[flag])

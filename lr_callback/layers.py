@@ -6,7 +6,8 @@ A new layer type is one class here and one row in the table of :mod:`lr_callback
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Literal
+from inspect import getmembers
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -44,17 +45,24 @@ class SlicedLinear(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Apply each slice's map."""
-        if self.num_slices == 1:
-            return nn.functional.linear(features, self.weight)
         # One batched product with the slices as its batch, however many leading dimensions there are.
         width = self.weight.shape[1]
         sliced = features.reshape(-1, self.num_slices, width).transpose(0, 1)
         mapped = torch.bmm(sliced, self.weight.reshape(self.num_slices, -1, width).mT)
-        return mapped.transpose(0, 1).reshape(*features.shape[:-1], self.out_features)
+        shape = list(features.shape[:-1])  # TorchScript takes a list here, and nothing unpacked
+        shape.append(self.out_features)
+        return mapped.transpose(0, 1).reshape(shape)
 
     def extra_repr(self) -> str:
         """Describe the sizes."""
         return f"in_features={self.in_features}, out_features={self.out_features}, num_slices={self.num_slices}"
+
+
+def _linear_encoder(in_features: int, out_features: int, num_slices: int, dtype: torch.dtype) -> nn.Module:
+    """Return an encoder on the meta device; of one slice an ``nn.Linear``, which quantization and adapters look for."""
+    if num_slices == 1:
+        return nn.Linear(in_features, out_features, bias=False, device="meta", dtype=dtype)
+    return SlicedLinear(in_features, out_features, num_slices, device="meta", dtype=dtype)
 
 
 class FactorizedLayer(nn.Module, ABC):
@@ -66,6 +74,13 @@ class FactorizedLayer(nn.Module, ABC):
         folding: which kernel axes the decoder has.
         num_slices: equal parts of the input channels.
     """
+
+    __jit_unused_properties__: ClassVar[list[str]]
+
+    def __init_subclass__(cls, **options: object) -> None:
+        """Keep TorchScript from compiling the properties: only ``forward`` is what a layer computes."""
+        super().__init_subclass__(**options)
+        cls.__jit_unused_properties__ = [name for name, _ in getmembers(cls, lambda one: isinstance(one, property))]
 
     def __init__(self, encoder: nn.Module, decoder: nn.Module, folding: str, num_slices: int) -> None:
         super().__init__()
@@ -136,7 +151,7 @@ class FactorizedLinear(FactorizedLayer):
         self, dense: nn.Linear | FactorizedLinear, num_slices: int, rank: int, folding: str = "kernel_in_encoder"
     ) -> None:
         like, width, has_bias = _any_weight(dense), num_slices * rank, dense_bias(dense) is not None
-        encoder = SlicedLinear(dense.in_features, width, num_slices, device="meta", dtype=like.dtype)
+        encoder = _linear_encoder(dense.in_features, width, num_slices, like.dtype)
         decoder = nn.Linear(width, dense.out_features, bias=has_bias, device="meta", dtype=like.dtype)
         encoder.to_empty(device=like.device)
         decoder.to_empty(device=like.device)
