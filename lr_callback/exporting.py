@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lr_callback.allocation import Allocation
 from lr_callback.example import Example, largest_difference
@@ -115,8 +115,9 @@ def export(
     with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder, untouched(model):
         part = Path(folder) / path.name
         with torch.compiler.set_stance("force_eager"):
+            calls = _calls(model, example, dynamic_batch)
             FORMATS[format].write(Order(model, example, dynamic_batch, notes), part)
-            difference = _checked(model, format, part, example, dynamic_batch)
+            difference = _checked(format, part, calls, _tolerance(model, example))
         done = Exported(format, path, part.stat().st_size, _saved_bytes(model), difference)
         part.replace(path)
     return done
@@ -172,45 +173,63 @@ def _saved_bytes(model: nn.Module) -> int:
     return sum(saved_cost(layer) * layer.factors[0].element_size() for layer in layers)
 
 
-def _checked(model: nn.Module, format: str, part: Path, example: Example | None, dynamic_batch: bool) -> float:
-    """Return the largest difference of a file's outputs, on the example and on other numbers of rows.
+def _calls(model: nn.Module, example: Example | None, dynamic_batch: bool) -> list[tuple[Example, object]]:
+    """Return what a model gives for the example, and for other numbers of rows where the file is to take them.
+
+    Raises:
+        ValueError: If the model itself does not take another number of rows.
+    """
+    if example is None:
+        return []
+    calls = [(example, example.call(model))]
+    for rows in {1, (example.rows or 1) + 1} - {example.rows} if dynamic_batch else ():
+        other = example.with_rows(rows)
+        try:
+            calls.append((other, other.call(model)))
+        except Exception as error:  # whatever the model raises
+            raise ValueError(
+                f"`dynamic_batch`: {type(model).__name__} must take any number of rows itself, found that "
+                f"{_rows(other)} make a {type(error).__name__}: {_short(error)}; pass `dynamic_batch=False`. Nothing was written."
+            ) from error
+    return calls
+
+
+def _checked(format: str, part: Path, calls: Sequence[tuple[Example, object]], allowed: float) -> float:
+    """Return the largest difference of a file's outputs to the model's.
 
     Raises:
         ValueError: If it is larger than what other sums of the same numbers make.
     """
     opener = FORMATS[format].open
-    if opener is None or example is None:
+    if opener is None:
         return 0.0
-    examples = [example]
-    if dynamic_batch and example.rows:
-        examples += [example.with_rows(rows) for rows in (1, example.rows + 1) if rows != example.rows]
     try:
         run = opener(part)
     except Exception as error:  # each runtime has types of its own
-        raise ValueError(_unreadable(format, None, error)) from error
-    return max(_difference(model, run, format, one) for one in examples)
+        raise ValueError(_unreadable(format, "opened", error)) from error
+    return max(_difference(run, format, example, expected, allowed) for example, expected in calls)
 
 
-def _difference(model: nn.Module, run: Callable[[Example], object], format: str, example: Example) -> float:
-    expected = example.call(model)
+def _difference(
+    run: Callable[[Example], object], format: str, example: Example, expected: object, allowed: float
+) -> float:
     try:
         found = run(example)
     except Exception as error:
-        raise ValueError(_unreadable(format, example, error)) from error
+        raise ValueError(_unreadable(format, f"run on {_rows(example)}", error)) from error
     difference = largest_difference(expected, found)
-    allowed = _tolerance(example, model)
     if difference is None or difference > allowed:
         told = "other shapes, types or whole numbers" if difference is None else f"{difference:.1e} relative to them"
         raise ValueError(
-            f"{format}: the file must give the outputs of the model within {allowed:.0e}, found {told} at "
-            f"{_rows(example)}. Its `forward` may read the number of rows or values of the example as constants: pass "
-            "`dynamic_batch=False`, or change it. Nothing was written."
+            f"{format}: the file must give the outputs of the model within {allowed:.0e}, found {told} for "
+            f"{_rows(example)}. Its `forward` may draw random numbers, or take the number of rows or a value of the "
+            "example for a constant: change it, or pass `dynamic_batch=False`. Nothing was written."
         )
     return difference
 
 
-def _tolerance(example: Example, model: nn.Module) -> float:
-    tensors: list[Tensor] = [*example.tensors, *model.parameters()]
+def _tolerance(model: nn.Module, example: Example | None) -> float:
+    tensors = [*([] if example is None else example.tensors), *model.parameters()]
     return max((_TOLERANCES.get(one.dtype, _TOLERANCE) for one in tensors if one.is_floating_point()), default=0.0)
 
 
@@ -218,9 +237,12 @@ def _rows(example: Example) -> str:
     return f"inputs of shape {', '.join(str(tuple(tensor.shape)) for tensor in example.tensors)}"
 
 
-def _unreadable(format: str, example: Example | None, error: Exception) -> str:
-    what = "opened" if example is None else f"run on {_rows(example)}"
+def _unreadable(format: str, what: str, error: Exception) -> str:
     return (
         f"{format}: the file that was made must be one that can be {what}, found {type(error).__name__}: "
-        f"{' '.join(str(error).split())[:400]}. Nothing was written."
+        f"{_short(error)}. Nothing was written."
     )
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:400]
