@@ -189,7 +189,8 @@ def _calls(model: nn.Module, example: Example | None, dynamic_batch: bool) -> li
         except Exception as error:  # whatever the model raises
             raise ValueError(
                 f"`dynamic_batch`: {type(model).__name__} must take any number of rows itself, found that "
-                f"{_rows(other)} make a {type(error).__name__}: {_short(error)}; pass `dynamic_batch=False`. Nothing was written."
+                f"{_rows(other)} make a {type(error).__name__}: {_short(error)}; pass `dynamic_batch=False`. "
+                "Nothing was written."
             ) from error
     return calls
 
@@ -240,7 +241,8 @@ def _rows(example: Example) -> str:
 def _unreadable(format: str, what: str, error: Exception) -> str:
     return (
         f"{format}: the file that was made must be one that can be {what}, found {type(error).__name__}: "
-        f"{_short(error)}. Nothing was written."
+        f"{_short(error)}. Not every runtime has every dtype: a copy of the model in float32 may do. "
+        "Nothing was written."
     )
 
 

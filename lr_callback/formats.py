@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,6 +18,9 @@ from torch.export import Dim, ExportedProgram
 
 from lr_callback.example import Example
 from lr_callback.safetensors_file import read_safetensors, same_tensors, write_safetensors
+
+if TYPE_CHECKING:
+    from onnx_ir import Graph
 
 ONNX_LIMIT = 2**31 - 1
 """Bytes of the largest ONNX file: it is one message of protobuf."""
@@ -94,7 +98,10 @@ def _refusal(tool: str, order: Order, error: Exception) -> str:
 
 
 def _write_program(order: Order, path: Path) -> None:
-    torch.export.save(exported_program(order), path)
+    with warnings.catch_warnings():
+        # Of weights in channels_last; what the file gives is compared with the model all the same.
+        warnings.filterwarnings("ignore", message="No complete tensor found in the group")
+        torch.export.save(exported_program(order), path)
 
 
 def _open_program(path: Path) -> Callable[[Example], object]:
@@ -110,16 +117,25 @@ def _write_onnx(order: Order, path: Path) -> None:
             f"{path.name}: an ONNX file must stay below {ONNX_LIMIT:,} bytes, found weights of {held:,}. Export to "
             "torch-export, or call torch.onnx.export(..., external_data=True) yourself. Nothing was written."
         )
-    assert order.example is not None
-    axes = order.example.axes(order.model, "batch") if order.dynamic_batch else None
     try:
-        made = torch.onnx.export(program, dynamo=True, dynamic_shapes=axes, external_data=False, verbose=False)
+        made = torch.onnx.export(program, dynamo=True, external_data=False, verbose=False)
     except Exception as error:  # whatever an operator that ONNX does not know raises
         raise ValueError(_refusal("torch.onnx.export", order, error)) from error
     assert made is not None
-    for node in made.model.graph.all_nodes():
-        node.metadata_props.clear()  # the code that it was made from, with the paths of this machine
+    _tidy(made.model.graph)
     made.save(path, external_data=False)
+
+
+def _tidy(graph: Graph) -> None:
+    """Call the number of rows ``batch``, and take out the code that nodes were made from, with this machine's paths."""
+    changing = (str(size) for value in graph.inputs for size in value.shape or () if not isinstance(size, int))
+    symbol = re.compile(rf"\b{next(changing, 'batch')}\b")
+    for node in graph.all_nodes():
+        node.metadata_props.clear()
+    for value in [*graph.inputs, *(output for node in graph.all_nodes() for output in node.outputs)]:
+        for axis, size in enumerate(value.shape or ()):
+            if value.shape is not None and not isinstance(size, int):
+                value.shape[axis] = symbol.sub("batch", str(size))
 
 
 def _open_onnx(path: Path) -> Callable[[Example], object]:
