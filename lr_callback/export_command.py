@@ -13,7 +13,7 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import LightningDataModule, LightningModule
-from torch import nn
+from torch import Tensor, nn
 
 from lr_callback.allocation import Allocation
 from lr_callback.checkpoint import restore_
@@ -156,8 +156,7 @@ def _call(chosen: Namespace, needs_example: bool) -> tuple[nn.Module, Example | 
     if not needs_example:
         return chosen.model, None
     if chosen.input_shape is not None:
-        shape = [int(size) for size in chosen.input_shape.strip("[]()").split(",")]
-        return chosen.model, Example((torch.randn(shape, generator=torch.Generator().manual_seed(0)),))
+        return chosen.model, Example((_random(chosen.input_shape),))
     example = getattr(chosen.model, "example_input_array", None)
     if example is not None:
         return chosen.model, Example.of(example)
@@ -167,6 +166,14 @@ def _call(chosen: Namespace, needs_example: bool) -> tuple[nn.Module, Example | 
             "--input_shape 1,3,32,32; got none."
         )
     return call_of_step(chosen.model, chosen.data)
+
+
+def _random(shape: str) -> Tensor:
+    """Return random numbers, the same ones each time."""
+    sizes = [size.strip() for size in shape.strip("[]()").split(",")]
+    if not all(size.isdigit() for size in sizes):
+        raise ValueError(f"--input_shape must be whole numbers, for example 1,3,32,32, got {shape}.")
+    return torch.randn([int(size) for size in sizes], generator=torch.Generator().manual_seed(0))
 
 
 def _allocation(loaded: Mapping[str, Any], model: nn.Module) -> Allocation | None:
