@@ -38,7 +38,7 @@ def export_command(arguments: Sequence[str]) -> Exported:
     Returns:
         What was written.
     """
-    parser = _parser()
+    parser = export_parser()
     seen = _peek(arguments)
     try:
         if seen.checkpoint is not None:
@@ -49,7 +49,8 @@ def export_command(arguments: Sequence[str]) -> Exported:
         parser.error(str(error))
 
 
-def _parser() -> ArgumentParser:
+def export_parser() -> ArgumentParser:
+    """Return the parser of ``lr-callback export``."""
     parser = ArgumentParser(prog="lr-callback export", description="Write a checkpoint's model for another program.")
     add = parser.add_argument
     add("--checkpoint", type=str, required=True, help="a checkpoint of Lightning, or a state dict")

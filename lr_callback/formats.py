@@ -140,7 +140,7 @@ def _tidy(graph: Graph) -> None:
 
 def _open_onnx(path: Path) -> Callable[[Example], object]:
     runtime = import_module("onnxruntime")
-    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     names = [one.name for one in session.get_inputs()]
 
     def run(example: Example) -> object:

@@ -51,7 +51,7 @@ def write_safetensors(path: Path, state: Mapping[str, Tensor], notes: Mapping[st
         if kept != name:
             others[name] = kept
     tensors = {name: _plain(value) for name, value in state.items() if name not in others}
-    import_module("safetensors.torch").save_file(tensors, path, {"format": "pt", **others, **notes})
+    import_module("safetensors.torch").save_file(tensors, str(path), {"format": "pt", **others, **notes})
 
 
 def _place(name: str, value: Tensor) -> object:
@@ -85,7 +85,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             "install it with: pip install 'lr_callback[export]'. Nothing was changed."
         ) from error
     try:
-        with package.safe_open(path, framework="pt") as file:
+        with package.safe_open(str(path), framework="pt") as file:
             notes: Mapping[str, str] = file.metadata() or {}
             names: list[str] = file.keys()
             tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in names}

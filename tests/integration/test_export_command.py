@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import LightningCLI
 from torch import nn
 
 import lr_callback as lrc
@@ -169,6 +170,20 @@ def test_arguments_that_the_module_has_saved(saved, command, monkeypatch):
     command("export", "--checkpoint", checkpoint, "--model", "my_modules.Saving", "--format", "torch-export")
     inputs = torch.randn(5, 32)
     assert torch.equal(outputs(checkpoint.with_suffix(".pt2"), inputs), model(inputs))
+
+
+def test_class_and_arguments_that_lightning_cli_has_saved(command, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "my_modules", sys.modules[__name__])
+    monkeypatch.setattr(Saving, "__module__", "my_modules")
+    quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "default_root_dir": str(tmp_path)}
+    monkeypatch.setattr(sys, "argv", ["any"])
+    options = {"run": False, "subclass_mode_model": True, "save_config_callback": None, "trainer_defaults": quiet}
+    cli = LightningCLI(Saving, args=["--model", "my_modules.Saving", "--model.width", "32"], **options)
+    cli.trainer.strategy.connect(cli.model)
+    cli.trainer.save_checkpoint(tmp_path / "cli.ckpt")
+    command("export", "--checkpoint", tmp_path / "cli.ckpt", "--format", "torch-export")
+    with torch.no_grad():
+        assert torch.equal(outputs(tmp_path / "cli.pt2", torch.ones(3, 32)), cli.model.eval()(torch.ones(3, 32)))
 
 
 def test_arguments_from_the_configuration_of_a_command_line_for_one_class(saved, command, monkeypatch, tmp_path):
