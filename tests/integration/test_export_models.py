@@ -101,7 +101,6 @@ OTHERS = {
     "channels_last": (convolution(**LAST), torch.randn(2, 8, 8, 8).to(**LAST), set()),
     "two inputs": (Pair(), (PAIR["left"], PAIR["right"]), {"torchscript"}),
     "named inputs, one of them a number": (Pair(), PAIR, {"torchscript"}),
-    "one more axis": (nn.Sequential(nn.Linear(64, 64)), torch.randn(2, 5, 64), set()),
 }
 
 

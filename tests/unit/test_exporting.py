@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import lr_callback as lrc
-from lr_callback.example import Example
+from lr_callback.example import Example, largest_difference
 from lr_callback.formats import FORMATS, check_format
 from lr_callback.safetensors_file import read_safetensors
 
@@ -57,15 +57,14 @@ def file(tmp_path, format):
     return tmp_path / f"model{FORMATS[format].suffix}"
 
 
-@pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.situation("Out of the door", "a file for any number of rows, made from one", "works")
-def test_file_gives_the_outputs_for_any_number_of_rows(format, file, rows):
+def test_file_gives_the_outputs_for_any_number_of_rows(format, file):
     model = cut(network())
     done = lrc.export(model, file, example_input=images(1))
     assert (done.format, done.path, done.file_bytes) == (format, file, file.stat().st_size)
     assert done.difference < 1e-5
-    [found] = [run(file, images(rows))] if format != "onnx" else run(file, images(rows))
-    assert torch.allclose(found, outputs(model, images(rows)), rtol=1e-4, atol=1e-5)
+    for rows in (1, 3):
+        assert largest_difference(outputs(model, images(rows)), run(file, images(rows))) < 1e-4
 
 
 def test_model_is_given_back_as_it_was(file):
