@@ -11,6 +11,8 @@ from lr_callback.analysis import Analysis as Analysis
 from lr_callback.analysis import allocate as allocate
 from lr_callback.analysis import analyze as analyze
 from lr_callback.checkpoint import restore_ as restore_
+from lr_callback.exporting import Exported as Exported
+from lr_callback.exporting import export as export
 from lr_callback.hook import prepare as prepare
 from lr_callback.layers import FactorizedConv1D as FactorizedConv1D
 from lr_callback.layers import FactorizedConv1d as FactorizedConv1d
@@ -41,6 +43,7 @@ __all__ = [
     "Allocation",
     "Analysis",
     "EnergyThreshold",
+    "Exported",
     "FactorizedConv1D",
     "FactorizedConv1d",
     "FactorizedConv2d",
@@ -60,6 +63,7 @@ __all__ = [
     "allocate",
     "analyze",
     "densify_",
+    "export",
     "factorize_",
     "load_from_checkpoint",
     "prepare",

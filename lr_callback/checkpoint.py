@@ -34,7 +34,8 @@ def restore_(model: nn.Module, source: Allocation | Mapping[str, Any] | str | Pa
         model: dense or factorized, on any device; it keeps the device and dtype of each layer.
         source: an :class:`~lr_callback.allocation.Allocation`, its dict, its JSON text, a path of its JSON file; or a
             Lightning checkpoint or a state dict, as a path or as the loaded dict. A checkpoint of a LightningModule
-            may be restored into the network inside it. Files are read with ``weights_only=True``.
+            may be restored into the network inside it. Files are read with ``weights_only=True``, and those of
+            safetensors as what they are.
 
     Without weights in the source (an allocation) the model's own weights are factorized.
 

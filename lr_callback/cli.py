@@ -1,4 +1,4 @@
-"""Command line: LightningCLI with the callback ready to configure, and a look at a model without training it."""
+"""Command line: LightningCLI with the callback ready to configure, a look at a model, and its export."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from torch import nn
 from lr_callback.allocation import Allocation
 from lr_callback.analysis import analyze
 from lr_callback.callback import LowRankCompression
+from lr_callback.export_command import export_command
 from lr_callback.methods import Method
 from lr_callback.report import comparison
 from lr_callback.stages import measure_stages
 
 _DESCRIPTION = (
     "Train a model with low-rank compression on the way (fit), and evaluate checkpoints from before or after it. "
-    "What compression would make of a model, without training it, shows: lr-callback analyze --help"
+    "What compression would make of a model, without training it, shows: lr-callback analyze --help. "
+    "A checkpoint's model for another program writes: lr-callback export --help"
 )
 
 
@@ -113,6 +115,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     listed = list(sys.argv[1:] if arguments is None else arguments)
     if listed[:1] == ["analyze"]:
         analyze_command(listed[1:])
+        return
+    if listed[:1] == ["export"]:
+        _write(str(export_command(listed[1:])))
         return
     CompressionCLI(
         args=None if arguments is None else listed,

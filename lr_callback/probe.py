@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from lr_callback.example import Example
 from lr_callback.observe import Observation, observe_run, untouched
 
 _LEAST_SECONDS = 0.5
@@ -68,6 +69,11 @@ class Probe:
     def seen(self) -> bool:
         """Whether a call was recorded."""
         return bool(self._calls)
+
+    @property
+    def calls(self) -> list[tuple[nn.Module, Example]]:
+        """The modules that were called, in order, and with what."""
+        return [(call.module, Example(call.arguments, call.named)) for call in self._calls]
 
     def start(self) -> None:
         """Watch the calls of all modules."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lr_callback.allocation import Allocation
+from lr_callback.safetensors_file import is_safetensors, read_safetensors
 
 
 def load(source: Allocation | Mapping[str, Any] | str | Path) -> Allocation | Mapping[str, Any]:
@@ -37,6 +38,8 @@ def load(source: Allocation | Mapping[str, Any] | str | Path) -> Allocation | Ma
         raise FileNotFoundError(
             f"{str(path)[:200]}: no such file; `source` must be an allocation, JSON text, a dict or a path."
         )
+    if is_safetensors(path):
+        return read_safetensors(path)
     with path.open("rb") as file:
         is_text = file.read(64).lstrip().startswith(b"{")
     return Allocation.from_json(path) if is_text or path.suffix == ".json" else read_checkpoint(path)

@@ -9,8 +9,10 @@ from pathlib import Path
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
 
 from lr_callback.checkpoint import restore_
+from lr_callback.example import Example
 from lr_callback.probe import Probe
 from lr_callback.report import Stage
 
@@ -68,6 +70,44 @@ def measure_stages(
         ]
     model.to(device)
     return stages
+
+
+def call_of_step(model: LightningModule, datamodule: LightningDataModule | None) -> tuple[nn.Module, Example]:
+    """Return what a module's step calls on the first batch of its test or validation data, on the CPU, and how.
+
+    Args:
+        model: is in no Trainer afterwards.
+        datamodule: of the run; None: the model has its own loaders.
+
+    Raises:
+        ValueError: If there is no such step, or no data for it, or it calls several modules one after the other.
+    """
+    watch = _FirstBatch(model)
+    with _quiet():
+        trainer = Trainer(
+            accelerator="cpu",
+            devices=1,
+            callbacks=[watch],
+            limit_test_batches=1,
+            limit_val_batches=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        run = _loop(trainer, model, datamodule)
+        if run is not None:
+            run(model, datamodule=datamodule, verbose=False)
+    model.trainer = None
+    calls = watch.probe.calls
+    modules = dict(reversed(calls))  # the first call of each
+    if len(modules) != 1:
+        raise ValueError(
+            f"{type(model).__name__}: its test or validation step must call one module, to tell what is exported and "
+            f"with which input, found {len(modules)}; give the network by --model and the shape of its input by "
+            "--input_shape."
+        )
+    return next(iter(modules.items()))
 
 
 @contextmanager

@@ -77,6 +77,17 @@ def test_lightning_cli(tmp_path):
     assert number(r"val_accuracy ([\d.]+) with", text) > 0.85
 
 
+@pytest.mark.skipif(find_spec("onnxruntime") is None, reason="needs pip install 'lr_callback[export]'")
+def test_export_serve(tmp_path):
+    text = run(tmp_path, "export_serve.py")
+    ((dense, written),) = re.findall(r"^onnx +([\d,]+) +([\d,]+) ", text, flags=re.MULTILINE)
+    assert int(written.replace(",", "")) < 0.2 * int(dense.replace(",", ""))
+    assert number(r"served: accuracy ([\d.]+)", text) > 0.8
+    assert (
+        number(r"same answers as the model: (\d+) of 360", text) >= 359
+    )  # a tie of two scores may be broken otherwise
+
+
 @pytest.mark.situation("Strategies", "DDP as on several machines, started by torchrun", "works")
 def test_multi_node(tmp_path):
     launch = ["-m", "torch.distributed.run", "--standalone", "--nnodes=1", "--nproc_per_node=2"]

@@ -36,18 +36,16 @@ class SlicedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.num_slices = in_features, out_features, num_slices
         self.weight = nn.Parameter(torch.empty(out_features, in_features // num_slices, device=device, dtype=dtype))
+        self.register_parameter("bias", None)  # code that initializes Linear layers asks for it
         if self.weight.device.type != "meta":
             nn.init.kaiming_uniform_(self.weight, a=5**0.5)
 
     def forward(self, features: Tensor) -> Tensor:
         """Apply each slice's map."""
-        # One batched product with the slices as its batch, however many leading dimensions there are.
-        width = self.weight.shape[1]
-        sliced = features.reshape(-1, self.num_slices, width).transpose(0, 1)
-        mapped = torch.bmm(sliced, self.weight.reshape(self.num_slices, -1, width).mT)
-        shape = list(features.shape[:-1])  # TorchScript takes a list here, and nothing unpacked
-        shape.append(self.out_features)
-        return mapped.transpose(0, 1).reshape(shape)
+        # One batched product with the slices as its batch; nothing looks at the input's shape, so fx can trace it.
+        sliced = torch.unflatten(features, -1, (self.num_slices, -1))
+        maps = torch.unflatten(self.weight, 0, (self.num_slices, -1))
+        return torch.einsum("...kw,krw->...kr", sliced, maps).flatten(-2)
 
     def extra_repr(self) -> str:
         """Describe the sizes."""

@@ -1,4 +1,4 @@
-"""The Conv1D of transformers, and that nothing of transformers is imported for it."""
+"""Linear layers in slices; the Conv1D of transformers, and that nothing of transformers is imported for it."""
 
 import subprocess
 import sys
@@ -64,3 +64,18 @@ def test_factorized_linears_are_scripted():
     model = nn.Sequential(nn.Linear(32, 32))
     lrc.factorize_(model, lrc.allocate(model, 0.5))
     assert torch.allclose(torch.jit.script(model)(torch.ones(2, 3, 32)), model(torch.ones(2, 3, 32)))
+
+
+def test_slices_are_traced_by_fx_and_batched_by_vmap():
+    dense = nn.Linear(12, 5)
+    layer = lrc.FactorizedLinear(dense, num_slices=3, rank=2)
+    inputs = torch.randn(7, 12)
+    model = nn.Sequential(layer)
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(inputs), model(inputs))
+    torch.testing.assert_close(torch.func.vmap(model)(inputs), model(inputs))
+
+
+def test_initialization_that_asks_for_a_bias_finds_none():
+    layer = lrc.FactorizedLinear(nn.Linear(12, 5), num_slices=3, rank=2)
+    assert layer.encoder.bias is None
+    assert "encoder.bias" not in layer.state_dict()

@@ -1,0 +1,38 @@
+"""What ``docs/EXPORT.md`` shows runs, and what it lists is so."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from lr_callback.export_command import export_parser
+from lr_callback.formats import FORMATS
+
+for package in ("onnx", "onnxscript", "onnxruntime", "safetensors"):
+    pytest.importorskip(package)
+PAGE = (Path(__file__).resolve().parents[1] / "docs" / "EXPORT.md").read_text(encoding="utf-8")
+
+
+def test_python_blocks_run_from_top_to_bottom(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code = "\n".join(re.findall(r"^```python\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL))
+    exec(compile(code, "EXPORT.md", "exec"), {"__name__": "page"})
+    shown = capsys.readouterr().out
+    assert [line.split()[0] for line in shown.splitlines()[1::4]] == ["onnx", "torch-export", "safetensors"]
+    assert {one.name for one in tmp_path.iterdir()} == {"model.onnx", "model.pt2", "model.safetensors"}
+
+
+def test_table_is_that_of_the_formats():
+    rows = re.findall(r"^\| `(\S+)` \| `(\S+)` \| `(.*?)` \|", PAGE, flags=re.MULTILINE)
+    expected = [(name, row.suffix, row.reload.format(path="path")) for name, row in FORMATS.items()]
+    assert [(name, suffix, line) for name, suffix, line in rows] == [
+        (name, suffix, line.partition(" = ")[2] or line) for name, suffix, line in expected
+    ]
+
+
+def test_options_exist():
+    known = {option for action in export_parser()._actions for option in action.option_strings}
+    named = set(re.findall(r"--(?!model\.)\w+", PAGE))
+    assert named <= known
