@@ -60,12 +60,16 @@ class Lanczos:
         self._diagonal.append(diagonal)
         self._beside.append(torch.where(alive, norms, 0.0))
 
-    def largest(self, chosen: Tensor) -> Tensor:
-        """Return the largest Ritz value, float64, of the columns chosen by a mask ``(blocks, columns)``."""
+    def tridiagonal(self, chosen: Tensor) -> Tensor:
+        """Return ``(chosen, steps, steps)`` float64, the matrices of the columns chosen by a mask."""
         matrix = torch.diag_embed(torch.stack([values[chosen] for values in self._diagonal], -1).double())
         beside = torch.stack([values[chosen] for values in self._beside[1:]], -1)[:, :-1].double()
         matrix += torch.diag_embed(beside, 1) + torch.diag_embed(beside, -1)
-        values: Tensor = torch.linalg.eigvalsh(matrix)
+        return matrix
+
+    def largest(self, chosen: Tensor) -> Tensor:
+        """Return the largest Ritz value, float64, of the columns chosen by a mask ``(blocks, columns)``."""
+        values: Tensor = torch.linalg.eigvalsh(self.tridiagonal(chosen))
         return values[:, -1]
 
     def keep(self, blocks: Tensor, columns: Tensor) -> None:

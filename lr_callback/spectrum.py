@@ -169,10 +169,8 @@ def _scaled(gram: Tensor, slices: Tensor, scale: float, dtype: torch.dtype) -> t
     values = _to_singular(eigenvalues)
     rows = vectors.mT  # LAPACK's columns lie one after the other: these are blocks of memory
     if is_wide(slices):
-        rows.mul_(values.flip(-1).unsqueeze(-1) / scale)
-    else:
-        rows = torch.bmm(rows, slices.mT.double()).div_(scale)
-    return rows.to(dtype).flip(-2), values
+        return rows.mul_(values.flip(-1).unsqueeze(-1) / scale).to(dtype).flip(-2), values
+    return torch.bmm(rows.to(dtype).flip(-2), (slices.to(dtype) / scale).mT), values
 
 
 def truncate(slices: Tensor, rank: int, workers: Workers) -> tuple[Tensor, Tensor]:
