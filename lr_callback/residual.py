@@ -90,6 +90,8 @@ def _over_tails(
     A matrix is that of a higher rank and a few products more: the highest ranks come first.
     """
     size = by_rank.shape[-1]
+    if not ranks:
+        return []
     together = max(1, _CHUNK // size**2)
     together = min(together, -(-len(ranks) // 2)) if size > 2 * _SMALL else together
     at_a_time = max(2, 4 * _CHUNK // (together * size**2))
@@ -134,9 +136,9 @@ def _sample(task: tuple[list[int], Tensor]) -> Tensor:
     basis = []
     for _ in range(min(size, _SAMPLE_STEPS)):
         basis.append(lanczos.vectors)
-        lanczos.advance(matrices @ lanczos.vectors)
+        lanczos.advance(lanczos.vectors @ matrices)
     weights = torch.linalg.eigh(lanczos.tridiagonal(torch.ones_like(lanczos.over))).eigenvectors[..., -1:]
-    vectors = (torch.cat(basis, 2) @ weights.to(matrices.dtype)).squeeze(-1)
+    vectors = (weights.mT.to(matrices.dtype) @ torch.cat(basis, 1)).squeeze(1)
     return vectors / torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
 
 
@@ -218,15 +220,15 @@ class _Iteration:
         """Apply each rank's operator to its vector: what its block shares, and the rows that it keeps itself."""
         vectors = self._lanczos.vectors
         if not self._rows.shape[1]:
-            return self._shared @ vectors
-        inner = self._rows @ vectors
-        inner.view(len(inner), self._width - 1, self._num_slices, inner.shape[-1]).mul_(mask)
-        return torch.baddbmm(self._shared @ vectors, self._rows.mT, inner)
+            return vectors @ self._shared
+        inner = vectors @ self._rows.mT
+        inner.view(*inner.shape[:2], self._width - 1, self._num_slices).mul_(mask)
+        return torch.baddbmm(vectors @ self._shared, inner, self._rows)
 
     def _mask(self) -> Tensor:
-        """Return ``(blocks, ranks - 1, 1, columns)``: 1 where the column's rank keeps the rows of a rank of its block."""
-        ranks = torch.arange(self._width - 1, device=self._rows.device).view(-1, 1, 1)
-        return (ranks >= (self._places % self._width)[:, None, None]).to(self._rows.dtype)
+        """Return ``(blocks, columns, ranks - 1, 1)``: 1 where the column's rank keeps the rows of a rank of its block."""
+        ranks = torch.arange(self._width - 1, device=self._rows.device).view(-1, 1)
+        return (ranks >= (self._places % self._width)[..., None, None]).to(self._rows.dtype)
 
     def _look(self, going: Tensor) -> Tensor:
         """Return which of the ranks that are going on have settled, and note the values."""
