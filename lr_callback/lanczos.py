@@ -33,7 +33,7 @@ class Lanczos:
         self.vectors = (start / start.norm()).to(like).expand(blocks, columns, size)
         self.over = torch.zeros_like(limits, dtype=torch.bool)
         self._before = torch.zeros_like(self.vectors)
-        self._limits = limits
+        self._limits, self._limited = limits, bool(limits.isfinite().any())
         self._pivots = torch.full_like(limits, -torch.inf)
         self._scale = torch.zeros_like(self.vectors[..., 0])
         self._diagonal: list[Tensor] = []
@@ -50,8 +50,9 @@ class Lanczos:
         images.addcmul_(self.vectors, diagonal.unsqueeze(-1), value=-1)
         images.addcmul_(self._before, beside.unsqueeze(-1), value=-1)
         norms = torch.linalg.vector_norm(images, dim=-1)
-        self._pivots = diagonal - self._limits - beside.square() / self._pivots
-        self.over |= self._pivots >= 0
+        if self._limited:
+            self._pivots = diagonal - self._limits - beside.square() / self._pivots
+            self.over |= self._pivots >= 0
         self._scale = torch.maximum(self._scale, diagonal.abs())
         # An invariant subspace ends a column: zero vectors add zeros to its tridiagonal matrix, which is harmless.
         alive = norms > self._scale * torch.finfo(images.dtype).eps
@@ -71,6 +72,16 @@ class Lanczos:
         """Return the largest Ritz value, float64, of the columns chosen by a mask ``(blocks, columns)``."""
         values: Tensor = torch.linalg.eigvalsh(self.tridiagonal(chosen))
         return values[:, -1]
+
+    def reach(self, chosen: Tensor, levels: Tensor) -> Tensor:
+        """Return whether the largest Ritz values of the columns chosen by a mask are at least ``levels (chosen,)``."""
+        diagonal = torch.stack([values[chosen] for values in self._diagonal]).double() - levels
+        squares = torch.stack([values[chosen] for values in self._beside[:-1]]).double().square()
+        pivots, reached = torch.full_like(levels, -torch.inf), torch.zeros_like(levels, dtype=torch.bool)
+        for shifted, square in zip(diagonal, squares, strict=True):
+            pivots = shifted - square / pivots
+            reached |= pivots >= 0
+        return reached
 
     def keep(self, blocks: Tensor, columns: Tensor) -> None:
         """Go on with some of the columns.
