@@ -4,12 +4,9 @@ With ``k`` slices truncated to rank ``j`` the residual of a layer is ``R_j = [R_
 
     ``||R_j||_2^2 = lambda_max(R_j R_j^T) = lambda_max(M_j)``, ``M_j = sum_i sum_{l > j} (sigma_il u_il)(sigma_il u_il)^T``.
 
-The scaled left vectors of all ranks are rows of one matrix; rank ``j`` keeps those with ``l > j``. Two steps:
-
-- :func:`_lower_bounds`: a few ranks far from each other give one vector each. What a vector ``x`` says of every rank at
-  once, ``x^T M_j x <= lambda_max(M_j)``, gives up most ranks of a slicing that is of no use.
-- What is left is solved in *blocks* of consecutive ranks: what all of its ranks keep is one matrix that they share,
-  what they do not share is a mask over few rows. A *chunk* of blocks is solved side by side.
+The scaled left vectors of all ranks are rows of one matrix; rank ``j`` keeps those with ``l > j``.
+Consecutive ranks make a *block*: what all of its ranks keep is one matrix that they share, what they do not share is a
+mask over few rows. A *chunk* of blocks is solved side by side.
 """
 
 from __future__ import annotations
@@ -36,8 +33,6 @@ _SMALL = 64  # up to this size a dense eigenvalue decomposition is cheaper than 
 _COLUMNS = 32  # the most ranks of a block
 _LEAST_COLUMNS = 8  # the fewest, unless slices are so many that each rank has a matrix of its own
 _CHUNK = 2**19  # numbers in the shared matrices of a chunk
-_SAMPLES = 8  # ranks that give the lower bounds
-_SAMPLE_STEPS = 24  # of Lanczos for each of them
 
 
 def residual_norms(scaled: Tensor, last: int, workers: Workers, limit: Tensor | None = None) -> Tensor:
@@ -57,8 +52,6 @@ def residual_norms(scaled: Tensor, last: int, workers: Workers, limit: Tensor | 
     solved = min(last + 1, by_rank.shape[0])
     useless = torch.full((solved,), torch.inf, dtype=torch.float64) if limit is None else limit[:solved].square()
     useless = useless.to(scaled.device)
-    if useless.isfinite().all():
-        useless = torch.where(_lower_bounds(by_rank, solved, workers) < useless, useless, 0.0)
     squared = torch.full_like(useless, torch.inf)
     columns = _columns(by_rank, solved)
     blocks = [max(solved - first, columns) - columns for first in range(0, solved, columns)]
@@ -120,29 +113,6 @@ def _tails(by_rank: Tensor, task: tuple[list[int], int]) -> Tensor:
     return tails[:-1]
 
 
-def _lower_bounds(by_rank: Tensor, solved: int, workers: Workers) -> Tensor:
-    """Return a lower bound of the largest eigenvalue at each rank, from the vectors of a few."""
-    width = -(-solved // _SAMPLES)
-    samples = list(range(min(width // 2, solved - 1), solved, width))
-    vectors = torch.cat(_over_tails(by_rank, samples, workers, _sample))
-    energies = (by_rank @ vectors.mT).square().sum(1, dtype=torch.float64)
-    return energies.flip(0).cumsum(0).flip(0)[:solved].amax(1)
-
-
-def _sample(task: tuple[list[int], Tensor]) -> Tensor:
-    """Return unit vectors ``(ranks, n)`` that come close to the leading eigenvectors of a few ranks' matrices."""
-    _, matrices = task
-    count, size, _ = matrices.shape
-    lanczos = Lanczos(size, matrices.new_full((count, 1), torch.inf, dtype=torch.float64), matrices)
-    basis = []
-    for _ in range(min(size, _SAMPLE_STEPS)):
-        basis.append(lanczos.vectors)
-        lanczos.advance(lanczos.vectors @ matrices)
-    weights = torch.linalg.eigh(lanczos.tridiagonal(torch.ones_like(lanczos.over))).eigenvectors[..., -1:]
-    vectors = (weights.mT.to(matrices.dtype) @ torch.cat(basis, 1)).squeeze(1)
-    return vectors / torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
-
-
 @dataclass
 class _Chunk:
     """Blocks of ranks.
@@ -169,11 +139,11 @@ def _solve(
     rows = by_rank[ranks[:, :-1]].flatten(1, 2)
     chunk = _Chunk(rows, shared, useless[ranks], by_rank.shape[1])
     found = torch.full_like(chunk.useless, torch.inf)
-    pending = chunk.useless > 0
+    going = chunk.useless > 0
     if shared.shape[-1] > _SMALL:
-        pending = _Iteration(chunk, found).run(pending)
-    if pending.any():
-        found[pending] = _dense(chunk, pending)
+        going = _Iteration(chunk, found).run(going)
+    if going.any():
+        found[going] = _dense(chunk, going)
     return ranks, torch.where(found < chunk.useless, found, torch.inf)
 
 

@@ -157,20 +157,21 @@ def scaled_left_vectors(
     vectors = slicing.gram.new_empty(full, count, slicing.slices.shape[1], dtype=dtype).transpose(0, 1)
 
     def task(part: slice) -> None:
-        vectors[part], values[part] = _scaled(slicing.gram[part], slicing.slices[part], scale, dtype)
+        made, values[part] = _scaled(slicing.gram[part], slicing.slices[part], dtype)
+        torch.mul(made, 1 / scale, out=vectors[part])
 
     workers.map(task, _ranges(slicing.slices if slicing.gram[0].numel() < slicing.slices[0].numel() else slicing.gram))
     return vectors, values
 
 
-def _scaled(gram: Tensor, slices: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return the scaled left vectors and singular values of a few slices, from their Gram matrices and themselves."""
+def _scaled(gram: Tensor, slices: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the left vectors, as long as the singular values, and these, of a few slices and their Gram matrices."""
     eigenvalues, vectors = torch.linalg.eigh(gram)
     values = _to_singular(eigenvalues)
-    rows = vectors.mT  # LAPACK's columns lie one after the other: these are blocks of memory
+    rows = vectors.mT.flip(-2)  # LAPACK's columns lie one after the other: these are blocks of memory
     if is_wide(slices):
-        return rows.mul_(values.flip(-1).unsqueeze(-1) / scale).to(dtype).flip(-2), values
-    return torch.bmm(rows.to(dtype).flip(-2), (slices.to(dtype) / scale).mT), values
+        return rows.mul_(values.unsqueeze(-1)), values
+    return torch.bmm(rows.to(dtype), slices.mT.to(dtype)), values
 
 
 def truncate(slices: Tensor, rank: int, workers: Workers) -> tuple[Tensor, Tensor]:
