@@ -57,7 +57,10 @@ def split(matrix: Tensor, num_slices: int) -> Tensor:
 
 
 def slicings(matrix: Tensor, counts: Sequence[int], workers: Workers) -> Iterator[Slicing]:
-    """Yield the slicings of a folded layer, one at a time, the wide ones first.
+    """Yield the slicings of a folded layer, one at a time, the wide ones first, and of those the coarsest first.
+
+    Its errors need no vectors, and give every other slicing something to be better than. After it comes the finest
+    of the wide ones, whose errors are often the smallest for their cost.
 
     Args:
         matrix: ``(rows, columns)``, the layer folded with one slice; not changed.
@@ -69,13 +72,14 @@ def slicings(matrix: Tensor, counts: Sequence[int], workers: Workers) -> Iterato
     folded = {count: split(matrix, count) for count in sorted(counts)}
     wide = [count for count, slices in folded.items() if is_wide(slices)]
     tall = [count for count in folded if count not in wide]
-    for group in (wide[-1:] + wide[:-1], tall):  # each starts with the one that the others derive from
-        base: Tensor | None = None
+    for group, source in ((wide[:1] + wide[:0:-1], wide[-1:]), (tall, tall[:1])):
+        if not group:
+            continue
+        base = _gram(folded[source[0]], workers)  # the others derive from it
         for count in group:
-            gram = None if base is None else _derive(base, count)
-            gram = _gram(folded[count], workers) if gram is None else gram
-            base = gram if base is None else base
-            yield Slicing(folded[count], gram)
+            gram = base if count == source[0] else _derive(base, count)
+            yield Slicing(folded[count], _gram(folded[count], workers) if gram is None else gram)
+        del base
 
 
 def _derive(base: Tensor, count: int) -> Tensor | None:
