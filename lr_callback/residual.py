@@ -88,7 +88,7 @@ def _over_tails(
         return []
     together = max(1, _CHUNK // size**2)
     together = min(together, -(-len(ranks) // 2)) if size > 2 * _SMALL else together
-    at_a_time = max(2, 4 * _CHUNK // (together * size**2))
+    at_a_time = max(2, 2 * _CHUNK // (together * size**2))
     parts = [ranks[max(0, stop - together) : stop] for stop in range(len(ranks), 0, -together)]
     stops = [len(by_rank), *(part[0] for part in parts)]
     beyond, results = by_rank.new_zeros(size, size), []

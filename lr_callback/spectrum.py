@@ -8,7 +8,7 @@ those of a finer one; where they are tall, those of a fine slicing are diagonal 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from lr_callback.parallel import Workers
 
 _EPSILON = torch.finfo(torch.float64).eps
+_LARGE = 2**19  # elements of a Gram matrix that is decomposed alone
 _TASK = 2**18  # elements of a task: below this, handing it to a worker costs more than it saves
 
 
@@ -67,7 +68,8 @@ def slicings(matrix: Tensor, counts: Sequence[int], workers: Workers) -> Iterato
         counts: numbers of slices, each a divisor of the input channels.
         workers: where the products are computed.
 
-    Memory: the Gram matrices of two slicings, in float64; each set is at most as many numbers as the matrix.
+    Memory: the Gram matrices of one slicing, in float64, at most as many numbers as the matrix; with those of the
+    coarsest slicing, which are few, and for a moment with those that the next ones derive from.
     """
     folded = {count: split(matrix, count) for count in sorted(counts)}
     wide = [count for count, slices in folded.items() if is_wide(slices)]
@@ -75,11 +77,13 @@ def slicings(matrix: Tensor, counts: Sequence[int], workers: Workers) -> Iterato
     for group, source in ((wide[:1] + wide[:0:-1], wide[-1:]), (tall, tall[:1])):
         if not group:
             continue
-        base = _gram(folded[source[0]], workers)  # the others derive from it
+        base = _gram(folded[source[0]], workers)
         for count in group:
             gram = base if count == source[0] else _derive(base, count)
-            yield Slicing(folded[count], _gram(folded[count], workers) if gram is None else gram)
-        del base
+            gram = _gram(folded[count], workers) if gram is None else gram
+            # From here on the others derive from the last one, so that no more than two sets are ever there.
+            base = base if count < source[0] and count == group[0] else gram
+            yield Slicing(folded[count], gram)
 
 
 def _derive(base: Tensor, count: int) -> Tensor | None:
@@ -110,6 +114,20 @@ def _gram(slices: Tensor, workers: Workers) -> Tensor:
     return total
 
 
+def _decompose(function: Callable[[slice], None], gram: Tensor, parts: list[slice], workers: Workers) -> None:
+    """Call a function that decomposes Gram matrices for each part of them, large ones not at the same time.
+
+    LAPACK takes three times the memory of a matrix, and the largest matrices are those of the largest layers.
+    """
+
+    def one_after_the_other(some: list[slice]) -> None:
+        for part in some:
+            function(part)
+
+    large = gram[0].numel() > _LARGE
+    workers.map(one_after_the_other, [parts] if large else [[part] for part in parts])
+
+
 def _ranges(matrices: Tensor) -> list[slice]:
     """Split a batch of matrices ``(k, n, m)`` along ``k`` into tasks of a worthwhile size."""
     size = max(1, _TASK // max(1, matrices.shape[-2] * matrices.shape[-1]))
@@ -129,7 +147,12 @@ def singular_values(gram: Tensor, workers: Workers) -> Tensor:
 
     Values that the Gram matrix cannot tell from zero are zero.
     """
-    eigenvalues = torch.cat(workers.map(torch.linalg.eigvalsh, [gram[part] for part in _ranges(gram)]))
+    eigenvalues = gram.new_empty(gram.shape[:2])
+
+    def task(part: slice) -> None:
+        eigenvalues[part] = torch.linalg.eigvalsh(gram[part])
+
+    _decompose(task, gram, _ranges(gram), workers)
     return _to_singular(eigenvalues)
 
 
@@ -164,7 +187,8 @@ def scaled_left_vectors(
         made, values[part] = _scaled(slicing.gram[part], slicing.slices[part], dtype)
         torch.mul(made, 1 / scale, out=vectors[part])
 
-    workers.map(task, _ranges(slicing.slices if slicing.gram[0].numel() < slicing.slices[0].numel() else slicing.gram))
+    larger = slicing.slices if slicing.gram[0].numel() < slicing.slices[0].numel() else slicing.gram
+    _decompose(task, slicing.gram, _ranges(larger), workers)
     return vectors, values
 
 
