@@ -2,7 +2,7 @@
 
 With ``k`` slices truncated to rank ``j`` the residual of a layer is ``R_j = [R_1 ... R_k]``, and
 
-    ``||R_j||_2^2 = lambda_max(R_j R_j^T) = lambda_max(M_j)``, ``M_j = sum_i sum_{l > j} (sigma_il u_il)(sigma_il u_il)^T``.
+    ``||R_j||_2^2 = lambda_max(R_j R_j^T) = lambda_max(sum_i sum_{l > j} (sigma_il u_il)(sigma_il u_il)^T)``.
 
 The scaled left vectors of all ranks are rows of one matrix; rank ``j`` keeps those with ``l > j``.
 Consecutive ranks make a *block*: what all of its ranks keep is one matrix that they share, what they do not share is a
@@ -96,8 +96,7 @@ def _over_tails(
         some = parts[first : first + at_a_time]
         tails = workers.map(partial(_tails, by_rank), zip(some, stops[first:], strict=False))
         for tail in tails:
-            tail += beyond
-            beyond = tail[0]
+            beyond = tail.add_(beyond)[0]
         results += workers.map(function, zip(some, tails, strict=True))
     return results
 
@@ -130,9 +129,7 @@ class _Chunk:
     num_slices: int
 
 
-def _solve(
-    by_rank: Tensor, useless: Tensor, columns: int, task: tuple[list[int], Tensor]
-) -> tuple[Tensor, Tensor]:
+def _solve(by_rank: Tensor, useless: Tensor, columns: int, task: tuple[list[int], Tensor]) -> tuple[Tensor, Tensor]:
     """Return ranks and their largest eigenvalues, infinity for those that are of no use."""
     ends, shared = task
     ranks = torch.tensor(ends, device=useless.device).unsqueeze(1) + torch.arange(1 - columns, 1, device=useless.device)
@@ -190,14 +187,15 @@ class _Iteration:
     def _images(self, mask: Tensor) -> Tensor:
         """Apply each rank's operator to its vector: what its block shares, and the rows that it keeps itself."""
         vectors = self._lanczos.vectors
+        images: Tensor = vectors @ self._shared
         if not self._rows.shape[1]:
-            return vectors @ self._shared
+            return images
         inner = vectors @ self._rows.mT
         inner.view(*inner.shape[:2], self._width - 1, self._num_slices).mul_(mask)
-        return torch.baddbmm(vectors @ self._shared, inner, self._rows)
+        return images.baddbmm_(inner, self._rows)
 
     def _mask(self) -> Tensor:
-        """Return ``(blocks, columns, ranks - 1, 1)``: 1 where the column's rank keeps the rows of a rank of its block."""
+        """Return ``(blocks, columns, ranks - 1, 1)``: 1 where a column's rank keeps the rows of a rank of its block."""
         ranks = torch.arange(self._width - 1, device=self._rows.device).view(-1, 1)
         return (ranks >= (self._places % self._width)[..., None, None]).to(self._rows.dtype)
 
