@@ -61,27 +61,13 @@ class Lanczos:
         self._diagonal.append(diagonal)
         self._beside.append(torch.where(alive, norms, 0.0))
 
-    def tridiagonal(self, chosen: Tensor) -> Tensor:
-        """Return ``(chosen, steps, steps)`` float64, the matrices of the columns chosen by a mask."""
+    def largest(self, chosen: Tensor) -> Tensor:
+        """Return the largest Ritz value, float64, of the columns chosen by a mask ``(blocks, columns)``."""
         matrix = torch.diag_embed(torch.stack([values[chosen] for values in self._diagonal], -1).double())
         beside = torch.stack([values[chosen] for values in self._beside[1:]], -1)[:, :-1].double()
         matrix += torch.diag_embed(beside, 1) + torch.diag_embed(beside, -1)
-        return matrix
-
-    def largest(self, chosen: Tensor) -> Tensor:
-        """Return the largest Ritz value, float64, of the columns chosen by a mask ``(blocks, columns)``."""
-        values: Tensor = torch.linalg.eigvalsh(self.tridiagonal(chosen))
+        values: Tensor = torch.linalg.eigvalsh(matrix)
         return values[:, -1]
-
-    def reach(self, chosen: Tensor, levels: Tensor) -> Tensor:
-        """Return whether the largest Ritz values of the columns chosen by a mask are at least ``levels (chosen,)``."""
-        diagonal = torch.stack([values[chosen] for values in self._diagonal]).double() - levels
-        squares = torch.stack([values[chosen] for values in self._beside[:-1]]).double().square()
-        pivots, reached = torch.full_like(levels, -torch.inf), torch.zeros_like(levels, dtype=torch.bool)
-        for shifted, square in zip(diagonal, squares, strict=True):
-            pivots = shifted - square / pivots
-            reached |= pivots >= 0
-        return reached
 
     def keep(self, blocks: Tensor, columns: Tensor) -> None:
         """Go on with some of the columns.

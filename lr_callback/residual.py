@@ -24,10 +24,9 @@ from lr_callback.parallel import Workers
 
 Result = TypeVar("Result")
 
-_FIRST = 24  # Lanczos steps before the first look at the values
-_STEPS = 8  # between two looks
-_STRIDE = 4  # between two questions which ranks are over, or have not risen since the last look
-_RISE = 4  # what counts as not having risen, in units of the working precision
+_FIRST = 32  # Lanczos steps before the first look at convergence
+_STEPS = 8  # between two looks: over fewer, a value that will rise again can seem to have settled
+_STRIDE = 4  # between two questions which ranks are over
 _MOST_STEPS = 160  # what has not converged by then is solved densely
 _SMALL = 64  # up to this size a dense eigenvalue decomposition is cheaper than a recurrence
 _COLUMNS = 32  # the most ranks of a block
@@ -177,8 +176,8 @@ class _Iteration:
             for _ in range(_STRIDE):
                 lanczos.advance(self._images(mask))
             going = going & ~lanczos.over
-            if lanczos.steps >= _FIRST and going.any():
-                going = self._look(going) if lanczos.steps % _STEPS == 0 else going & ~self._settled(going)
+            if lanczos.steps >= _FIRST and lanczos.steps % _STEPS == 0 and going.any():
+                going = going & ~self._look(going)
             going = self._drop(going)
         pending = torch.zeros(len(self._found), dtype=torch.bool, device=going.device)
         pending[self._places[going]] = True
@@ -200,15 +199,10 @@ class _Iteration:
         return (ranks >= (self._places % self._width)[..., None, None]).to(self._rows.dtype)
 
     def _look(self, going: Tensor) -> Tensor:
-        """Note the values of the ranks that are going on, and return the mask."""
-        self._values[self._places[going]] = self._lanczos.largest(going)
-        return going
-
-    def _settled(self, going: Tensor) -> Tensor:
-        """Return which of the ranks that are going on have not risen since the last look: those have their values."""
-        places = self._places[going]
-        values = self._values[places]
-        settled = ~self._lanczos.reach(going, values * (1 + _RISE * torch.finfo(self._rows.dtype).eps))
+        """Return which of the ranks that are going on have settled, and note the values."""
+        places, values = self._places[going], self._lanczos.largest(going)
+        settled = values - self._values[places] <= 8 * torch.finfo(self._rows.dtype).eps * values
+        self._values[places] = values
         self._found[places[settled]] = values[settled]
         return torch.zeros_like(going).masked_scatter(going, settled)
 

@@ -46,15 +46,6 @@ def test_a_column_is_over_as_soon_as_its_ritz_value_reaches_its_limit_and_never_
     assert lanczos.over.all() == (share < 1)
 
 
-@pytest.mark.parametrize("steps", [1, 7, 30])
-def test_the_pivots_tell_whether_a_ritz_value_reaches_a_level(steps):
-    lanczos, chosen = started(), torch.tensor([[True, False, True], [False, True, True]])
-    advance(lanczos, operators(), steps)
-    values = lanczos.largest(chosen)
-    assert lanczos.reach(chosen, values * (1 - 1e-9)).all()
-    assert not lanczos.reach(chosen, values * (1 + 1e-9)).any()
-
-
 def test_an_invariant_subspace_ends_a_column_without_harm():
     matrices, lanczos = torch.eye(SIZE, dtype=torch.float64).repeat(BLOCKS, COLUMNS, 1, 1), started()
     advance(lanczos, matrices, 12)
