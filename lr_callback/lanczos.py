@@ -21,7 +21,7 @@ class Lanczos:
         like: gives the working precision and the device.
 
     Attributes:
-        vectors: ``(blocks, n, columns)``, what the operators are to be applied to next.
+        vectors: ``(blocks, columns, n)``, what the operators are to be applied to next.
         over: ``(blocks, columns)``, the columns that have reached their limit.
     """
 
@@ -29,13 +29,13 @@ class Lanczos:
         blocks, columns = limits.shape
         # Begin every column with one random unit vector, always the same.
         seed = torch.Generator().manual_seed(size)
-        start = torch.randn(1, size, 1, generator=seed, dtype=torch.float64)
-        self.vectors = (start / start.norm()).to(like).expand(blocks, size, columns)
+        start = torch.randn(size, generator=seed, dtype=torch.float64)
+        self.vectors = (start / start.norm()).to(like).expand(blocks, columns, size)
         self.over = torch.zeros_like(limits, dtype=torch.bool)
         self._before = torch.zeros_like(self.vectors)
-        self._limits = limits
+        self._limits, self._limited = limits, bool(limits.isfinite().any())
         self._pivots = torch.full_like(limits, -torch.inf)
-        self._scale = torch.zeros_like(self.vectors[:, 0])
+        self._scale = torch.zeros_like(self.vectors[..., 0])
         self._diagonal: list[Tensor] = []
         self._beside: list[Tensor] = [torch.zeros_like(self._scale)]
 
@@ -46,16 +46,17 @@ class Lanczos:
 
     def advance(self, images: Tensor) -> None:
         """Take the images of the vectors, which are overwritten, and make the next vectors."""
-        diagonal, beside = torch.linalg.vecdot(self.vectors, images, dim=1), self._beside[-1]
-        images.addcmul_(self.vectors, diagonal.unsqueeze(1), value=-1)
-        images.addcmul_(self._before, beside.unsqueeze(1), value=-1)
-        norms = torch.linalg.vector_norm(images, dim=1)
-        self._pivots = diagonal - self._limits - beside.square() / self._pivots
-        self.over |= self._pivots >= 0
+        diagonal, beside = torch.linalg.vecdot(self.vectors, images), self._beside[-1]
+        images.addcmul_(self.vectors, diagonal.unsqueeze(-1), value=-1)
+        images.addcmul_(self._before, beside.unsqueeze(-1), value=-1)
+        norms = torch.linalg.vector_norm(images, dim=-1)
+        if self._limited:
+            self._pivots = diagonal - self._limits - beside.square() / self._pivots
+            self.over |= self._pivots >= 0
         self._scale = torch.maximum(self._scale, diagonal.abs())
         # An invariant subspace ends a column: zero vectors add zeros to its tridiagonal matrix, which is harmless.
         alive = norms > self._scale * torch.finfo(images.dtype).eps
-        images *= torch.where(alive, 1 / norms, 0.0).unsqueeze(1)
+        images *= torch.where(alive, 1 / norms, 0.0).unsqueeze(-1)
         self._before, self.vectors = self.vectors, images
         self._diagonal.append(diagonal)
         self._beside.append(torch.where(alive, norms, 0.0))
@@ -75,10 +76,10 @@ class Lanczos:
             blocks: ``(kept,)``, their numbers.
             columns: ``(kept, width)``, the numbers of the columns that go on in each of them.
         """
-        wide = columns.unsqueeze(1).expand(-1, self.vectors.shape[1], -1)
-        self.vectors, self._before = self.vectors[blocks].gather(2, wide), self._before[blocks].gather(2, wide)
+        rows = blocks.unsqueeze(-1)
+        self.vectors, self._before = self.vectors[rows, columns], self._before[rows, columns]
         self.over, self._limits, self._pivots, self._scale = (
-            each[blocks].gather(1, columns) for each in (self.over, self._limits, self._pivots, self._scale)
+            each[rows, columns] for each in (self.over, self._limits, self._pivots, self._scale)
         )
-        self._diagonal = [values[blocks].gather(1, columns) for values in self._diagonal]
-        self._beside = [values[blocks].gather(1, columns) for values in self._beside]
+        self._diagonal = [values[rows, columns] for values in self._diagonal]
+        self._beside = [values[rows, columns] for values in self._beside]

@@ -4,14 +4,17 @@ With ``k`` slices truncated to rank ``j`` the residual of a layer is ``R_j = [R_
 
     ``||R_j||_2^2 = lambda_max(R_j R_j^T) = lambda_max(sum_i sum_{l > j} (sigma_il u_il)(sigma_il u_il)^T)``.
 
-The scaled left vectors of all ranks are rows of one matrix; rank ``j`` keeps those with ``l > j``. Consecutive ranks
-make a *block*: what all of its ranks keep is one matrix that they share, what they do not share is a mask over few
-rows. A *chunk* of blocks is solved side by side.
+The scaled left vectors of all ranks are rows of one matrix; rank ``j`` keeps those with ``l > j``.
+Consecutive ranks make a *block*: what all of its ranks keep is one matrix that they share, what they do not share is a
+mask over few rows. A *chunk* of blocks is solved side by side.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,13 +22,15 @@ from torch import Tensor
 from lr_callback.lanczos import Lanczos
 from lr_callback.parallel import Workers
 
+Result = TypeVar("Result")
+
 _FIRST = 32  # Lanczos steps before the first look at convergence
-_STEPS = 8  # between two looks
+_STEPS = 8  # between two looks: over fewer, a value that will rise again can seem to have settled
 _STRIDE = 4  # between two questions which ranks are over
 _MOST_STEPS = 160  # what has not converged by then is solved densely
 _SMALL = 64  # up to this size a dense eigenvalue decomposition is cheaper than a recurrence
 _COLUMNS = 32  # the most ranks of a block
-_LEAST_COLUMNS = 8  # even where slices are many
+_LEAST_COLUMNS = 8  # the fewest, unless slices are so many that each rank has a matrix of its own
 _CHUNK = 2**19  # numbers in the shared matrices of a chunk
 
 
@@ -45,11 +50,13 @@ def residual_norms(scaled: Tensor, last: int, workers: Workers, limit: Tensor | 
     by_rank = scaled.transpose(0, 1)  # rank first: what a rank keeps is a run of consecutive entries
     solved = min(last + 1, by_rank.shape[0])
     useless = torch.full((solved,), torch.inf, dtype=torch.float64) if limit is None else limit[:solved].square()
-    chunks = _chunks(by_rank, solved, useless.to(scaled.device))
-    sums = workers.map(_gram, [*(chunk.rows.flatten(0, 1) for chunk in chunks[1:]), by_rank[solved:].flatten(0, 1)])
-    for index in range(len(sums) - 2, -1, -1):
-        sums[index] += sums[index + 1]
-    squared = torch.cat(workers.map(_solve, zip(chunks, sums, strict=True)))[:solved]
+    useless = useless.to(scaled.device)
+    squared = torch.full_like(useless, torch.inf)
+    columns = _columns(by_rank, solved)
+    blocks = [max(solved - first, columns) - columns for first in range(0, solved, columns)]
+    ends = [first + columns - 1 for first in blocks[::-1] if useless[first : first + columns].any()]
+    for ranks, values in _over_tails(by_rank, ends, workers, partial(_solve, by_rank, useless, columns)):
+        squared[ranks] = torch.minimum(squared[ranks], values)  # the first two blocks may overlap
     norms = _never_rising(squared).clamp(min=0).sqrt()
     return torch.nn.functional.pad(norms, (0, last + 1 - solved))
 
@@ -60,64 +67,89 @@ def _never_rising(squared: Tensor) -> Tensor:
     return torch.where(squared.isinf(), squared, known.flip(0).cummax(0).values.flip(0))
 
 
-def _gram(rows: Tensor) -> Tensor:
-    return rows.mT @ rows
+def _columns(by_rank: Tensor, solved: int) -> int:
+    """Return how many ranks a block has."""
+    _, num_slices, size = by_rank.shape
+    # A step costs 2 n^2 for what the ranks of a block share and 4 k columns n for what they do not: keep them even.
+    most = 1 if 4 * num_slices >= size else min(_COLUMNS, max(_LEAST_COLUMNS, size // (2 * num_slices)))
+    return -(-solved // -(-solved // most))
+
+
+def _over_tails(
+    by_rank: Tensor, ranks: list[int], workers: Workers, function: Callable[[tuple[list[int], Tensor]], Result]
+) -> list[Result]:
+    """Call a function with some ranks, ascending, and their matrices ``(ranks, n, n)``, until all had their turn.
+
+    A matrix is that of a higher rank and a few products more: the highest ranks come first.
+    """
+    size = by_rank.shape[-1]
+    if not ranks:
+        return []
+    together = max(1, _CHUNK // size**2)
+    together = min(together, -(-len(ranks) // 2)) if size > 2 * _SMALL else together
+    at_a_time = max(2, 2 * _CHUNK // (together * size**2))
+    parts = [ranks[max(0, stop - together) : stop] for stop in range(len(ranks), 0, -together)]
+    stops = [len(by_rank), *(part[0] for part in parts)]
+    beyond, results = by_rank.new_zeros(size, size), []
+    for first in range(0, len(parts), at_a_time):
+        some = parts[first : first + at_a_time]
+        tails = workers.map(partial(_tails, by_rank), zip(some, stops[first:], strict=False))
+        for tail in tails:
+            beyond = tail.add_(beyond)[0]
+        results += workers.map(function, zip(some, tails, strict=True))
+    return results
+
+
+def _tails(by_rank: Tensor, task: tuple[list[int], int]) -> Tensor:
+    """Return ``(ranks, n, n)``: the sums of what each of the ranks keeps up to a last rank, which is left out."""
+    ranks, stop = task
+    tails = by_rank.new_zeros(len(ranks) + 1, by_rank.shape[-1], by_rank.shape[-1])
+    for index in range(len(ranks) - 1, -1, -1):
+        rows = by_rank[ranks[index] : stop].flatten(0, 1)
+        torch.addmm(tails[index + 1], rows.mT, rows, out=tails[index])
+        stop = ranks[index]
+    return tails[:-1]
 
 
 @dataclass
 class _Chunk:
-    """Consecutive ranks, in blocks.
+    """Blocks of ranks.
 
     Args:
-        rows: ``(blocks, columns * k, n)``, rank by rank.
-        useless: ``(blocks, columns)``, from this value on a rank is given up; 0 for one that fills up the last block.
+        rows: ``(blocks, (columns - 1) * k, n)``, what not all ranks of a block keep, rank by rank.
+        shared: ``(blocks, n, n)``, what all of them keep.
+        useless: ``(blocks, columns)``, from this value on a rank is given up; 0 for one of which nothing is asked.
         num_slices: ``k``, rows of a rank.
     """
 
     rows: Tensor
+    shared: Tensor
     useless: Tensor
     num_slices: int
 
-    def shared(self, beyond: Tensor) -> Tensor:
-        """Return ``(blocks, n, n)``, what all ranks of each block keep; ``beyond`` is kept by those of the last."""
-        shared = torch.empty(len(self.rows), *beyond.shape, dtype=beyond.dtype, device=beyond.device)
-        shared[-1] = beyond
-        for block in range(len(shared) - 1, 0, -1):
-            torch.addmm(shared[block], self.rows[block].mT, self.rows[block], out=shared[block - 1])
-        return shared
 
-
-def _chunks(by_rank: Tensor, solved: int, useless: Tensor) -> list[_Chunk]:
-    """Cut the ranks to solve into chunks of equal blocks, the last one filled up with ranks of no use."""
-    _, num_slices, size = by_rank.shape
-    # A step costs 2 n^2 for what the ranks of a block share and 4 k columns n for what they do not: keep them even.
-    blocks = -(-solved // min(_COLUMNS, max(_LEAST_COLUMNS, size // (2 * num_slices))))
-    columns = -(-solved // blocks)
-    blocks = min(max(1, _CHUNK // size**2), -(-blocks // 2))
-    chunks = []
-    for first in range(0, solved, blocks * columns):
-        have = min(blocks, -(-(solved - first) // columns)) * columns
-        rows = by_rank[first : min(first + have, solved)].flatten(0, 1)
-        limits = useless[first : first + have]
-        rows = torch.nn.functional.pad(rows, (0, 0, 0, have * num_slices - len(rows))) if len(limits) < have else rows
-        limits = torch.nn.functional.pad(limits, (0, have - len(limits)))
-        chunks.append(_Chunk(rows.view(-1, columns * num_slices, size), limits.view(-1, columns), num_slices))
-    return chunks
-
-
-def _solve(task: tuple[_Chunk, Tensor]) -> Tensor:
-    """Return the largest eigenvalues of a chunk's ranks, infinity for those that are of no use."""
-    chunk, beyond = task
-    shared = chunk.shared(beyond)
+def _solve(by_rank: Tensor, useless: Tensor, columns: int, task: tuple[list[int], Tensor]) -> tuple[Tensor, Tensor]:
+    """Return ranks and their largest eigenvalues, infinity for those that are of no use."""
+    ends, shared = task
+    ranks = torch.tensor(ends, device=useless.device).unsqueeze(1) + torch.arange(1 - columns, 1, device=useless.device)
+    rows = by_rank[ranks[:, :-1]].flatten(1, 2)
+    chunk = _Chunk(rows, shared, useless[ranks], by_rank.shape[1])
     found = torch.full_like(chunk.useless, torch.inf)
-    pending = chunk.useless > 0
-    if len(beyond) > _SMALL:
-        pending = _Iteration(chunk, shared, found).run(pending)
-    for block, column in pending.nonzero().tolist():
-        rows = chunk.rows[block, column * chunk.num_slices :].double()
-        value = torch.linalg.eigvalsh(shared[block].double() + rows.mT @ rows)[-1]
-        found[block, column] = torch.where(value >= chunk.useless[block, column], torch.inf, value)
-    return found.flatten()
+    going = chunk.useless > 0
+    if shared.shape[-1] > _SMALL:
+        going = _Iteration(chunk, found).run(going)
+    if going.any():
+        found[going] = _dense(chunk, going)
+    return ranks, torch.where(found < chunk.useless, found, torch.inf)
+
+
+def _dense(chunk: _Chunk, chosen: Tensor) -> Tensor:
+    """Return the largest eigenvalues of some ranks of a chunk, by dense decompositions."""
+    blocks, columns = chosen.nonzero(as_tuple=True)
+    each = chunk.rows.view(len(chosen), -1, chunk.num_slices, chunk.rows.shape[-1]).double()
+    own = torch.nn.functional.pad((each.mT @ each).flip(1).cumsum(1).flip(1), (0, 0, 0, 0, 0, 1))
+    values: Tensor = torch.linalg.eigvalsh(chunk.shared[blocks].double() + own[blocks, columns])
+    return values[:, -1]
 
 
 class _Iteration:
@@ -125,16 +157,15 @@ class _Iteration:
 
     Args:
         chunk: to solve.
-        shared: of its blocks.
         found: ``(blocks, columns)``, filled in as ranks settle.
     """
 
-    def __init__(self, chunk: _Chunk, shared: Tensor, found: Tensor) -> None:
-        self._rows, self._shared, self._num_slices = chunk.rows, shared, chunk.num_slices
+    def __init__(self, chunk: _Chunk, found: Tensor) -> None:
+        self._rows, self._shared, self._num_slices = chunk.rows, chunk.shared, chunk.num_slices
         self._found, self._values = found.view(-1), torch.zeros_like(found).view(-1)
         self._places = torch.arange(found.numel(), device=found.device).view_as(found)
         self._width = found.shape[1]
-        self._lanczos = Lanczos(shared.shape[-1], chunk.useless, chunk.rows)
+        self._lanczos = Lanczos(chunk.rows.shape[-1], chunk.useless, chunk.rows)
 
     def run(self, going: Tensor) -> Tensor:
         """Advance the ranks of a mask ``(blocks, columns)`` until none is left; return which could not be settled."""
@@ -155,14 +186,17 @@ class _Iteration:
     def _images(self, mask: Tensor) -> Tensor:
         """Apply each rank's operator to its vector: what its block shares, and the rows that it keeps itself."""
         vectors = self._lanczos.vectors
-        inner = self._rows @ vectors
-        inner.view(len(inner), -1, self._num_slices, inner.shape[-1]).mul_(mask)
-        return torch.baddbmm(self._shared @ vectors, self._rows.mT, inner)
+        images: Tensor = vectors @ self._shared
+        if not self._rows.shape[1]:
+            return images
+        inner = vectors @ self._rows.mT
+        inner.view(*inner.shape[:2], self._width - 1, self._num_slices).mul_(mask)
+        return images.baddbmm_(inner, self._rows)
 
     def _mask(self) -> Tensor:
-        """Return ``(blocks, ranks, 1, columns)``: 1 where the column's rank keeps the rows of a rank of its block."""
-        ranks = torch.arange(self._width, device=self._rows.device).view(-1, 1, 1)
-        return (ranks >= (self._places % self._width)[:, None, None]).to(self._rows.dtype)
+        """Return ``(blocks, columns, ranks - 1, 1)``: 1 where a column's rank keeps the rows of a rank of its block."""
+        ranks = torch.arange(self._width - 1, device=self._rows.device).view(-1, 1)
+        return (ranks >= (self._places % self._width)[..., None, None]).to(self._rows.dtype)
 
     def _look(self, going: Tensor) -> Tensor:
         """Return which of the ranks that are going on have settled, and note the values."""

@@ -8,7 +8,7 @@ those of a finer one; where they are tall, those of a fine slicing are diagonal 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from lr_callback.parallel import Workers
 
 _EPSILON = torch.finfo(torch.float64).eps
+_LARGE = 2**19  # elements of a Gram matrix that is decomposed alone
 _TASK = 2**18  # elements of a task: below this, handing it to a worker costs more than it saves
 
 
@@ -61,27 +62,43 @@ def split(matrix: Tensor, num_slices: int) -> Tensor:
 
 
 def slicings(matrix: Tensor, counts: Sequence[int], workers: Workers) -> Iterator[Slicing]:
-    """Yield the slicings of a folded layer, one at a time, the wide ones first.
+    """Yield the slicings of a folded layer, one at a time, the wide ones first, and of those the coarsest first.
+
+    Its errors need no vectors, and give every other slicing something to be better than. After it comes the finest
+    of the wide ones, whose errors are often the smallest for their cost.
 
     Args:
         matrix: ``(rows, columns)``, or ``(g, rows, columns)`` of groups, the layer folded with one slice; not changed.
         counts: numbers of slices, each a divisor of the input channels.
         workers: where the products are computed.
 
-    Memory: the Gram matrices of two slicings, in float64; each set is at most as many numbers as the matrix.
+    Memory: the Gram matrices of one slicing, in float64, at most as many numbers as the matrix; with those of the
+    coarsest slicing, which are few, and with those that the next ones derive from.
     """
     groups = matrix.shape[0] if matrix.dim() == 3 else 1
     rows, columns = matrix.shape[-2:]
     wide = [count for count in sorted(counts) if columns // count >= rows]
     tall = [count for count in sorted(counts) if columns // count < rows]
-    for group in (wide[-1:] + wide[:-1], tall):  # each starts with the one that the others derive from
-        base: Tensor | None = None
-        for count in group:
+    for order, first in ((wide[:1] + wide[:0:-1], wide[-1:]), (tall, tall[:1])):
+        have = first[0] if first else 0
+        base = _gram(split(matrix, have), workers) if first else matrix
+        for index, count in enumerate(order):
             slices = split(matrix, count)
-            gram = None if base is None else _derive(base, groups * count)
+            gram = base if count == have else _derive(base, groups * count)
             gram = _gram(slices, workers) if gram is None else gram
-            base = gram if base is None else base
+            if _serves(count, have, order[index + 1 :], finer=order is tall):
+                # The others derive from this one: no more than two sets are ever there.
+                base, have = gram, count
             yield Slicing(slices, gram, groups)
+
+
+def _serves(count: int, have: int, others: Sequence[int], finer: bool) -> bool:
+    """Return whether each other slicing that derives from the one with ``have`` slices does so from this one, too."""
+
+    def derives(source: int, other: int) -> bool:
+        return other % source == 0 if finer else source % other == 0
+
+    return all(derives(count, other) or not derives(have, other) for other in others)
 
 
 def _derive(base: Tensor, count: int) -> Tensor | None:
@@ -112,6 +129,20 @@ def _gram(slices: Tensor, workers: Workers) -> Tensor:
     return total
 
 
+def _decompose(function: Callable[[slice], None], gram: Tensor, parts: list[slice], workers: Workers) -> None:
+    """Call a function that decomposes Gram matrices for each part of them, large ones not at the same time.
+
+    LAPACK takes three times the memory of a matrix, and the largest matrices are those of the largest layers.
+    """
+
+    def one_after_the_other(some: list[slice]) -> None:
+        for part in some:
+            function(part)
+
+    large = gram[0].numel() > _LARGE
+    workers.map(one_after_the_other, [parts] if large else [[part] for part in parts])
+
+
 def _ranges(matrices: Tensor) -> list[slice]:
     """Split a batch of matrices ``(k, n, m)`` along ``k`` into tasks of a worthwhile size."""
     size = max(1, _TASK // max(1, matrices.shape[-2] * matrices.shape[-1]))
@@ -131,7 +162,12 @@ def singular_values(gram: Tensor, workers: Workers) -> Tensor:
 
     Values that the Gram matrix cannot tell from zero are zero.
     """
-    eigenvalues = torch.cat(workers.map(torch.linalg.eigvalsh, [gram[part] for part in _ranges(gram)]))
+    eigenvalues = gram.new_empty(gram.shape[:2])
+
+    def task(part: slice) -> None:
+        eigenvalues[part] = torch.linalg.eigvalsh(gram[part])
+
+    _decompose(task, gram, _ranges(gram), workers)
     return _to_singular(eigenvalues)
 
 
@@ -163,22 +199,22 @@ def scaled_left_vectors(
     vectors = slicing.gram.new_empty(full, count, slicing.slices.shape[1], dtype=dtype).transpose(0, 1)
 
     def task(part: slice) -> None:
-        vectors[part], values[part] = _scaled(slicing.gram[part], slicing.slices[part], scale, dtype)
+        made, values[part] = _scaled(slicing.gram[part], slicing.slices[part], dtype)
+        torch.mul(made, 1 / scale, out=vectors[part])
 
-    workers.map(task, _ranges(slicing.slices if slicing.gram[0].numel() < slicing.slices[0].numel() else slicing.gram))
+    larger = slicing.slices if slicing.gram[0].numel() < slicing.slices[0].numel() else slicing.gram
+    _decompose(task, slicing.gram, _ranges(larger), workers)
     return vectors, values
 
 
-def _scaled(gram: Tensor, slices: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return the scaled left vectors and singular values of a few slices, from their Gram matrices and themselves."""
+def _scaled(gram: Tensor, slices: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the left vectors, as long as the singular values, and these, of a few slices and their Gram matrices."""
     eigenvalues, vectors = torch.linalg.eigh(gram)
     values = _to_singular(eigenvalues)
-    rows = vectors.mT  # LAPACK's columns lie one after the other: these are blocks of memory
+    rows = vectors.mT.flip(-2)  # LAPACK's columns lie one after the other: these are blocks of memory
     if is_wide(slices):
-        rows.mul_(values.flip(-1).unsqueeze(-1) / scale)
-    else:
-        rows = torch.bmm(rows, slices.mT.double()).div_(scale)
-    return rows.to(dtype).flip(-2), values
+        return rows.mul_(values.unsqueeze(-1)), values
+    return torch.bmm(rows.to(dtype), slices.mT.to(dtype)), values
 
 
 def truncate(slices: Tensor, rank: int, workers: Workers) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from math import sqrt
 
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lr_callback.errors import ERRORS, relative_errors
@@ -103,6 +103,48 @@ def test_the_error_is_zero_at_full_rank_and_never_rises_before(case, error, dtyp
     assert falling[-1] == 0
     assert (falling.diff() <= 0).all()
     assert 0 <= falling[0] <= sqrt(case.num_slices) * (1 + 1e-12)
+
+
+@st.composite
+def decaying(draw) -> torch.Tensor:
+    """Draw a matrix of any shape whose singular values fall slowly, fast, or all at once."""
+    rows, columns = draw(st.integers(2, 100)), 12 * draw(st.integers(1, 12))
+    random = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
+    left, _, right = torch.linalg.svd(
+        torch.randn(rows, columns, dtype=torch.float64, generator=random), full_matrices=False
+    )
+    falling = torch.linspace(0, 1, len(right), dtype=torch.float64).mul(-draw(st.sampled_from([0, 1, 4, 20]))).exp()
+    return (left * falling) @ right
+
+
+def dense_curve(matrix: torch.Tensor, num_slices: int, last: int) -> torch.Tensor:
+    """Return the operator errors at ranks 0 to ``last``, each from a residual of its own."""
+    parts = torch.stack(matrix.chunk(num_slices, dim=1))
+    left, values, right = torch.linalg.svd(parts, full_matrices=False)
+    lost = [
+        torch.cat(list((left[..., rank:] * values[:, None, rank:]) @ right[:, rank:]), dim=1)
+        for rank in range(last + 1)
+    ]
+    return torch.linalg.matrix_norm(torch.stack(lost), 2) / torch.linalg.matrix_norm(matrix, 2)
+
+
+@settings(max_examples=25)
+@given(decaying(), st.sampled_from([torch.float32, torch.float64]))
+def test_what_is_given_up_is_no_better_and_no_cheaper_than_another_choice_and_the_rest_is_exact(matrix, dtype):
+    matrix, counts = matrix.to(dtype), [1, 2, 3, 4, 6, 12]
+    last = {count: min(matrix.shape[0], matrix.shape[1] // count) for count in counts}
+    prices = {count: matrix.shape[1] + count * matrix.shape[0] for count in counts}
+    with workers() as crew:
+        curves = relative_errors(matrix, "operator", last, crew, prices)
+    tolerance = 1e-5 if dtype == torch.float32 else RESOLUTION
+    exact = {count: dense_curve(matrix.double(), count, rank) for count, rank in last.items()}
+    costs = torch.cat([prices[count] * torch.arange(len(curve)) for count, curve in curves.items()])
+    found = torch.cat(list(curves.values()))
+    for count, curve in curves.items():
+        known = curve.isfinite()
+        assert (curve - exact[count])[known].abs().max() <= tolerance
+        for rank in (~known).nonzero().flatten().tolist():
+            assert found[costs <= prices[count] * rank].min() <= exact[count][rank] + tolerance
 
 
 @given(cases())

@@ -163,6 +163,17 @@ def test_with_prices_an_error_is_given_up_only_where_another_slicing_is_as_good_
                 assert curve[rank].item() == pytest.approx(exact, rel=1e-6, abs=1e-9)
 
 
+# Seeds and shapes with a rank whose value stands still for a few Lanczos steps and then rises again.
+@pytest.mark.parametrize(("rows", "columns", "seed"), [(96, 864, 0), (192, 768, 0)])
+def test_a_value_that_stands_still_for_a_while_is_not_taken_for_the_largest(rows, columns, seed, crew):
+    torch.manual_seed(seed)
+    matrix = torch.randn(rows, columns)
+    last = {count: min(rows, columns // count) * 3 // 4 for count in (2, 3, 6)}
+    exact = relative_errors(matrix.double(), "operator", last, crew)
+    for count, curve in relative_errors(matrix, "operator", last, crew).items():
+        torch.testing.assert_close(curve, exact[count], rtol=2e-6, atol=0)
+
+
 def test_an_unknown_measure_is_refused_with_the_known_ones(crew):
     message = r"`error` must be one of \['slice', 'operator', 'bound', 'frobenius'\], got 'spectral'"
     with pytest.raises(ValueError, match=message):

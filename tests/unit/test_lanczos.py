@@ -16,7 +16,7 @@ def operators() -> torch.Tensor:
 
 def advance(lanczos: Lanczos, matrices: torch.Tensor, steps: int) -> None:
     for _ in range(steps):
-        lanczos.advance(torch.einsum("bcij,bjc->bic", matrices, lanczos.vectors))
+        lanczos.advance(torch.einsum("bcij,bcj->bci", matrices, lanczos.vectors))
 
 
 def started(limits: torch.Tensor | None = None) -> Lanczos:
@@ -70,4 +70,4 @@ def test_the_start_is_always_the_same_unit_vector(dtype):
     limits = torch.full((1, 2), torch.inf, dtype=torch.float64)
     one, other = (Lanczos(SIZE, limits, like=torch.empty(0, dtype=dtype)) for _ in range(2))
     assert torch.equal(one.vectors, other.vectors) and one.vectors.dtype == dtype
-    torch.testing.assert_close(one.vectors.norm(dim=1), torch.ones(1, 2, dtype=dtype))
+    torch.testing.assert_close(one.vectors.norm(dim=-1), torch.ones(1, 2, dtype=dtype))

@@ -104,3 +104,22 @@ def test_the_given_vectors_are_not_changed(crew):
 def test_two_calls_give_the_same_bits(crew):
     scaled = scaled_vectors(draw(4, 70, 75)).float()
     assert torch.equal(residual_norms(scaled, 69, crew), residual_norms(scaled, 69, crew))
+
+
+# wide, tall, more slices than a quarter of the rows (each rank has its own matrix), blocks that overlap, dense ones
+@pytest.mark.parametrize("shape", [(2, 80, 90), (4, 150, 40), (40, 100, 6), (3, 70, 75), (4, 20, 24)], ids=str)
+@pytest.mark.parametrize("share", [0.97, 0.999, 1.001, 1.03])
+def test_with_a_limit_exactly_the_norms_that_reach_it_are_given_up(shape, share, crew):
+    slices = draw(*shape)
+    last = min(shape[1:]) - 1
+    exact = norms_one_by_one(slices, last)
+    limit = exact * torch.where(torch.arange(last + 1) % 3 == 0, share, 2 - share)
+    norms = residual_norms(scaled_vectors(slices), last, crew, limit)
+    assert torch.equal(norms.isinf(), exact >= limit)
+    torch.testing.assert_close(norms[norms.isfinite()], exact[norms.isfinite()], rtol=1e-7, atol=0)
+
+
+def test_where_every_norm_reaches_its_limit_nothing_is_left(crew):
+    slices = draw(4, 90, 100)
+    norms = residual_norms(scaled_vectors(slices), 80, crew, 0.5 * norms_one_by_one(slices, 80))
+    assert norms.isinf().all()
