@@ -1,10 +1,10 @@
 """The sweep: each model in a process of its own, a row each, and the page.
 
-    python -m benchmarks.zoo                       # all models
-    python -m benchmarks.zoo --shard 1/4           # a quarter; shards may run side by side
-    python -m benchmarks.zoo --only 'timm/*'       # by name
-    python -m benchmarks.zoo --new                 # those without a row, or with one that failed
-    python -m benchmarks.zoo --page                # only write the page anew
+python -m benchmarks.zoo                       # all models
+python -m benchmarks.zoo --shard 1/4           # a quarter; shards may run side by side
+python -m benchmarks.zoo --only 'timm/*'       # by name
+python -m benchmarks.zoo --new                 # those without a row, or with one that failed
+python -m benchmarks.zoo --page                # only write the page anew
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import sys
 from collections import Counter
 
 from benchmarks.zoo import rows
-from benchmarks.zoo.catalogue import catalogue, chosen
-from benchmarks.zoo.sweep import run
+from benchmarks.zoo.catalogue import chosen
+from benchmarks.zoo.sweep import note_missing, run
 
 
 def main() -> int:
@@ -33,19 +33,10 @@ def main() -> int:
         done = {row["key"] for row in rows.read() if row["status"] in ("ok", "nothing to factorize")}
         cases = [case for case in cases if case.key not in done]
     statuses = Counter(run(case, arguments.threads)["status"].partition(":")[0] for case in cases)
-    write_page()
+    note_missing()
+    rows.PAGE.write_text(rows.page(rows.read()), encoding="utf-8")
     print(dict(statuses))
     return int(statuses["failed"] > 0)
-
-
-def write_page() -> None:
-    """Write the page of the rows that there are; a model without one is listed as not run."""
-    kept = {row["key"]: row for row in rows.read()}
-    for key, case in catalogue().items():
-        reason = ": takes many minutes" if case.giant else ""
-        missing = {"key": key, "package": case.package, "name": case.name, "status": f"not run{reason}"}
-        kept.setdefault(key, {**missing, "environment": {}})
-    rows.PAGE.write_text(rows.page([kept[key] for key in sorted(kept)]), encoding="utf-8")
 
 
 if __name__ == "__main__":

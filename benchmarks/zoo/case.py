@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 Arguments = tuple[Any, ...] | dict[str, Any]
 """Of one call of a model, positional or by name."""
@@ -22,6 +24,8 @@ class Case:
         make: builds it, dense, with random weights.
         inputs: makes the arguments of a call in eval mode, the same each time; a model may write into them.
         training_inputs: of a call in train mode; None: the same.
+        selects: whether it chooses among its outputs by comparing them, where the last bit may decide; factors and
+            their product are then compared in float64.
         giant: whether its analysis takes many minutes: run last.
     """
 
@@ -30,6 +34,7 @@ class Case:
     make: Callable[[], nn.Module] = field(repr=False)
     inputs: Callable[[], Arguments] = field(repr=False)
     training_inputs: Callable[[], Arguments] | None = field(repr=False, default=None)
+    selects: bool = False
     giant: bool = False
 
     @property
@@ -40,6 +45,8 @@ class Case:
     def call(self, model: nn.Module) -> list[Tensor]:
         """Call a model in the mode that it is in; return all floating-point tensors of what it returns."""
         arguments = self.training_inputs() if model.training and self.training_inputs else self.inputs()
+        if next(model.parameters()).dtype == torch.float64:
+            arguments = tree_map_only(Tensor, lambda one: one.double() if one.is_floating_point() else one, arguments)
         outputs = model(**arguments) if isinstance(arguments, dict) else model(*arguments)
         found = [tensor for tensor in tensors(outputs) if tensor.is_floating_point()]
         if not found:

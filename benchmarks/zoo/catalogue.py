@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from benchmarks.zoo import timm_models, torchvision_models, transformers_models
@@ -22,7 +22,13 @@ def catalogue() -> Mapping[str, Case]:
 
 
 def chosen(only: str, shard: str, giants: bool) -> list[Case]:
-    """Return the cases that match a pattern and are of a shard, such as ``2/4``.
+    """Return the cases that match a pattern and are of a shard; see :func:`share`."""
+    cases = catalogue()
+    return [cases[key] for key in share([key for key in cases if giants or not cases[key].giant], only, shard)]
+
+
+def share(keys: Sequence[str], only: str, shard: str) -> list[str]:
+    """Return the keys that match a pattern and are of a shard, such as ``2/4``.
 
     Raises:
         ValueError: If the shard is not of this form.
@@ -30,5 +36,4 @@ def chosen(only: str, shard: str, giants: bool) -> list[Case]:
     part, _, parts = shard.partition("/")
     if not (part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts)):
         raise ValueError(f"`shard` must be such as 2/4, got {shard!r}.")
-    cases = [case for key, case in catalogue().items() if fnmatchcase(key, only) and (giants or not case.giant)]
-    return cases[int(part) - 1 :: int(parts)]
+    return [key for key in keys if fnmatchcase(key, only)][int(part) - 1 :: int(parts)]

@@ -88,7 +88,7 @@ def page(rows: Sequence[Row]) -> str:
     for package in sorted({row["package"] for row in rows}):
         own = [row for row in rows if row["package"] == package]
         parts += [f"## {package}\n", _table(own) + "\n"]
-    parts += ["## Skipped layers\n", _reasons(rows) + "\n", "## Measured with\n", _environment(rows) + "\n"]
+    parts += ["## Skipped layers\n", _reasons(rows) + "\n", "## Measured with\n", environment_of(rows) + "\n"]
     return "\n".join(parts)
 
 
@@ -164,7 +164,8 @@ def _reasons(rows: Sequence[Row]) -> str:
     )
 
 
-def _environment(rows: Sequence[Row]) -> str:
+def environment_of(rows: Sequence[Row]) -> str:
+    """Return a list of what rows were measured with."""
     facts: dict[str, set[str]] = {}
     for row in rows:
         for name, value in row["environment"].items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import timm
 import torch
@@ -36,7 +35,13 @@ tf_efficientnet_b0 tiny_vit_5m_224 tinynet_e tresnet_m xception41p
 """
 """Models that take images of 64 x 64 as they are."""
 
-OTHERS = {"efficientformer_l1": 224, "halonet_h1": 256, "inception_resnet_v2": 96, "inception_v3": 96, "inception_v4": 96}
+OTHERS = {
+    "efficientformer_l1": 224,
+    "halonet_h1": 256,
+    "inception_resnet_v2": 96,
+    "inception_v3": 96,
+    "inception_v4": 96,
+}
 """Models that take no smaller images -> the edge of theirs."""
 
 
@@ -49,12 +54,12 @@ def cases() -> list[Case]:
     ]
 
 
-def _make(name: str, **settings: Any) -> nn.Module:
+def _make(name: str, **settings: object) -> nn.Module:
     made: nn.Module = timm.create_model(name, pretrained=False, **settings)
     return made
 
 
-def _case(name: str, size: int, **settings: Any) -> Case:
+def _case(name: str, size: int, **settings: object) -> Case:
     generator = torch.Generator()
     return Case(
         name,

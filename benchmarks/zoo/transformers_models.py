@@ -97,7 +97,12 @@ _ARCHITECTURES: Mapping[str, tuple[str, str, dict[str, Any], Callable[[], Argume
     "albert": ("AlbertForMaskedLM", "AlbertConfig", {**_ENCODER, "embedding_size": 16}, _text),
     "bart": ("BartForConditionalGeneration", "BartConfig", _SEQUENCES, _pair),
     "bert": ("BertForMaskedLM", "BertConfig", _ENCODER, _text),
-    "bloom": ("BloomForCausalLM", "BloomConfig", {"vocab_size": 99, "hidden_size": 32, "n_layer": 2, "n_head": 4}, _text),
+    "bloom": (
+        "BloomForCausalLM",
+        "BloomConfig",
+        {"vocab_size": 99, "hidden_size": 32, "n_layer": 2, "n_head": 4},
+        _text,
+    ),
     "clip": (
         "CLIPModel",
         "CLIPConfig",
@@ -141,8 +146,13 @@ _ARCHITECTURES: Mapping[str, tuple[str, str, dict[str, Any], Callable[[], Argume
         _text,
     ),
     "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", {**_DECODER, "head_dim": 8}, _text),
-    "gpt2": ("GPT2LMHeadModel", "GPT2Config", {"vocab_size": 99, "n_positions": 40, "n_embd": 32, "n_layer": 2, "n_head": 4}
-        | {"bos_token_id": 1, "eos_token_id": 2}, _text),
+    "gpt2": (
+        "GPT2LMHeadModel",
+        "GPT2Config",
+        {"vocab_size": 99, "n_positions": 40, "n_embd": 32, "n_layer": 2, "n_head": 4}
+        | {"bos_token_id": 1, "eos_token_id": 2},
+        _text,
+    ),
     "gpt_neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", _ENCODER, _text),
     "llama": ("LlamaForCausalLM", "LlamaConfig", _DECODER, _text),
     "mamba": (

@@ -65,7 +65,7 @@ def treat(case: Case) -> dict[str, Any]:
     }
 
 
-class NothingToDo(Exception):
+class NothingToFactorizeError(Exception):
     """The model has no layer that can be factorized, and the analysis says so.
 
     Args:
@@ -81,7 +81,7 @@ def analyzed(model: nn.Module) -> Analysis:
     """Analyse a model.
 
     Raises:
-        NothingToDo: If it has nothing to factorize.
+        NothingToFactorizeError: If it has nothing to factorize.
     """
     try:
         return analyze(model)
@@ -90,7 +90,9 @@ def analyzed(model: nn.Module) -> Analysis:
             raise
         reasons = find_layers(model).skipped.values()
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        raise NothingToDo({"parameters": parameters, "layers": len(reasons), "skipped": counted(reasons)}) from error
+        raise NothingToFactorizeError(
+            {"parameters": parameters, "layers": len(reasons), "skipped": counted(reasons)}
+        ) from error
 
 
 def nearest(analysis: Analysis) -> float:
@@ -119,7 +121,7 @@ def evaluate(model: nn.Module, case: Case) -> list[Tensor]:
     return outputs
 
 
-def train(model: nn.Module, case: Case) -> None:
+def forward_backward(model: nn.Module, case: Case) -> None:
     """Run a model forward in train mode, and backward."""
     model.train()
     model.zero_grad()
@@ -133,17 +135,15 @@ def train(model: nn.Module, case: Case) -> None:
 
 def trained_parameters(model: nn.Module, case: Case) -> set[str]:
     """Return the names of the parameters that get a gradient while the model is dense."""
-    train(model, case)
-    names = {
-        name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.grad is not None
-    }
+    forward_backward(model, case)
+    names = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.grad is not None}
     model.zero_grad()
     return names
 
 
 def check_training(model: nn.Module, case: Case, trained: set[str]) -> int:
     """Hold the factors' gradients to be there and finite where the dense weight had one; return how many had none."""
-    train(model, case)
+    forward_backward(model, case)
     without = 0
     for name in factorized_in(model):
         layer = model.get_submodule(name)
@@ -169,6 +169,8 @@ def check_round_trip(case: Case, state: Mapping[str, Tensor], outputs: list[Tens
     lrc.restore_(fresh, state)
     restored = evaluate(fresh, case)
     check(same(outputs, restored), "a fresh model with the same state dict gives other outputs")
+    if case.selects:
+        outputs = evaluate(fresh.double(), case)
     lrc.densify_(fresh)
     check(not factorized_in(fresh), "a layer is still factorized")
     check(list(fresh.state_dict()) == names, "the names in the state dict are not those of the dense model")
