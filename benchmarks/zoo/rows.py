@@ -78,7 +78,8 @@ _LEGEND = """## How to read the tables
 *layers* have a weight with two or more axes; *cut* of them are factorized, *dense* of them are cheaper or better dense,
 the rest are skipped, with a word for the reason and the number of layers. *kept* is of the parameters of the whole
 model, fixed ones included. *error* is the largest slice error of a layer; random weights have no small singular
-values. *difference* is that of the outputs of factors and of their product. *seconds* are those of the analysis.
+values. *difference* is that of the outputs of factors and of their product. *seconds* are those that the
+analysis keeps one core busy.
 """
 
 
@@ -132,7 +133,7 @@ def _line(row: Row) -> list[str]:
         f"{row['kept']:.1%}",
         f"{row['worst_error']:.3f}",
         f"{row['difference']:.0e}",
-        f"{row['seconds']:.1f}",
+        f"{row['processor_seconds']:.1f}" if "processor_seconds" in row else "",
         row["status"],
     ]
 

@@ -17,7 +17,7 @@ _SIZES = {"maxvit_t": 224, "inception_v3": 80, "quantized_inception_v3": 80, "vi
 _GIANTS = {"regnet_y_128gf", "vit_h_14"}
 
 _SAMPLES: dict[str, tuple[int, ...]] = {
-    "s3d": (3, 16, 200, 200),
+    "s3d": (3, 16, 224, 224),
     "mvit_v1_b": (3, 4, 64, 64),
     "mvit_v2_s": (3, 4, 64, 64),
 }
