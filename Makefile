@@ -1,4 +1,4 @@
-.PHONY: all install test lint types floors bench
+.PHONY: all install test lint types floors bench zoo
 
 all: lint types floors test
 
@@ -19,3 +19,8 @@ floors:
 
 bench:
 	@set -e; for file in benchmarks/*.py; do echo "== $$file"; python "$$file"; done
+
+SHARD ?= 1/1
+
+zoo:
+	python -m benchmarks.zoo --shard $(SHARD)

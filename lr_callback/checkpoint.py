@@ -7,6 +7,7 @@ model has a factorized one means dense. So files that hold weights alone are eno
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -58,27 +59,42 @@ def restore_(model: nn.Module, source: Allocation | Mapping[str, Any] | str | Pa
     if isinstance(loaded, Allocation):
         factorize_(model, loaded)
         return
-    state = _without_prefix(model, state_dict_of(loaded))
+    entries = state_dict_of(loaded)
+    prefix = _prefix(model, entries)
+    state = {name.removeprefix(prefix): value for name, value in entries.items() if name.startswith(prefix)}
     check_weights(model, state)
     check_values(model.state_dict(), state)
     adapt_structure(model, state)
-    model.load_state_dict(state)
+    model.load_state_dict(_with_versions(model, state, loaded.get("state_dict", loaded), prefix))
 
 
-def _without_prefix(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Take off the name under which a larger module held this model, where there is one such name."""
+def _with_versions(
+    model: nn.Module, state: Mapping[str, Tensor], source: Mapping[str, Any], prefix: str
+) -> Mapping[str, Tensor]:
+    """Give a state dict the versions of its modules: those of the source where it has them, or else the model's.
+
+    Some modules load nothing without their version (torchvision's MNASNet). A plain dict of tensors has none; its names
+    and shapes are those of the model as it is now.
+    """
+    written = getattr(source, "_metadata", None) or {}
+    given = {f"{name}."[len(prefix) : -1]: of for name, of in written.items() if f"{name}.".startswith(prefix)}
+    versioned = OrderedDict(state)
+    vars(versioned)["_metadata"] = {**vars(model.state_dict())["_metadata"], **given}
+    return versioned
+
+
+def _prefix(model: nn.Module, state: Mapping[str, Tensor]) -> str:
+    """Return the name under which a larger module held this model, with a dot; nothing if there is no such name."""
     wanted = _possible_names(model)
 
     def fits(prefix: str) -> bool:
         return all(any(prefix + name in state for name in names) for names in wanted)
 
     if fits(""):
-        return state
+        return ""
     prefixes = {key[: -len(name)] for key in state for name in wanted[0] if key.endswith(f".{name}")}
     fitting = [prefix for prefix in sorted(prefixes) if fits(prefix)]
-    if len(fitting) != 1:
-        return state
-    return {key.removeprefix(fitting[0]): value for key, value in state.items() if key.startswith(fitting[0])}
+    return fitting[0] if len(fitting) == 1 else ""
 
 
 def _possible_names(model: nn.Module) -> list[tuple[str, ...]]:

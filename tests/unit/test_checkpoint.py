@@ -77,6 +77,38 @@ def test_structure_and_weights_come_back_whatever_the_model_has_now(make, source
     assert make is not shared or model[0] is model[2]
 
 
+class Versioned(nn.Sequential):
+    """Loads only what says which version of it was written, as torchvision's MNASNet does."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *rest):
+        self.loaded = local_metadata.get("version")
+        assert self.loaded in (1, 2)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+
+@pytest.mark.parametrize("prefix", ["", "network."])
+@pytest.mark.parametrize(
+    ("form", "expected"), [("same version", 2), ("older version", 1), ("file", 2), ("plain dict of tensors", 2)]
+)
+def test_versions_of_modules_are_loaded_with_them(prefix, form, expected, tmp_path):
+    model = Versioned(nn.Linear(32, 32))
+    compressed(model)
+    source = (nn.ModuleDict({"network": model}) if prefix else model).state_dict()
+    if form == "older version":
+        source._metadata[prefix.rstrip(".")]["version"] = 1
+    if form == "plain dict of tensors":
+        source = dict(source)
+    if form == "file":
+        torch.save(source, tmp_path / "state.pt")
+        source = tmp_path / "state.pt"
+    fresh = Versioned(nn.Linear(32, 32))
+    lrc.restore_(fresh, source)
+    assert fresh.loaded == expected
+    assert torch.equal(fresh[0].weight, model[0].weight)
+
+
 @pytest.mark.parametrize("form", ["object", "dict", "text", "path", "str"])
 def test_an_allocation_factorizes_the_weights_of_the_model_itself(form, tmp_path):
     model = network()
