@@ -71,6 +71,9 @@ to a state dict, restored from it into a fresh dense model, and made dense again
 
 `python -m benchmarks.zoo` (`make zoo`) writes this page and `benchmarks/results/zoo.jsonl`, in shards if asked:
 `make zoo SHARD=1/4`. Inputs are small, such as 2 images of 64 x 64; transformers have tiny configurations.
+
+Left out: the integer form of `torchvision.models.quantization`, which has nothing to train; its models are here as they
+are before they are quantized. Of timm, one or a few of the smallest models of each family.
 """
 
 _LEGEND = """## How to read the tables
