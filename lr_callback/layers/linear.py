@@ -42,10 +42,12 @@ class SlicedLinear(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Apply each slice's map."""
-        # One batched product with the slices as its batch; nothing looks at the input's shape, so fx can trace it.
-        sliced = torch.unflatten(features, -1, (self.num_slices, -1))
-        maps = torch.unflatten(self.weight, 0, (self.num_slices, -1))
-        return torch.einsum("...kw,krw->...kr", sliced, maps).flatten(-2)
+        # One batched product with the slices as its batch, however many leading dimensions there are.
+        width = self.weight.shape[1]
+        sliced = features.reshape(-1, self.num_slices, width).transpose(0, 1)
+        mapped = torch.bmm(sliced, self.weight.reshape(self.num_slices, -1, width).mT).transpose(0, 1)
+        # Sizes are added to sizes: neither TorchScript nor fx can unpack them.
+        return mapped.reshape(features.shape[:-1] + self.weight.shape[:1])
 
     def extra_repr(self) -> str:
         """Describe the sizes."""

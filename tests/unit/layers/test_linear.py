@@ -67,10 +67,9 @@ def test_factorized_linears_are_scripted():
 
 
 def test_slices_are_traced_by_fx_and_batched_by_vmap():
-    dense = nn.Linear(12, 5)
-    layer = lrc.FactorizedLinear(dense, num_slices=3, rank=2)
-    inputs = torch.randn(7, 12)
-    model = nn.Sequential(layer)
+    model, inputs = nn.Sequential(lrc.FactorizedLinear(nn.Linear(12, 5), num_slices=3, rank=2)), torch.randn(7, 12)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
     torch.testing.assert_close(torch.fx.symbolic_trace(model)(inputs), model(inputs))
     torch.testing.assert_close(torch.func.vmap(model)(inputs), model(inputs))
 
@@ -79,3 +78,15 @@ def test_initialization_that_asks_for_a_bias_finds_none():
     layer = lrc.FactorizedLinear(nn.Linear(12, 5), num_slices=3, rank=2)
     assert layer.encoder.bias is None
     assert "encoder.bias" not in layer.state_dict()
+
+
+def test_the_linear_of_timm_is_factorized():
+    timm_linear = pytest.importorskip("timm.layers.linear")
+    torch.manual_seed(0)
+    model = nn.Sequential(timm_linear.Linear(32, 24), nn.Tanh(), timm_linear.Linear(24, 32, bias=False))
+    lrc.factorize_(model, lrc.allocate(model, 0.7))
+    assert [type(layer) for layer in model] == [lrc.FactorizedLinear, nn.Tanh, lrc.FactorizedLinear]
+    inputs = torch.ones(2, 32)
+    outputs = model(inputs)
+    lrc.densify_(model)
+    torch.testing.assert_close(model(inputs), outputs)
