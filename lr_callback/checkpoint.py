@@ -8,10 +8,12 @@ model has a factorized one means dense. So files that hold weights alone are eno
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -62,10 +64,41 @@ def restore_(model: nn.Module, source: Allocation | Mapping[str, Any] | str | Pa
     entries = state_dict_of(loaded)
     prefix = _prefix(model, entries)
     state = {name.removeprefix(prefix): value for name, value in entries.items() if name.startswith(prefix)}
-    check_weights(model, state)
+    _check_has_values(model)
     check_values(model.state_dict(), state)
-    adapt_structure(model, state)
-    model.load_state_dict(_with_versions(model, state, loaded.get("state_dict", loaded), prefix))
+    check_weights(model, state)
+    _load(model, state, _with_versions(model, state, loaded.get("state_dict", loaded), prefix))
+
+
+def _check_has_values(model: nn.Module) -> None:
+    """Refuse a model on the meta device: what is loaded into it would be lost."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    empty = [name for name, value in named if value.device.type == "meta"]
+    if empty:
+        raise ValueError(
+            f"`model`: its weights must be on a device that holds values, found {len(empty)} on the meta device, the "
+            f"first is {empty[0]}; call `model.to_empty(device=...)` first. Nothing was changed."
+        )
+
+
+def _load(model: nn.Module, state: Mapping[str, Tensor], versioned: Mapping[str, Tensor]) -> None:
+    """Swap the layers and load the weights; put back both if a module does not take its part."""
+    held = [value for value in (*model.parameters(), *model.buffers()) if not is_lazy(value)]
+    kept = [value.detach().clone() for value in held]
+    with ExitStack() as undo:
+        undo.callback(_put_back, held, kept)
+        adapt_structure(model, state, undo=undo)
+        try:
+            model.load_state_dict(versioned)
+        except RuntimeError as error:
+            raise ValueError(f"`source`: the model does not take it: {error} Nothing was changed.") from error
+        undo.pop_all()
+
+
+@torch.no_grad()
+def _put_back(held: Sequence[Tensor], kept: Sequence[Tensor]) -> None:
+    for value, former in zip(held, kept, strict=True):
+        value.copy_(former)
 
 
 def _with_versions(
@@ -119,15 +152,23 @@ def _names_of_layers(model: nn.Module) -> dict[nn.Module, list[str]]:
     return names
 
 
-def adapt_structure(model: nn.Module, state: Mapping[str, Tensor], prefix: str = "") -> None:
+def adapt_structure(
+    model: nn.Module, state: Mapping[str, Tensor], prefix: str = "", undo: ExitStack | None = None
+) -> None:
     """Give each layer of a model the structure that a state dict has for it; weights are not set.
+
+    Args:
+        model: whose layers are replaced.
+        state: names and shapes.
+        prefix: of the model's names in it.
+        undo: given what undoes it, see :func:`~lr_callback.surgery.replace_layers`.
 
     Raises:
         ValueError: If the factors in the state dict do not fit the layer. Nothing was changed.
     """
     made = restructured(model, state, prefix)
     if made:
-        replace_layers(model, made)
+        replace_layers(model, made, undo=undo)
 
 
 def restructured(model: nn.Module, state: Mapping[str, Tensor], prefix: str) -> dict[str, nn.Module]:
@@ -211,7 +252,7 @@ def check_weights(model: nn.Module, state: Mapping[str, Tensor], partial: bool =
         common = expected.keys() & found.keys()
         expected, found = ({name: shapes[name] for name in shapes if name in common} for shapes in (expected, found))
     if expected != found:
-        raise ValueError(_differences(expected, found))
+        raise ValueError(_differences(expected, found, find_layers(model).skipped))
 
 
 def _shape(own: Tensor, given: Tensor | None) -> tuple[int, ...]:
@@ -241,11 +282,16 @@ def _of(shapes: Mapping[str, tuple[int, ...]], name: str) -> str:
     return f"shape {shapes[name]}" if name in shapes else "nothing"
 
 
-def _differences(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:
-    names = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+def _differences(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], skipped: Mapping[str, str]
+) -> str:
+    every = expected.keys() | found.keys()
+    names = sorted(name for name in every if expected.get(name) != found.get(name))
     lines = [f"{name}: {_of(expected, name)} in the model, {_of(found, name)} in the file" for name in names]
     more = f"; and {len(lines) - 4} more" if len(lines) > 4 else ""
+    dense = [layer for layer in skipped if f"{layer}.encoder.weight" in names]
+    why = "".join(f" {layer} can only be dense here: {skipped[layer]}." for layer in dense[:2])
     return (
-        f"`source`: its weights must be of this model, {len(lines)} of {len(expected)} names or shapes differ: "
-        f"{'; '.join(lines[:4])}{more}. Nothing was changed."
+        f"`source`: its weights must be of this model, {len(lines)} of {len(every)} names or shapes differ: "
+        f"{'; '.join(lines[:4])}{more}.{why} Nothing was changed."
     )

@@ -6,8 +6,8 @@ memory is not such a place: it would go on with the dense layer, and nothing wou
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Collection, Iterable, Iterator
+from collections import OrderedDict, deque
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import partial
 from types import FunctionType, MethodType, NoneType
 from weakref import ReferenceType
@@ -21,7 +21,7 @@ _RECORDS = frozenset({"_hparams", "_hparams_initial"})
 
 _IGNORED = _CHILDREN | _RECORDS
 _PLAIN = frozenset({bool, int, float, str, NoneType})
-_CONTAINERS = frozenset({dict, OrderedDict, list, tuple, set})
+_CONTAINERS = frozenset({dict, OrderedDict, list, tuple, set, deque})
 _HOSTS = frozenset({"builtins", "lightning", "lightning_fabric", "pytorch_lightning", "torch", "torchmetrics"})
 _DEPTH = 8
 _MOST = 100_000
@@ -32,9 +32,9 @@ _LONGEST = 10_000
 def held_elsewhere(model: nn.Module, wanted: Collection[nn.Module | Tensor]) -> dict[int, str]:
     """Find what plain attributes of a model's modules have hold of.
 
-    Looked through are containers, partials, methods, hooks, what functions close over, weak references and the
-    attributes of other objects; not those of torch and Lightning: an optimizer follows a surgery, a Trainer holds the
-    model. What is held outside of the model is not found.
+    Looked through are containers, partials, methods, hooks, what functions close over, weak references, and the
+    attributes of other objects, also in slots and of classes; not those of torch and Lightning: an optimizer follows a
+    surgery, a Trainer holds the model. What is held outside of the model is not found. A view of a weight counts as it.
 
     Args:
         model: whose modules' attributes are looked through.
@@ -51,37 +51,57 @@ def held_elsewhere(model: nn.Module, wanted: Collection[nn.Module | Tensor]) -> 
         ['the attribute layers of the model']
     """
     ids = frozenset(map(id, wanted))
+    spans: dict[int, list[tuple[int, int, int]]] = {}
+    for weight in (one for one in wanted if isinstance(one, Tensor)):
+        for _, start, end in _span(weight):
+            spans.setdefault(_storage(weight), []).append((start, end, id(weight)))
     found: dict[int, str] = {}
     seen: set[int] = set()
     for name, module in model.named_modules():
         for attribute, value in _attributes(module):
             for one in _reached(value, seen, _DEPTH):
-                if id(one) in ids:
-                    found.setdefault(id(one), f"the attribute {attribute} of {name or 'the model'}")
+                for held in _meant(one, ids, spans):
+                    found.setdefault(held, f"the attribute {attribute} of {name or 'the model'}")
     return found
 
 
+def _meant(value: object, ids: Collection[int], spans: Mapping[int, Iterable[tuple[int, int, int]]]) -> Iterator[int]:
+    """Yield which of the wanted a value is, or is a view of; ``spans`` are theirs in each storage."""
+    if id(value) in ids:
+        yield id(value)
+    elif isinstance(value, Tensor):
+        for _, start, end in _span(value):
+            near = spans.get(_storage(value), ())
+            yield from (wanted for first, last, wanted in near if start < last and first < end)
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(Tensor.untyped_storage(tensor).data_ptr())
+
+
 def _attributes(module: nn.Module) -> Iterator[tuple[str, object]]:
-    """Yield what a module has besides its children, also in slots."""
+    """Yield what a module has besides its children, also in slots, and what a user's class of it holds for all."""
     yield from _own(module).items()
     for base in type(module).__mro__:
-        for name in _names(vars(base).get("__slots__", ())):
-            value = _slot(module, name)
-            if name != "__dict__" and value is not None:
-                yield name, value
-
-
-def _slot(module: nn.Module, name: str) -> object:
-    """Return what is in a slot, past a ``__getattr__`` of the module's own; None if nothing is."""
-    try:
-        return object.__getattribute__(module, name)
-    except AttributeError:
-        return None
+        if base.__module__.partition(".")[0] not in _HOSTS:
+            held = (nn.Module, Tensor, list, tuple, dict, deque)
+            yield from ((name, one) for name, one in vars(base).items() if isinstance(one, held))
 
 
 def _own(value: object) -> dict[str, object]:
-    """Return the attributes in an object's dict; what ``functools.wraps`` copied from a module has its children too."""
-    return {name: one for name, one in vars(value).items() if name not in _IGNORED and not _is_nothing(one)}
+    """Return an object's attributes, also in slots; what ``functools.wraps`` copied of a module has its children."""
+    own = dict(getattr(value, "__dict__", {}))
+    for base in type(value).__mro__:
+        own |= {name: _slot(value, name) for name in _names(vars(base).get("__slots__", ())) if name != "__dict__"}
+    return {name: one for name, one in own.items() if name not in _IGNORED and not _is_nothing(one)}
+
+
+def _slot(value: object, name: str) -> object:
+    """Return what is in a slot, past a ``__getattr__`` of the object's own; None if nothing is."""
+    try:
+        return object.__getattribute__(value, name)
+    except AttributeError:
+        return None
 
 
 def _is_nothing(value: object) -> bool:
@@ -109,7 +129,7 @@ def _reached(value: object, seen: set[int], depth: int) -> Iterator[object]:
 
 def _inside(value: object) -> Iterable[object] | None:
     """Return what a value has hold of, None if it is not of a kind that is looked through."""
-    if isinstance(value, (list, tuple, set, frozenset)):
+    if isinstance(value, (list, tuple, set, frozenset, deque)):
         return value if len(value) <= _LONGEST else None
     if isinstance(value, dict):
         return [*value.keys(), *value.values()] if len(value) <= _LONGEST else None
@@ -127,7 +147,7 @@ def _inside(value: object) -> Iterable[object] | None:
 def _is_looked_into(value: object) -> bool:
     """Return whether an object is of a user's or another package's class, and not one that follows by itself."""
     packages = {base.__module__.partition(".")[0] for base in type(value).__mro__ if base is not object}
-    return not packages & _HOSTS and not isinstance(value, type) and hasattr(value, "__dict__")
+    return not packages & _HOSTS and not isinstance(value, type)
 
 
 def _cells(function: FunctionType) -> Iterator[object]:

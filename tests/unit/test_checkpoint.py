@@ -174,7 +174,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(own, other):
 
 def test_the_difference_is_told_by_name_and_shape():
     message = (
-        r"2 of 11 names or shapes differ: 4\.bias: shape \(8,\) in the model, nothing in the file;"
+        r"2 of 12 names or shapes differ: 4\.bias: shape \(8,\) in the model, nothing in the file;"
         r" 9\.x: nothing in the model, shape"
     )
     entries = network().state_dict()
@@ -334,3 +334,37 @@ def test_a_lightning_checkpoint_goes_into_the_module_and_as_a_dict_too(files):
     for model, inner in ((Trained(), lambda model: model.network), (network(), lambda model: model)):
         lrc.restore_(model, loaded)
         assert same(state(inner(model)), wanted["last.ckpt"])
+
+
+class Extra(nn.Sequential):
+    def get_extra_state(self):
+        return torch.tensor(1)
+
+    def set_extra_state(self, state):
+        raise AssertionError("not taken")
+
+
+@pytest.mark.parametrize(("form", "raised"), [("missing", ValueError), ("refused", AssertionError)])
+def test_a_module_that_does_not_take_its_part_leaves_all_as_it_was(form, raised):
+    model = (nn.Sequential if form == "missing" else Extra)(nn.Linear(32, 32))
+    compressed(model)
+    fresh = Extra(nn.Linear(32, 32))
+    layer, before = fresh[0], fresh[0].weight.clone()
+    with pytest.raises(raised, match=r"(?s)not take.*Nothing was changed" if form == "missing" else "not taken"):
+        lrc.restore_(fresh, model.state_dict())
+    assert fresh[0] is layer
+    assert torch.equal(layer.weight, before)
+
+
+def test_a_model_on_the_meta_device_is_refused():
+    with pytest.raises(ValueError, match=r"found 2 on the meta device, the first is 0\.weight; call `model\.to_empty"):
+        lrc.restore_(nn.Sequential(nn.Linear(4, 4, device="meta")), nn.Sequential(nn.Linear(4, 4)).state_dict())
+
+
+def test_the_reason_why_a_layer_can_only_be_dense_is_given():
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    compressed(model)
+    tied = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    tied[1].weight = tied[0].weight
+    with pytest.raises(ValueError, match=r"0 can only be dense here: its weight is tied to that of 1\."):
+        lrc.restore_(tied, model.state_dict())

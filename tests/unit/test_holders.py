@@ -2,6 +2,7 @@
 
 import dataclasses
 import weakref
+from collections import deque
 from functools import partial
 from types import SimpleNamespace
 
@@ -226,3 +227,49 @@ def test_attribute_methods_of_a_module_s_own_do_not_stand_in_the_way():
     allocation = lrc.allocate(model, 0.5)
     assert lrc.factorize_(model, allocation).factorized == ("first", "second")
     assert model(torch.randn(2, 32)).shape == (2, 32)
+
+
+class Slotted:
+    __slots__ = ("head",)
+
+    def __init__(self, head):
+        self.head = head
+
+
+class Holding(nn.Module):
+    def __init__(self, hold):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+        hold(self)
+
+
+@pytest.mark.parametrize(
+    ("hold", "attribute"),
+    [
+        (lambda one: setattr(one, "queue", deque([one.layer])), "queue"),
+        (lambda one: setattr(one, "slotted", Slotted(one.layer)), "slotted"),
+        (lambda one: setattr(one, "turned", one.layer.weight.t()), "turned"),
+        (lambda one: setattr(one, "rows", [one.layer.weight.detach()[2:4]]), "rows"),
+    ],
+    ids=["deque", "slots", "transpose", "part"],
+)
+def test_layers_in_queues_and_slots_and_views_of_weights_are_found(hold, attribute):
+    skipped = lrc.allocate(nn.Sequential(Holding(hold), nn.Linear(32, 32)), 0.7).skipped
+    assert skipped["0.layer"].startswith(f"held by the attribute {attribute} of 0 too")
+
+
+def test_a_layer_that_a_class_holds_is_found():
+    class Model(Holding):
+        pass
+
+    model = nn.Sequential(Model(lambda one: None), nn.Linear(32, 32))
+    Model.shared = [model[0].layer]
+    assert lrc.allocate(model, 0.7).skipped["0.layer"].startswith("held by the attribute shared of 0 too")
+
+
+def test_what_lies_beside_a_weight_in_one_memory_is_no_view_of_it():
+    model = nn.Sequential(nn.Linear(32, 32))
+    flat = torch.randn(2, 32, 32)
+    model[0].weight = nn.Parameter(flat[0])
+    model.other = flat[1]
+    assert not lrc.allocate(model, 0.7).skipped
