@@ -14,6 +14,7 @@ from lr_callback.checkpoint import restore_ as restore_
 from lr_callback.exporting import Exported as Exported
 from lr_callback.exporting import export as export
 from lr_callback.hook import prepare as prepare
+from lr_callback.importance import Importance as Importance
 from lr_callback.layers import FactorizedConv1D as FactorizedConv1D
 from lr_callback.layers import FactorizedConv1d as FactorizedConv1d
 from lr_callback.layers import FactorizedConv2d as FactorizedConv2d
@@ -34,8 +35,11 @@ from lr_callback.surgery import factorize_ as factorize_
 
 if TYPE_CHECKING:
     from lr_callback.callback import LowRankCompression as LowRankCompression
+    from lr_callback.collect import collect_moments as collect_moments
     from lr_callback.loading import LowRankMixin as LowRankMixin
     from lr_callback.loading import load_from_checkpoint as load_from_checkpoint
+    from lr_callback.refit import refit_ as refit_
+    from lr_callback.repair import recalibrate_batchnorm_ as recalibrate_batchnorm_
 
 __version__ = "0.1.0"
 __all__ = [
@@ -54,6 +58,7 @@ __all__ = [
     "FactorizedEmbedding",
     "FactorizedLinear",
     "Factorization",
+    "Importance",
     "LowRankCompression",
     "LowRankMixin",
     "Method",
@@ -62,15 +67,21 @@ __all__ = [
     "UniformRank",
     "allocate",
     "analyze",
+    "collect_moments",
     "densify_",
     "export",
     "factorize_",
     "load_from_checkpoint",
     "prepare",
+    "recalibrate_batchnorm_",
+    "refit_",
     "restore_",
 ]
 
-_OF_LIGHTNING = {
+_ON_FIRST_USE = {
+    "collect_moments": "lr_callback.collect",
+    "refit_": "lr_callback.refit",
+    "recalibrate_batchnorm_": "lr_callback.repair",
     "LowRankCompression": "lr_callback.callback",
     "LowRankMixin": "lr_callback.loading",
     "load_from_checkpoint": "lr_callback.loading",
@@ -78,9 +89,9 @@ _OF_LIGHTNING = {
 
 
 def __getattr__(name: str) -> object:
-    """Import what is for Lightning on first use: the rest of the package does without it."""
-    if name in _OF_LIGHTNING:
-        found = getattr(import_module(_OF_LIGHTNING[name]), name)
+    """Import on first use what takes long to import, or is for Lightning: the rest of the package does without."""
+    if name in _ON_FIRST_USE:
+        found = getattr(import_module(_ON_FIRST_USE[name]), name)
         if name == "LowRankCompression":
             import_module("lr_callback.host.packages").serve_imported_packages()
         return found

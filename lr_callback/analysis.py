@@ -8,6 +8,7 @@ from functools import cached_property
 from math import floor
 from numbers import Real
 from typing import Any
+from warnings import warn
 
 from torch import nn
 
@@ -16,6 +17,7 @@ from lr_callback.candidates import LayerCandidates
 from lr_callback.costs import LayerCost, check_cost
 from lr_callback.find import Found, find_layers
 from lr_callback.folding import Geometry
+from lr_callback.importance import Importance, checked_importance
 from lr_callback.layer_types import dense_weight
 from lr_callback.methods import Choice, Method, check_method
 from lr_callback.observe import Observation, observe
@@ -134,6 +136,7 @@ def allocate(
     exclude: Sequence[str] | str | None = None,
     embeddings: bool = False,
     example_input: object = None,
+    importance: Mapping[str, Importance] | None = None,
 ) -> Allocation:
     """Choose, for every layer, what it becomes under one budget. Changes nothing.
 
@@ -147,6 +150,8 @@ def allocate(
         embeddings: whether ``nn.Embedding`` layers are factorized, too.
         example_input: a tensor, or a tuple of positional or dict of named arguments of ``model``. Multiply-adds are
             counted on it; of ``"parameters"`` those in layers that it does not use are left alone.
+        importance: layer name -> of its inputs and outputs, for an ``error`` that is weighted by it; a layer without
+            one is told of in a warning, and all of its inputs count the same.
 
     Returns:
         The allocation; ``print`` shows it as a table, :func:`~lr_callback.surgery.factorize_` carries it out.
@@ -171,7 +176,7 @@ def allocate(
     seen = observe(model, example_input) if is_counted or example_input is not None else None
     observation, used = (seen, None) if is_counted else (None, seen)
     layers: dict[str, Any] = {"include": include, "exclude": exclude, "embeddings": embeddings}
-    analysis = analyze(model, method, observation=observation, used=used, **layers)
+    analysis = analyze(model, method, observation=observation, used=used, importance=importance, **layers)
     return analysis.allocate(keep_ratio)
 
 
@@ -186,6 +191,7 @@ def analyze(
     progress: Progress | None = None,
     processes: Processes | None = None,
     used: Observation | None = None,
+    importance: Mapping[str, Importance] | None = None,
 ) -> Analysis:
     """Compute every layer's candidates, for any budget afterwards.
 
@@ -200,6 +206,7 @@ def analyze(
         processes: each computes a part of the layers, and all return all of them; None: this one alone. The model must
             be the same on every process.
         used: of one run of the model; layers that it neither calls nor reads are left out, whatever the unit.
+        importance: see :func:`allocate`; the same on every process.
 
     Raises:
         ValueError: See :func:`allocate`.
@@ -208,6 +215,7 @@ def analyze(
     method, processes = check_method(method), processes or Processes()
 
     def prices() -> tuple[Found, dict[str, LayerCost]]:
+        checked_importance(method.error, importance)
         found = find_layers(model, include, exclude)
         leave_out_unused(found, used)
         return found, layer_costs(found, observation, embeddings=embeddings)
@@ -215,9 +223,22 @@ def analyze(
     found, costs = processes.agree(prices)
     owners = dict(zip(costs, processes.owners(_work(cost.geometry, method) for cost in costs.values()), strict=True))
     own = {name: found.layers[name] for name, owner in owners.items() if owner == processes.rank}
-    parts = processes.gather(lambda: _candidates(own, costs, method, progress), long=True)
+    known = importance or {}
+    if known and processes.rank == 0:
+        _warn_of_unknown([name for name in costs if name not in known])
+    parts = processes.gather(lambda: _candidates(own, costs, method, progress, known), long=True)
     layers = {name: parts[owner][name] for name, owner in owners.items()}
     return _analysis(model, method, observation, found, costs, layers)
+
+
+def _warn_of_unknown(names: Sequence[str]) -> None:
+    """Warn of layers whose importance is not known, as of one that was not called while it was measured."""
+    if names:
+        warn(
+            f"The importance of {len(names)} layer(s) is not known, as if they were never called: all of their inputs "
+            f"and outputs count the same. They are {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}.",
+            stacklevel=4,
+        )
 
 
 def _work(geometry: Geometry, method: Method) -> float:
@@ -225,7 +246,11 @@ def _work(geometry: Geometry, method: Method) -> float:
 
 
 def _candidates(
-    layers: Mapping[str, nn.Module], costs: Mapping[str, LayerCost], method: Method, progress: Progress | None
+    layers: Mapping[str, nn.Module],
+    costs: Mapping[str, LayerCost],
+    method: Method,
+    progress: Progress | None,
+    importance: Mapping[str, Importance],
 ) -> dict[str, LayerCandidates]:
     """Compute the candidates of some layers."""
     made: dict[str, LayerCandidates] = {}
@@ -233,7 +258,7 @@ def _candidates(
         for done, (name, layer) in enumerate(layers.items()):
             if progress is not None:
                 progress(done, len(layers), name)
-            made[name] = method.candidates(dense_weight(layer), costs[name], crew)
+            made[name] = method.candidates(dense_weight(layer), costs[name], crew, importance.get(name))
     return made
 
 

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from lr_callback.allocation import Allocation, Factorization
 from lr_callback.attached import copy_attributes, warn_of_attached
 from lr_callback.find import find_layers
-from lr_callback.folding import Geometry, fold, unfold_decoder, unfold_encoder
+from lr_callback.folding import Geometry, unfold_decoder, unfold_encoder
+from lr_callback.importance import Importance, checked_importance, weighted_fold
 from lr_callback.layer_types import build, dense_weight, layer_type
 from lr_callback.layers import FactorizedLayer, dense_bias, weight_of
 from lr_callback.parallel import Workers
 from lr_callback.processes import Processes
-from lr_callback.spectrum import truncate
+from lr_callback.spectrum import split, truncate
+from lr_callback.weighting import diagonal_blocks, weighted_truncate
 
 _HOOKS = (
     "_forward_hooks",
@@ -85,7 +87,11 @@ def _some(names: Sequence[str], most: int = 5) -> str:
 
 
 def build_layers(
-    targets: Mapping[str, nn.Module], allocation: Allocation, crew: Workers, processes: Processes | None = None
+    targets: Mapping[str, nn.Module],
+    allocation: Allocation,
+    crew: Workers,
+    processes: Processes | None = None,
+    importance: Mapping[str, Importance] | None = None,
 ) -> dict[str, nn.Module]:
     """Return the new form of each layer that is not yet as the allocation asks.
 
@@ -95,12 +101,14 @@ def build_layers(
         crew: where the decompositions are computed.
         processes: each decomposes a part of the layers, and all get the same factors, bit for bit; None: this one
             alone. Where bits differ between processes (the sign of a singular vector may), so would all that follows.
+        importance: of the layers, where the allocation's error is weighted by it.
 
     Raises:
-        ValueError: If factors are not finite.
+        ValueError: If factors are not finite, or the importance is missing or not wanted.
         RuntimeError: If another process failed.
     """
     processes = processes or Processes()
+    known = checked_importance(allocation.error, importance)
     chosen = {name: allocation.layers[name] for name in targets}
     pending = [name for name, layer in targets.items() if not _is_as_chosen(layer, chosen[name])]
     owners = dict(zip(pending, processes.owners(_work(targets[name], chosen[name]) for name in pending), strict=True))
@@ -109,7 +117,9 @@ def build_layers(
         if processes.rank == 0:
             warn_of_attached({name: weights_held(targets[name]) for name in pending})
         return {
-            name: _rebuild(name, targets[name], chosen[name], crew if owner == processes.rank else None)
+            name: _rebuild(
+                name, targets[name], chosen[name], crew if owner == processes.rank else None, known.get(name)
+            )
             for name, owner in owners.items()
         }
 
@@ -129,7 +139,9 @@ def _is_as_chosen(layer: nn.Module, choice: Factorization | None) -> bool:
     return _structure(layer) == (choice.folding, choice.num_slices, choice.rank)
 
 
-def _rebuild(name: str, layer: nn.Module, choice: Factorization | None, crew: Workers | None) -> nn.Module:
+def _rebuild(
+    name: str, layer: nn.Module, choice: Factorization | None, crew: Workers | None, importance: Importance | None
+) -> nn.Module:
     """Return the layer as chosen; without a crew its factors are not set, another process has them."""
     if choice is None:
         assert isinstance(layer, FactorizedLayer)
@@ -137,7 +149,7 @@ def _rebuild(name: str, layer: nn.Module, choice: Factorization | None, crew: Wo
     made = skeleton(layer, choice)
     if crew is None:
         return made
-    made.set_factors(*factors(dense_weight(layer), made.geometry(made), choice, crew))
+    made.set_factors(*factors(dense_weight(layer), made.geometry(made), choice, crew, importance))
     if not all(bool(torch.isfinite(factor).all()) for factor in made.factors):
         raise ValueError(
             f"{name}: the factors must be finite, found NaN or infinity in those of rank {choice.rank} in "
@@ -150,10 +162,28 @@ def _structure(layer: FactorizedLayer) -> tuple[str, int, int]:
     return layer.folding, layer.num_slices, layer.rank
 
 
-def factors(weight: Tensor, geometry: Geometry, choice: Factorization, crew: Workers) -> tuple[Tensor, Tensor]:
-    """Return the encoder's and the decoder's weight of a dense weight, float64, in the order of axes of ``folding``."""
-    left, right = truncate(fold(weight, choice.folding, choice.num_slices, geometry.groups), choice.rank, crew)
-    return unfold_encoder(right, geometry, choice.folding), unfold_decoder(left, geometry, choice.folding)
+def factors(
+    weight: Tensor, geometry: Geometry, choice: Factorization, crew: Workers, importance: Importance | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the encoder's and the decoder's weight of a dense weight, float64, in the order of axes of ``folding``.
+
+    Args:
+        weight: ``(F, C / g, *kernel)``.
+        geometry: of the layer.
+        choice: what it becomes.
+        crew: where the decompositions are computed.
+        importance: of its inputs and outputs, by which the error is weighted; None: all count the same.
+    """
+    folding, num_slices, importance = choice.folding, choice.num_slices, importance or Importance()
+    matrix, moments = weighted_fold(weight, folding, geometry, importance)
+    slices, rows = split(matrix, num_slices), importance.of_rows(geometry, folding)
+    if moments is None:
+        left, right = truncate(slices, choice.rank, crew)
+    else:
+        left, right = weighted_truncate(slices, choice.rank, diagonal_blocks(moments, num_slices), crew)
+    if rows is not None:
+        left = left / rows.to(left.device).repeat_interleave(num_slices, dim=0)
+    return unfold_encoder(right, geometry, folding), unfold_decoder(left, geometry, folding)
 
 
 def skeleton(layer: nn.Module, choice: Factorization) -> FactorizedLayer:

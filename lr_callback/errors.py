@@ -17,9 +17,11 @@ from math import sqrt
 import torch
 from torch import Tensor
 
+from lr_callback.importance import WEIGHTED
 from lr_callback.parallel import Workers
 from lr_callback.residual import residual_norms
 from lr_callback.spectrum import Slicing, scaled_left_vectors, singular_values, slicings
+from lr_callback.weighting import weighted_slicings
 
 Measure = Callable[[Slicing, Tensor, Workers], Tensor]
 """From a slicing and limits ``(last + 1,)`` to its absolute errors ``(last + 1,)`` at rank 0 to ``last``.
@@ -76,22 +78,29 @@ ERRORS: Mapping[str, Measure] = {
     "bound": bound_error,
     "frobenius": frobenius_error,
 }
-"""Every measure by its name."""
+"""Measures by their names; those of :data:`~lr_callback.importance.WEIGHTED` are ``frobenius`` of a weighted matrix."""
 
 
 def relative_errors(
-    matrix: Tensor, error: str, last: Mapping[int, int], workers: Workers, prices: Mapping[int, int] | None = None
+    matrix: Tensor,
+    error: str,
+    last: Mapping[int, int],
+    workers: Workers,
+    prices: Mapping[int, int] | None = None,
+    moments: Tensor | None = None,
 ) -> dict[int, Tensor]:
     """Compute the relative error of a folded layer for each number of slices and each rank.
 
     Args:
         matrix: ``(rows, columns)``, or ``(g, rows, columns)`` of groups, the layer folded with one slice; finite and
             not all zero.
-        error: a name in :data:`ERRORS`.
+        error: a name in :data:`ERRORS` or :data:`~lr_callback.importance.WEIGHTED`.
         last: number of slices ``k`` -> largest rank of interest, at most the smaller side of a slice.
         workers: where it is computed.
         prices: number of slices -> cost of a rank. With it, an error may be infinite where another number of slices
             has no larger error at no larger cost: nothing would ever choose it, and much work is saved.
+        moments: second moments of the columns, ``(g, columns, columns)`` or their diagonals ``(g, columns)``: errors
+            are then those of the matrix times their root, slice by slice (:mod:`lr_callback.weighting`).
 
     Returns:
         Number of slices -> ``(last + 1,)`` float64 on the CPU: entry ``r`` is the error at rank ``r``. It never rises
@@ -109,18 +118,22 @@ def relative_errors(
         [1.0, 0.5, 0.25, 0.25, 0.0]
     """
     measure = find_measure(error)
-    if error == "operator" and matrix.shape[-2] > matrix.shape[-1]:
+    if error == "operator" and moments is None and matrix.shape[-2] > matrix.shape[-1]:
         # The triangle of a QR decomposition has the same slices up to one rotation, and fewer rows.
         triangle: Tensor = torch.linalg.qr(matrix.double(), mode="r").R
         matrix = triangle.to(torch.promote_types(matrix.dtype, torch.float32))
     absolute: dict[int, Tensor] = {}
-    for slicing in slicings(matrix, sorted({1, *last}), workers):
+    counts = sorted({1, *last})
+    weighted = (
+        slicings(matrix, counts, workers) if moments is None else weighted_slicings(matrix, moments, counts, workers)
+    )
+    for slicing in weighted:
         count = slicing.num_slices
         limit = torch.full((last.get(count, 0) + 1,), torch.inf, dtype=torch.float64)
         if prices is not None and count in prices:
             limit = _best_so_far(absolute, prices, prices[count] * torch.arange(len(limit)))
         absolute[count] = measure(slicing, limit, workers).cpu()
-    norm = absolute[1][0]
+    norm = absolute[1][0] if float(absolute[1][0]) > 0 else torch.ones_like(absolute[1][0])
     return {count: absolute[count] / norm for count in last}
 
 
@@ -140,6 +153,6 @@ def find_measure(error: str) -> Measure:
     Raises:
         ValueError: If there is none.
     """
-    if error not in ERRORS:
-        raise ValueError(f"`error` must be one of {list(ERRORS)}, got {error!r}.")
-    return ERRORS[error]
+    if error not in ERRORS and error not in WEIGHTED:
+        raise ValueError(f"`error` must be one of {[*ERRORS, *WEIGHTED]}, got {error!r}.")
+    return ERRORS["frobenius" if error in WEIGHTED else error]

@@ -16,7 +16,8 @@ from torch import Tensor
 from lr_callback.candidates import Candidate, Frontier, LayerCandidates, frontier, layer_candidates
 from lr_callback.costs import LayerCost
 from lr_callback.errors import find_measure, relative_errors
-from lr_callback.folding import decoder_axes, fold
+from lr_callback.folding import decoder_axes
+from lr_callback.importance import Importance, weighted_fold
 from lr_callback.minimax import minimax
 from lr_callback.parallel import Workers
 
@@ -51,13 +52,24 @@ class Method(ABC):
         """Whether every candidate may be chosen at every rank; then the hopeless ones need no error."""
         return True
 
-    def candidates(self, weight: Tensor, cost: LayerCost, workers: Workers) -> LayerCandidates:
-        """Compute the candidates of one layer; see :func:`lr_callback.candidates.layer_candidates`."""
-        groups = cost.geometry.groups
+    def candidates(
+        self, weight: Tensor, cost: LayerCost, workers: Workers, importance: Importance | None = None
+    ) -> LayerCandidates:
+        """Compute the candidates of one layer; see :func:`lr_callback.candidates.layer_candidates`.
+
+        Args:
+            weight: dense, ``(F, C / g, *kernel)``.
+            cost: of the layer.
+            workers: where they are computed.
+            importance: of the layer's inputs and outputs, for an error that is weighted; None: all count the same.
+        """
+        geometry, importance = cost.geometry, importance or Importance()
+        importance.check_fits(geometry)
 
         def curves(folding: str, last: Mapping[int, int]) -> dict[int, Tensor]:
             prices = {count: cost.per_rank(folding, count) for count in last} if self.takes_any_rank else None
-            return relative_errors(fold(weight, folding, 1, groups), self.error, last, workers, prices)
+            matrix, moments = weighted_fold(weight, folding, geometry, importance)
+            return relative_errors(matrix, self.error, last, workers, prices, moments)
 
         return layer_candidates(cost, self.foldings, self.max_slices, curves)
 
@@ -96,7 +108,10 @@ class ALDS(Method):
 
     Args:
         error: measure of a layer's error. ``slice``: the worst slice's, what the paper's results were made with;
-            ``operator``: exact operator norm of the residual; ``bound``: the paper's Theorem 1; ``frobenius``.
+            ``operator``: exact operator norm of the residual; ``bound``: the paper's Theorem 1; ``frobenius``;
+            and, of layers whose importance is known (:mod:`lr_callback.importance`), Frobenius norms weighted by the
+            second moments of each slice's inputs (``activation``), by what the BatchNorm after the layer multiplies
+            its outputs with (``batchnorm``), or by mean squared gradients (``fisher``).
         objective: ``minimax``: the largest error is smallest, then the next largest (leximin).
         foldings: which to try of ``kernel_in_encoder``, ``depth_in_decoder``, ``height_in_decoder``,
             ``width_in_decoder``, ``kernel_in_decoder``; a layer takes those that its kernel has the axes for.
@@ -118,7 +133,7 @@ class ALDS(Method):
 
     def __init__(
         self,
-        error: Literal["slice", "operator", "bound", "frobenius"] = "slice",
+        error: Literal["slice", "operator", "bound", "frobenius", "activation", "batchnorm", "fisher"] = "slice",
         objective: Literal["minimax"] = "minimax",
         foldings: Sequence[str] = ("kernel_in_encoder",),
         max_slices: int | None = None,

@@ -108,7 +108,7 @@ def observe_run(model: nn.Module, run: Callable[[], object]) -> Observation:
     with ExitStack() as stack:
         stack.enter_context(untouched(model))
         watched = {name: _Watched(layer, stack) for name, layer in find_layers(model).layers.items()}
-        stack.enter_context(_as_written())
+        stack.enter_context(as_written())
         counter = stack.enter_context(FlopCounterMode(display=False))
         run()
     calls = {name: tuple(one.calls) for name, one in watched.items()}
@@ -173,7 +173,7 @@ def _give_back(
 
 
 @contextmanager
-def _as_written() -> Iterator[None]:
+def as_written() -> Iterator[None]:
     """Run what is compiled as it is written: a compiled graph shows neither its layers nor, perhaps, its products."""
     with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
         warnings.filterwarnings("ignore", message="Using `torch.compile.module.` when there are global hooks")

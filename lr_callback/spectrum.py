@@ -253,11 +253,15 @@ def _truncate_wide(slices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     double = slices.double()
     _, vectors = torch.linalg.eigh(double @ double.mT)
     left = vectors.flip(-1)[..., :rank]
-    right = left.mT @ double
+    return balanced(left, left.mT @ double)
+
+
+def balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Share the scale of ``right`` ``(..., j, columns)`` row by row with the columns of ``left`` ``(..., rows, j)``."""
     norms = right.norm(dim=-1)
     largest = norms.amax(dim=-1, keepdim=True)
     # A singular value of zero leaves its unit vector on the left: with both factors zero it could never train.
-    empty = norms <= largest * (_EPSILON * slices.shape[-1])
+    empty = norms <= largest * (_EPSILON * right.shape[-1])
     root = torch.where(empty, 1.0, norms).sqrt()
     right = torch.where(empty.unsqueeze(-1), 0.0, right / root.unsqueeze(-1))
     return left * root.unsqueeze(-2), right

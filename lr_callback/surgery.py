@@ -6,9 +6,9 @@ is a short block that is undone if anything interrupts it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 from torch.optim import Optimizer
@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from lr_callback.allocation import Allocation
 from lr_callback.build import build_layers, check_allocation, densified, weights_held
 from lr_callback.find import find_layers
+from lr_callback.importance import Importance
 from lr_callback.layers import FactorizedLayer
 from lr_callback.optimizers import Replacements, replace_parameters
 from lr_callback.parallel import workers
@@ -36,6 +37,7 @@ class SurgeryReport:
         parameters_before: of the whole model.
         parameters_after: of the whole model.
         replacements: old parameter -> the new ones in its place.
+        replaced: name of a layer -> the one that stood there before.
     """
 
     factorized: tuple[str, ...]
@@ -44,6 +46,7 @@ class SurgeryReport:
     parameters_before: int
     parameters_after: int
     replacements: Replacements = field(repr=False, default_factory=dict)
+    replaced: Mapping[str, nn.Module] = field(repr=False, default_factory=dict)
 
 
 def factorize_(
@@ -52,6 +55,7 @@ def factorize_(
     *,
     optimizers: Iterable[Optimizer] | Optimizer = (),
     optimizer_state: OptimizerState = "reset",
+    importance: Mapping[str, Importance] | None = None,
 ) -> SurgeryReport:
     """Carry out an allocation, in place.
 
@@ -65,6 +69,7 @@ def factorize_(
         optimizers: edited in place: the factors join the group of their weight, state of other parameters stays.
         optimizer_state: what the factors start with: ``reset``, no state; or ``project``, the momentum of their dense
             weight through the chain rule (:mod:`lr_callback.projection`), for SGD, Adam and AdamW.
+        importance: what the allocation was made with, if its error is weighted by it.
 
     Returns:
         What was done.
@@ -72,7 +77,7 @@ def factorize_(
     Raises:
         TypeError: If ``allocation`` is not an :class:`~lr_callback.allocation.Allocation`.
         ValueError: If the model lacks a layer of the allocation, or has it with another shape, or if
-            ``optimizer_state`` is another word. Nothing was changed.
+            ``optimizer_state`` is another word, or if the importance is missing or not wanted. Nothing was changed.
         RuntimeError: If an optimizer does not let its groups be edited. Nothing was changed.
 
     Example::
@@ -86,7 +91,7 @@ def factorize_(
     check_optimizer_state(optimizer_state)
     targets = check_allocation(model, allocation)
     with workers() as crew:
-        made = build_layers(targets, allocation, crew)
+        made = build_layers(targets, allocation, crew, importance=importance)
     return replace_layers(model, made, optimizers, optimizer_state=optimizer_state)
 
 
@@ -152,7 +157,7 @@ def replace_layers(
         replace_parameters(listed, replacements, _names_of_new(made), projected, steps)
         for parent, child, _, new in places:
             parent._modules[child] = new
-        report = _report(model, made, before, replacements)
+        report = replace(_report(model, made, before), replacements=replacements, replaced=old)
         own.pop_all()
     return report
 
@@ -162,7 +167,24 @@ def _put_back(places: Sequence[_Place]) -> None:
         parent._modules[child] = former
 
 
-def _report(model: nn.Module, made: Mapping[str, nn.Module], before: int, replacements: Replacements) -> SurgeryReport:
+@contextmanager
+def standing_in(model: nn.Module, instead: Mapping[nn.Module, nn.Module]) -> Iterator[None]:
+    """Let other layers stand in the places of some, for a while; nothing else of them is taken over.
+
+    Args:
+        model: that holds the layers.
+        instead: layer -> the one that stands in for it.
+    """
+    places = _places(model, instead)
+    try:
+        for parent, child, _, other in places:
+            parent._modules[child] = other
+        yield
+    finally:
+        _put_back(places)
+
+
+def _report(model: nn.Module, made: Mapping[str, nn.Module], before: int) -> SurgeryReport:
     return SurgeryReport(
         factorized=tuple(name for name, layer in made.items() if isinstance(layer, FactorizedLayer)),
         densified=tuple(name for name, layer in made.items() if not isinstance(layer, FactorizedLayer)),
@@ -171,7 +193,6 @@ def _report(model: nn.Module, made: Mapping[str, nn.Module], before: int, replac
         ),
         parameters_before=before,
         parameters_after=sum(parameter.numel() for parameter in model.parameters()),
-        replacements=replacements,
     )
 
 

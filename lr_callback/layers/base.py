@@ -79,6 +79,31 @@ class FactorizedLayer(nn.Module, ABC):
         """Describe one observed call."""
         return Call(outputs.shape[:-1].numel())
 
+    @classmethod
+    def patches(cls, layer: nn.Module, inputs: Tensor, outputs: Tensor) -> Tensor | None:
+        """Return what the weight of a dense or factorized layer is multiplied with in one call.
+
+        Args:
+            layer: of this type.
+            inputs: of the call.
+            outputs: of the call; only their shape matters.
+
+        Returns:
+            ``(g, positions, C / g * prod(kernel))``, the last axis in the order of the weight's; None for a type whose
+            inputs are no numbers.
+        """
+        return inputs.reshape(1, -1, inputs.shape[-1])
+
+    @classmethod
+    def positions(cls, layer: nn.Module, inputs: Tensor) -> Tensor:
+        """Return the inputs of one call position by position, ``(g, positions, C / g)``, whatever the kernel."""
+        return inputs.reshape(1, -1, inputs.shape[-1])
+
+    @classmethod
+    def results(cls, layer: nn.Module, outputs: Tensor) -> Tensor:
+        """Return the outputs of one call position by position, ``(g, positions, F / g)``, in order of the patches."""
+        return outputs.reshape(1, -1, outputs.shape[-1])
+
     @abstractmethod
     def _factors(self, dense: nn.Module, rank: int) -> tuple[nn.Module, nn.Module]:
         """Return encoder and decoder, their weights not set; draws no random numbers."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any, ClassVar
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from lr_callback.costs import Call
-from lr_callback.folding import Geometry, decoder_axes
+from lr_callback.folding import Geometry, decoder_axes, swap_channels
 from lr_callback.layers.base import FactorizedLayer, any_weight, dense_bias
 
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -76,6 +77,46 @@ class FactorizedConvolution(FactorizedLayer):
         batch = inputs.shape[0] if inputs.dim() == cls.axes + 2 else 1
         return Call(batch, tuple(inputs.shape[-cls.axes :]), tuple(outputs.shape[-cls.axes :]))
 
+    @classmethod
+    def patches(cls, layer: nn.Module, inputs: Tensor, outputs: Tensor) -> Tensor | None:
+        """Return the inputs under each kernel position; of a transposed layer what each brings to an output."""
+        assert isinstance(layer, (_ConvNd, FactorizedConvolution))
+        # A convolution of each channel with kernels that are one at a single position takes the patches apart, with the
+        # layer's own stride, padding and dilation.
+        positions = prod(layer.kernel_size)
+        one_hot = torch.eye(positions, dtype=inputs.dtype, device=inputs.device)
+        one_hot = one_hot.reshape(positions, 1, *layer.kernel_size).repeat(layer.in_channels, *[1] * (cls.axes + 1))
+        options: dict[str, Any] = {"output_padding": layer.output_padding} if layer.transposed else {}
+        apart = cls.dense_class(
+            layer.in_channels,
+            layer.in_channels * positions,
+            layer.kernel_size,
+            stride=layer.stride,
+            padding=layer.padding,
+            dilation=layer.dilation,
+            groups=layer.in_channels,
+            bias=False,
+            padding_mode=layer.padding_mode,
+            device="meta",
+            **options,
+        )
+        weight = swap_channels(one_hot, layer.in_channels) if layer.transposed else one_hot
+        apart.weight = nn.Parameter(weight, requires_grad=False)
+        sized = [list(outputs.shape[-cls.axes :])] if layer.transposed else []
+        return _by_position(apart(inputs, *sized), layer.groups, cls.axes)
+
+    @classmethod
+    def positions(cls, layer: nn.Module, inputs: Tensor) -> Tensor:
+        """Return the inputs of one call position by position."""
+        assert isinstance(layer, (_ConvNd, FactorizedConvolution))
+        return _by_position(inputs, layer.groups, cls.axes)
+
+    @classmethod
+    def results(cls, layer: nn.Module, outputs: Tensor) -> Tensor:
+        """Return the outputs of one call position by position."""
+        assert isinstance(layer, (_ConvNd, FactorizedConvolution))
+        return _by_position(outputs, layer.groups, cls.axes)
+
     def _factors(self, dense: nn.Module, rank: int) -> tuple[nn.Module, nn.Module]:
         width, own = self.groups * self.num_slices * rank, decoder_axes(self.folding, self.axes)
         other = tuple(axis for axis in range(self.axes) if axis not in own)
@@ -114,6 +155,12 @@ class FactorizedConvolution(FactorizedLayer):
         ).to_empty(device=weight.device)
         weights = like.factors if isinstance(like, FactorizedLayer) else (weight,)
         return _laid_out(made, weights)
+
+
+def _by_position(values: Tensor, groups: int, axes: int) -> Tensor:
+    """Bring ``(*batch, channels, *sizes)`` to ``(g, positions, channels / g)``."""
+    grouped = values.reshape(-1, groups, values.shape[-axes - 1] // groups, prod(values.shape[-axes:]))
+    return grouped.permute(1, 0, 3, 2).flatten(1, 2)
 
 
 def _laid_out(made: nn.Module, like: Sequence[Tensor]) -> nn.Module:

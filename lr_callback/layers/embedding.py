@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lr_callback.folding import Geometry
 from lr_callback.layers.base import FactorizedLayer, any_weight, weight_of
@@ -62,6 +62,11 @@ class FactorizedEmbedding(FactorizedLayer):
         """Return the sizes of the weight, as those of a Linear on one-hot vectors."""
         assert isinstance(layer, (nn.Embedding, FactorizedEmbedding))
         return Geometry(layer.embedding_dim, layer.num_embeddings, sliceable=False)
+
+    @classmethod
+    def patches(cls, layer: nn.Module, inputs: Tensor, outputs: Tensor) -> Tensor | None:
+        """Return None: the inputs are indices."""
+        return None
 
     def _factors(self, dense: nn.Module, rank: int) -> tuple[nn.Module, nn.Module]:
         like = any_weight(dense)

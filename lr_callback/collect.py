@@ -1,0 +1,188 @@
+"""Collect: run a model over calibration batches and see what comes into each of its layers, and how it counts.
+
+The batches are those of the training, with its augmentation; the model is run in eval mode, without gradients, and is
+not changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from math import prod
+from typing import Any, TypeVar
+from warnings import warn
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lr_callback.find import find_layers
+from lr_callback.importance import Importance
+from lr_callback.layer_types import layer_type
+from lr_callback.moments import SecondMomentDiagonals, SecondMoments
+from lr_callback.observe import as_written, untouched
+
+Batch = TypeVar("Batch")
+Seen = Callable[[nn.Module, Tensor, Tensor], None]
+"""Told of a call of a layer: the layer, its inputs, its outputs."""
+
+POSITIONS = 8192
+"""Rows of a call that are measured: more positions of the same images say little more, and take time."""
+
+LARGEST = 4608
+"""Size of the largest matrix of moments: 170 MB; that of a 3x3 convolution of 512 channels."""
+
+
+def collect_moments(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    forward: Callable[[Batch], object] | None = None,
+    include: Sequence[str] | str | None = None,
+    exclude: Sequence[str] | str | None = None,
+    largest: int = LARGEST,
+) -> dict[str, Importance]:
+    """Measure the second moments of the inputs of every layer, for ``error="activation"``.
+
+    Args:
+        model: on the device of the batches; is not changed.
+        batches: of the training; some hundred images, or more where layers are wide.
+        forward: runs the model on a batch; None: ``model(batch)``, ``model(batch[0])`` for tuples and lists,
+            ``model(**batch)`` for dicts.
+        include: glob patterns of layer names; only these are measured. None: all.
+        exclude: glob patterns of layer names that are left out.
+        largest: size of the largest matrix of moments that is kept. Of a layer with more inputs those of its channels
+            are measured, with none between the positions of the kernel; and where these are too many, mean squares.
+
+    Returns:
+        Layer name -> the second moments of its inputs. Layers that were not called have none.
+
+    Memory: ``8 * g * s^2`` bytes a layer, ``s = C / g * prod(kernel)`` at most ``largest``.
+
+    Raises:
+        ValueError: If there are no batches, or a layer's inputs are not finite (it is named).
+
+    Example::
+
+        >>> model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> moments = collect_moments(model, [torch.randn(16, 3)])
+        >>> moments["0"].inputs.shape, moments["2"].inputs.shape
+        (torch.Size([1, 3, 3]), torch.Size([1, 8, 8]))
+    """
+    layers = find_layers(model, include, exclude).layers
+    metrics: dict[str, SecondMoments | SecondMomentDiagonals] = {}
+    names = {layer: name for name, layer in layers.items()}
+
+    def see(layer: nn.Module, inputs: Tensor, outputs: Tensor) -> None:
+        rows = _rows(layer, inputs, outputs, largest)
+        if rows is None:
+            return
+        name = names[layer]
+        try:
+            metrics.setdefault(name, _metric(rows, largest)).update(some(rows))
+        except ValueError as error:
+            raise ValueError(f"{name}: its inputs on the calibration batches cannot be measured. {error}") from error
+
+    run_batches(model, batches, forward, layers.values(), see)
+    _warn_of_few({name: metric for name, metric in metrics.items() if isinstance(metric, SecondMoments)})
+    return {name: Importance(inputs=metric.compute().reshape(metric.total.shape)) for name, metric in metrics.items()}
+
+
+def run_batches(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    forward: Callable[[Batch], object] | None,
+    layers: Iterable[nn.Module],
+    see: Seen,
+) -> int:
+    """Run a model over batches, in eval mode and without gradients, and tell of each call of some layers.
+
+    Returns:
+        The number of batches.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    run, count = runner(model, forward), 0
+    with untouched(model), as_written(), watching(layers, see):
+        for batch in batches:
+            run(batch)
+            count += 1
+    if not count:
+        raise ValueError("`batches` must hold at least one calibration batch, got none.")
+    return count
+
+
+def runner(model: nn.Module, forward: Callable[[Batch], object] | None) -> Callable[[Batch], object]:
+    """Return what runs a model on a batch; by default on its first part, or with its entries as named arguments."""
+    if forward is not None:
+        return forward
+
+    def run(batch: Batch) -> object:
+        if isinstance(batch, Mapping):
+            return model(**batch)
+        return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+
+    return run
+
+
+@contextmanager
+def watching(layers: Iterable[nn.Module], see: Seen) -> Iterator[None]:
+    """Tell of each call of some layers, before their own hooks see the outputs."""
+    with ExitStack() as stack:
+        for layer in layers:
+            handle: RemovableHandle = layer.register_forward_hook(_teller(layer, see), with_kwargs=True, prepend=True)
+            stack.callback(handle.remove)
+        yield
+
+
+def _teller(watched: nn.Module, see: Seen) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Any], Tensor], None]:
+    kind = layer_type(watched)
+    assert kind is not None
+    argument = kind.argument
+
+    def tell(layer: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Any], outputs: Tensor) -> None:
+        if layer is watched:  # a layer and the one in its place share their hooks
+            see(layer, inputs[0] if inputs else named[argument], outputs)
+
+    return tell
+
+
+def _rows(layer: nn.Module, inputs: Tensor, outputs: Tensor, largest: int) -> Tensor | None:
+    """Return the inputs of one call, position by position: patches, or channels alone where patches are too many."""
+    kind = layer_type(layer)
+    assert kind is not None
+    geometry = kind.geometry(layer)
+    if geometry.in_channels // geometry.groups * prod(geometry.kernel) <= largest or prod(geometry.kernel) == 1:
+        return kind.patches(layer, inputs, outputs)
+    return kind.positions(layer, inputs)
+
+
+def some(rows: Tensor) -> Tensor:
+    """Return at most :data:`POSITIONS` rows of ``(g, n, s)``, spread over all of them, the same ones each time."""
+    if rows.shape[1] <= POSITIONS:
+        return rows
+    # A stride of the golden ratio is never in step with the width of an image.
+    chosen = (torch.arange(POSITIONS, dtype=torch.float64) * _GOLDEN % 1 * rows.shape[1]).long()
+    return rows[:, chosen.to(rows.device)]
+
+
+_GOLDEN = (5**0.5 - 1) / 2
+
+
+def _metric(rows: Tensor, largest: int) -> SecondMoments | SecondMomentDiagonals:
+    made = SecondMoments if rows.shape[2] <= largest else SecondMomentDiagonals
+    return made(rows.shape[2], rows.shape[0], sync_on_compute=False).to(rows.device)
+
+
+def _warn_of_few(metrics: Mapping[str, SecondMoments]) -> None:
+    """Warn of layers that were seen at fewer positions than they have inputs: their moments are of few directions."""
+    few = [name for name, one in metrics.items() if one.count < one.total.shape[1]]
+    if few:
+        names = f"{', '.join(few[:3])}{', ...' if few[3:] else ''}"
+        warn(
+            f"The calibration batches are few for {len(few)} layer(s) ({names}): these have more inputs than positions "
+            "were seen, and some directions were not seen at all. What is built is right for those that were; give "
+            "more batches.",
+            stacklevel=3,
+        )

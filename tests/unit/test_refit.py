@@ -1,0 +1,179 @@
+"""Refit: each decoder is the least-squares solution, and nothing but decoders and their biases changes."""
+
+import pytest
+import torch
+from torch import nn
+
+import lr_callback as lrc
+from lr_callback.refit import refit_
+
+KINDS = {
+    "linear": (lambda: nn.Linear(24, 20), (300, 24)),
+    "without a bias": (lambda: nn.Linear(24, 20, bias=False), (300, 24)),
+    "leading dimensions": (lambda: nn.Linear(24, 20), (20, 15, 24)),
+    "convolution": (lambda: nn.Conv2d(8, 12, 3, stride=2, padding=1), (20, 8, 9, 9)),
+    "groups": (lambda: nn.Conv2d(8, 12, 3, groups=2), (20, 8, 9, 9)),
+    "transposed": (lambda: nn.ConvTranspose2d(8, 12, 3, stride=2, groups=2), (10, 8, 5, 5)),
+    "three axes": (lambda: nn.Conv3d(6, 8, 2), (8, 6, 4, 4, 4)),
+}
+
+
+def cut(layer, folding="kernel_in_encoder", num_slices=1, rank=3):
+    from lr_callback.layer_types import layer_type
+
+    model = nn.Sequential(layer)
+    shape = layer_type(layer).geometry(layer).weight_shape
+    choice = lrc.Factorization(folding, num_slices, rank, 0.0, 0, 1)
+    return model, lrc.factorize_(model, lrc.Allocation({"0": choice}, {}, {"0": shape}, 0, 1, 0, 1.0))
+
+
+def squared(model, teacher, inputs):
+    with torch.no_grad():
+        return (model(inputs) - teacher(inputs)).double().square().sum().item()
+
+
+@pytest.mark.parametrize("inputs", ["cut", "dense"])
+@pytest.mark.parametrize("folding", ["kernel_in_encoder", "height_in_decoder", "kernel_in_decoder"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_other_decoder_is_closer(kind, folding, inputs):
+    torch.manual_seed(0)
+    make, shape = KINDS[kind]
+    layer, batch = make(), torch.randn(*shape)
+    model, report = cut(layer, folding, 2, rank=1 if folding == "kernel_in_decoder" else 3)
+    before, bias = squared(model, layer, batch), None if layer.bias is None else layer.bias.detach().clone()
+    teacher = {"0": layer}
+    wanted = layer(batch).detach()
+    left = refit_(model, report.replaced, [batch], inputs=inputs)
+    assert report.replaced == teacher and (bias is None or not torch.equal(bias, model[0].bias))
+
+    def lost():
+        return (model(batch) - wanted).double().square().sum()
+
+    after = lost()
+    assert after < before and left["0"] == pytest.approx(after.item() / before, abs=1e-4)
+    trained = [model[0].decoder.weight, *([] if bias is None else [model[0].bias])]
+    gradients = torch.autograd.grad(after, trained)
+    scale = torch.autograd.grad((model(batch)).double().square().sum(), trained)
+    for gradient, size in zip(gradients, scale, strict=True):
+        assert gradient.norm() < 1e-3 * size.norm()
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(256, 10),
+    )
+
+
+BATCHES = [torch.randn(60, 3, 4, 4, generator=torch.Generator().manual_seed(one)) for one in range(4)]
+
+
+def factorized():
+    model = network().eval()
+    wanted = torch.cat([model(one) for one in BATCHES]).detach()
+    report = lrc.factorize_(model, lrc.allocate(model, 0.3))
+    return model, report, wanted
+
+
+def off(model, wanted):
+    with torch.no_grad():
+        return (torch.cat([model(one) for one in BATCHES]) - wanted).norm().item()
+
+
+def test_layer_after_layer_on_cut_inputs_is_closer_than_on_dense_ones_and_that_than_none():
+    found = {}
+    for how in ("none", "dense", "cut"):
+        model, report, wanted = factorized()
+        if how != "none":
+            refit_(model, report.replaced, BATCHES, inputs=how)
+        found[how] = off(model, wanted)
+    assert found["cut"] < found["dense"] < found["none"]
+
+
+def test_only_decoders_change_and_nothing_is_left_behind():
+    model, report, _ = factorized()
+    model.train()
+    before, random = {name: value.clone() for name, value in model.state_dict().items()}, torch.get_rng_state()
+    parameters = dict(model.named_parameters())
+    refit_(model, report.replaced, BATCHES)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {f"{name}.decoder.{part}" for name in report.factorized for part in ("weight", "bias")}
+    assert dict(model.named_parameters()) == parameters and all(one.requires_grad for one in parameters.values())
+    assert model.training and torch.equal(torch.get_rng_state(), random)
+    assert not any(layer._forward_hooks for layer in [*model.modules(), *report.replaced.values()])
+    assert all(report.replaced[name].bias is model.get_submodule(name).bias for name in report.factorized)
+
+
+def test_a_layer_that_is_used_twice_is_fitted_to_both_uses():
+    torch.manual_seed(0)
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(16, 16)
+
+        def forward(self, features):
+            return self.layer(torch.relu(self.layer(features)) * 3)
+
+    model, batch = Twice().eval(), torch.randn(300, 16)
+    wanted = model(batch).detach()
+    report = lrc.factorize_(model, lrc.allocate(model, 0.6))
+    before = (model(batch) - wanted).norm()
+    assert 0 < refit_(model, report.replaced, [batch])["layer"] < 1
+    assert (model(batch) - wanted).norm() < before
+
+
+def test_an_embedding_is_refitted_through_its_decoder():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(40, 16), nn.Linear(16, 16))
+    tokens = torch.randint(40, (30, 9))
+    report = lrc.factorize_(model, lrc.allocate(model, 0.5, embeddings=True))
+    assert "0" in refit_(model, report.replaced, [tokens])
+
+
+def test_directions_that_were_not_seen_keep_their_decoder():
+    torch.manual_seed(0)
+    layer = nn.Linear(24, 20)
+    model, report = cut(layer, rank=6)
+    before = model[0].decoder.weight.detach().clone()
+    batch = torch.randn(3, 24)  # fewer inputs than the encoder has outputs
+    wanted = layer(batch).detach()
+    refit_(model, report.replaced, [batch])
+    assert torch.allclose(model(batch), wanted, atol=1e-4)
+    through = model[0].encoder(batch)
+    centered = (through - through.mean(0)).T
+    unseen = torch.linalg.svd(centered).U[:, 2:]
+    assert torch.allclose(model[0].decoder.weight @ unseen, before @ unseen, atol=1e-4)
+
+
+def test_a_layer_that_is_not_called_is_told_of_and_left():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.Module())
+    model[1].spare, model[1].forward = nn.Linear(16, 16), lambda features: features
+    report = lrc.factorize_(model, lrc.allocate(model, 0.6))
+    before = model[1].spare.decoder.weight.clone()
+    with pytest.warns(UserWarning, match=r"1 layer\(s\) are not called on the calibration batches.*: 1.spare\."):
+        assert set(refit_(model, report.replaced, [torch.randn(90, 16)])) == {"0"}
+    assert torch.equal(model[1].spare.decoder.weight, before)
+
+
+@pytest.mark.parametrize("inputs", ["cut", "dense"])
+def test_a_failure_puts_all_decoders_back(inputs):
+    model, report, _ = factorized()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    bad = BATCHES[0].clone()
+    bad[3] = torch.inf
+    with pytest.raises(ValueError, match=r"its outputs on the calibration batches cannot be compared.* must be finite"):
+        refit_(model, report.replaced, [BATCHES[0], bad], inputs=inputs)
+    with pytest.raises(ValueError, match="at least one calibration batch, got none"):
+        refit_(model, report.replaced, [], inputs=inputs)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(isinstance(model.get_submodule(name), nn.Module) for name in report.factorized)
+    with pytest.raises(ValueError, match="`inputs` must be 'cut' or 'dense', got 'both'"):
+        refit_(model, report.replaced, BATCHES, inputs="both")
