@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from time import perf_counter
@@ -22,6 +23,7 @@ from lr_callback.host.monitors import warn_of_no_best
 from lr_callback.host.neighbours import align_averages, check_alone, check_neighbours, held_averages
 from lr_callback.host.packages import CallbackBase
 from lr_callback.host.record import Record
+from lr_callback.host.repairing import Refit, Repairing, importance_of
 from lr_callback.host.resume import Resuming, note_groups
 from lr_callback.host.scope import Scope
 from lr_callback.host.snapshots import publish, write_part, write_snapshot
@@ -55,6 +57,12 @@ class LowRankCompression(CallbackBase):
             their dense weight through the chain rule, for SGD, Adam and AdamW (:mod:`lr_callback.projection`).
         learning_rate_rewind: after each compression let all learning rates and their schedulers start again as they
             did when the run began; by default they go on as if nothing had happened.
+        refit: refit the decoders at each compression by least squares (:mod:`lr_callback.refit`), layer after layer on
+            the inputs that the compressed network gives them (``cut``), or at once on those of the network before it
+            (``dense``); None: not at all.
+        recalibrate_batchnorm: measure the statistics of BatchNorm layers anew at each compression.
+        calibration_batches: number of training batches, on each process, that these and an error that is weighted by
+            activations take: from a copy of the training loader, with its augmentation.
         show_table: print the table of all layers at each compression.
         snapshots: write weights-only checkpoints ``dense.ckpt`` (before the first compression), ``cut.ckpt`` (after the
             latest) and ``final.ckpt`` into ``compression`` in the log folder, or else in ``default_root_dir``; under
@@ -85,6 +93,9 @@ class LowRankCompression(CallbackBase):
         embeddings: bool = False,
         optimizer_state: OptimizerState = "reset",
         learning_rate_rewind: bool = False,
+        refit: Refit | None = None,
+        recalibrate_batchnorm: bool = False,
+        calibration_batches: int = 8,
         show_table: bool = True,
         snapshots: bool = False,
         reset_monitors: bool = True,
@@ -95,6 +106,7 @@ class LowRankCompression(CallbackBase):
         check_patterns(include=include, exclude=exclude)
         self.events = read_events(keep_ratio, epochs)
         self.cost = cost
+        self.repairing = Repairing(refit, recalibrate_batchnorm, calibration_batches)
         self.scope = Scope(check_method(method), include, exclude, embeddings)
         self.optimizer_state, self.learning_rate_rewind = optimizer_state, learning_rate_rewind
         self.show_table, self.snapshots, self.reset_monitors = show_table, snapshots, reset_monitors
@@ -209,12 +221,18 @@ class LowRankCompression(CallbackBase):
             if "dense" not in self.snapshot_files and not factorized_in(pl_module):
                 self._snapshot(trainer, "dense")
             self._counting.observe_example(trainer, pl_module)
-            analysis = self.scope.analyze(trainer, pl_module, self._counting.unit)
+            calls = self.repairing.calls(trainer, pl_module, self.scope.method)
+            importance = importance_of(trainer, pl_module, self.scope.method, calls)
+            analysis = self.scope.analyze(trainer, pl_module, self._counting.unit, importance)
             check_same_weights(trainer, pl_module)
             allocation = processes.first(lambda: analysis.allocate(keep_ratio))
             averages = processes.agree(lambda: self.averages(trainer, pl_module))
-            options = (averages, self.reset_monitors, self.optimizer_state, self._record.start)
-            report = cut(trainer, pl_module, allocation, undo, *options)
+            options = (averages, self.reset_monitors, self.optimizer_state, self._record.start, importance)
+
+            def repair(targets: Mapping[str, nn.Module], made: Mapping[str, nn.Module]) -> None:
+                self.repairing.repair(trainer, pl_module, targets, made, calls, undo)
+
+            report = cut(trainer, pl_module, allocation, undo, *options, repair)
             seconds = processes.first(lambda: perf_counter() - started)
             part = write_part(trainer, "cut", undo) if self.snapshots else None
             counted = self._counting.observation

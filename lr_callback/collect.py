@@ -6,6 +6,7 @@ not changed.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from math import prod
@@ -19,8 +20,9 @@ from torch.utils.hooks import RemovableHandle
 from lr_callback.find import find_layers
 from lr_callback.importance import Importance
 from lr_callback.layer_types import layer_type
-from lr_callback.moments import SecondMomentDiagonals, SecondMoments
+from lr_callback.moments import SecondMoments
 from lr_callback.observe import as_written, untouched
+from lr_callback.processes import Processes
 
 Batch = TypeVar("Batch")
 Seen = Callable[[nn.Module, Tensor, Tensor], None]
@@ -41,6 +43,7 @@ def collect_moments(
     include: Sequence[str] | str | None = None,
     exclude: Sequence[str] | str | None = None,
     largest: int = LARGEST,
+    processes: Processes | None = None,
 ) -> dict[str, Importance]:
     """Measure the second moments of the inputs of every layer, for ``error="activation"``.
 
@@ -53,6 +56,7 @@ def collect_moments(
         exclude: glob patterns of layer names that are left out.
         largest: size of the largest matrix of moments that is kept. Of a layer with more inputs those of its channels
             are measured, with none between the positions of the kernel; and where these are too many, mean squares.
+        processes: of a distributed run, each with batches of its own; all get the moments of all batches.
 
     Returns:
         Layer name -> the second moments of its inputs. Layers that were not called have none.
@@ -61,6 +65,7 @@ def collect_moments(
 
     Raises:
         ValueError: If there are no batches, or a layer's inputs are not finite (it is named).
+        RuntimeError: If another process failed.
 
     Example::
 
@@ -70,7 +75,7 @@ def collect_moments(
         (torch.Size([1, 3, 3]), torch.Size([1, 8, 8]))
     """
     layers = find_layers(model, include, exclude).layers
-    metrics: dict[str, SecondMoments | SecondMomentDiagonals] = {}
+    metrics: dict[str, SecondMoments] = {}
     names = {layer: name for name, layer in layers.items()}
 
     def see(layer: nn.Module, inputs: Tensor, outputs: Tensor) -> None:
@@ -83,8 +88,14 @@ def collect_moments(
         except ValueError as error:
             raise ValueError(f"{name}: its inputs on the calibration batches cannot be measured. {error}") from error
 
-    run_batches(model, batches, forward, layers.values(), see)
-    _warn_of_few({name: metric for name, metric in metrics.items() if isinstance(metric, SecondMoments)})
+    def measure() -> dict[str, SecondMoments]:
+        run_batches(model, batches, forward, layers.values(), see)
+        return {name: metric.cpu() for name, metric in metrics.items()}
+
+    processes = processes or Processes()
+    parts = processes.gather(measure, long=True)
+    metrics = {name: merged([part[name] for part in parts if name in part]) for part in parts for name in part}
+    _warn_of_few(metrics)
     return {name: Importance(inputs=metric.compute().reshape(metric.total.shape)) for name, metric in metrics.items()}
 
 
@@ -170,14 +181,22 @@ def some(rows: Tensor) -> Tensor:
 _GOLDEN = (5**0.5 - 1) / 2
 
 
-def _metric(rows: Tensor, largest: int) -> SecondMoments | SecondMomentDiagonals:
-    made = SecondMoments if rows.shape[2] <= largest else SecondMomentDiagonals
-    return made(rows.shape[2], rows.shape[0], sync_on_compute=False).to(rows.device)
+def merged(parts: Sequence[SecondMoments]) -> SecondMoments:
+    """Add up the moments that several processes measured, in the order of their ranks."""
+    whole = copy.copy(parts[0])
+    whole.total = torch.stack([one.total for one in parts]).sum(0)
+    whole.count = torch.stack([one.count for one in parts]).sum(0)
+    return whole
+
+
+def _metric(rows: Tensor, largest: int) -> SecondMoments:
+    size = rows.shape[2]
+    return SecondMoments(size, rows.shape[0], diagonal=size > largest, sync_on_compute=False).to(rows.device)
 
 
 def _warn_of_few(metrics: Mapping[str, SecondMoments]) -> None:
     """Warn of layers that were seen at fewer positions than they have inputs: their moments are of few directions."""
-    few = [name for name, one in metrics.items() if one.count < one.total.shape[1]]
+    few = [name for name, one in metrics.items() if not one.diagonal and one.count < one.total.shape[1]]
     if few:
         names = f"{', '.join(few[:3])}{', ...' if few[3:] else ''}"
         warn(

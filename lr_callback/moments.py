@@ -1,4 +1,4 @@
-"""Moments: sums of products of what streams by, as torchmetrics, so that processes can add theirs up."""
+"""Moments: sums of products of what streams by, as a torchmetrics ``Metric``, so that processes can add theirs up."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torchmetrics import Metric
 class SecondMoments(Metric):
     """Second moments ``E[x x^T]`` of the rows of matrices, in groups, as they come.
 
-    Products of one update are in float32 (float64 for float64 rows), sums over updates in float64. Processes of a
-    distributed run are added up.
+    Products of one update are in float32 (float64 for float64 rows), sums over updates in float64.
 
     Args:
         size: ``s``, entries of a row.
         groups: ``g``.
+        diagonal: keep the mean squares ``E[x^2]`` alone.
         sync_on_compute: whether `compute` adds up the processes of a distributed run, which all must call it then.
 
-    Memory: ``8 * g * s^2`` bytes.
+    Memory: ``8 * g * s^2`` bytes, or ``8 * g * s``.
 
     Example::
 
@@ -35,11 +35,16 @@ class SecondMoments(Metric):
     total: Tensor
     count: Tensor
 
-    def __init__(self, size: int, groups: int = 1, sync_on_compute: bool = True) -> None:
+    def __init__(self, size: int, groups: int = 1, diagonal: bool = False, sync_on_compute: bool = True) -> None:
         super().__init__(sync_on_compute=sync_on_compute)
-        shape = (groups, size, size)
+        shape = (groups, size) if diagonal else (groups, size, size)
         self.add_state("total", torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    @property
+    def diagonal(self) -> bool:
+        """Whether only mean squares are kept."""
+        return self.total.dim() == 2
 
     def update(self, rows: Tensor) -> None:
         """Add rows.
@@ -56,63 +61,13 @@ class SecondMoments(Metric):
                 f"SecondMoments: `rows` must have the shape ({groups}, n, {size}), got {tuple(rows.shape)}."
             )
         rows = rows.detach().to(torch.promote_types(rows.dtype, torch.float32))
-        products = rows.mT @ rows
-        if not bool(torch.isfinite(products.diagonal(dim1=1, dim2=2)).all()):
+        products = rows.square().sum(1) if self.diagonal else rows.mT @ rows
+        squares = products if self.diagonal else products.diagonal(dim1=1, dim2=2)
+        if not bool(torch.isfinite(squares).all()):
             raise ValueError("SecondMoments: `rows` must be finite, found NaN, infinity or values too large to square.")
         self.total += products
         self.count += rows.shape[1]
 
     def compute(self) -> Tensor:
-        """Return the moments ``(g, s, s)``, float64; zero before the first row."""
-        return self.total / self.count.clamp(min=1)
-
-
-class SecondMomentDiagonals(Metric):
-    """Mean squares ``E[x^2]`` of the entries of rows: the diagonals of :class:`SecondMoments` alone.
-
-    Args:
-        size: ``s``, entries of a row.
-        groups: ``g``.
-        sync_on_compute: whether `compute` adds up the processes of a distributed run, which all must call it then.
-
-    Memory: ``8 * g * s`` bytes.
-
-    Example::
-
-        >>> metric = SecondMomentDiagonals(size=2)
-        >>> metric.update(torch.tensor([[[1.0, 2.0], [3.0, 0.0]]]))
-        >>> metric.compute()
-        tensor([[5., 2.]], dtype=torch.float64)
-    """
-
-    is_differentiable = False
-    higher_is_better = None
-    full_state_update = False
-    total: Tensor
-    count: Tensor
-
-    def __init__(self, size: int, groups: int = 1, sync_on_compute: bool = True) -> None:
-        super().__init__(sync_on_compute=sync_on_compute)
-        self.add_state("total", torch.zeros((groups, size), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-
-    def update(self, rows: Tensor) -> None:
-        """Add rows ``(g, n, s)``.
-
-        Raises:
-            ValueError: If a value is not finite, or the shape is another. Nothing was added.
-        """
-        if rows.dim() != 3 or (rows.shape[0], rows.shape[2]) != tuple(self.total.shape):
-            raise ValueError(
-                f"SecondMomentDiagonals: `rows` must have the shape ({self.total.shape[0]}, n, {self.total.shape[1]}), "
-                f"got {tuple(rows.shape)}."
-            )
-        squares = rows.detach().double().square().sum(1)
-        if not bool(torch.isfinite(squares).all()):
-            raise ValueError("SecondMomentDiagonals: `rows` must be finite, found NaN or infinity.")
-        self.total += squares
-        self.count += rows.shape[1]
-
-    def compute(self) -> Tensor:
-        """Return the mean squares ``(g, s)``, float64; zero before the first row."""
+        """Return the moments ``(g, s, s)``, or ``(g, s)``, float64; zero before the first row."""
         return self.total / self.count.clamp(min=1)

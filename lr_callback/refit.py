@@ -18,17 +18,16 @@ from warnings import warn
 import torch
 from torch import Tensor, nn
 
-from lr_callback.collect import run_batches, some, watching
+from lr_callback.collect import merged, run_batches, some, watching
 from lr_callback.layer_types import layer_type
 from lr_callback.layers import FactorizedLayer, dense_bias
 from lr_callback.moments import SecondMoments
+from lr_callback.processes import Processes
+from lr_callback.regression import regress
 from lr_callback.surgery import standing_in
 
 Batch = TypeVar("Batch")
 Inputs = Literal["cut", "dense"]
-
-RIDGE = 1e-6
-"""Of the mean square of what encoders let through; it decides where the batches leave the decoder open."""
 
 
 def refit_(
@@ -38,7 +37,7 @@ def refit_(
     *,
     forward: Callable[[Batch], object] | None = None,
     inputs: Inputs = "cut",
-    reduce: Callable[[SecondMoments], None] | None = None,
+    processes: Processes | None = None,
 ) -> dict[str, float]:
     """Refit the decoder of each factorized layer to the layer that it stands for, in place, all or nothing.
 
@@ -51,7 +50,7 @@ def refit_(
         inputs: ``cut``: the layers one after the other in the order of their calls, each on the inputs that the layers
             before, cut and refitted, give it. It takes two runs of a part of the model for each layer. ``dense``: all
             at once on the inputs that they had before the cut, in one run; less accurate.
-        reduce: adds up moments over the processes of a distributed run; None: this process alone.
+        processes: of a distributed run, each with batches of its own; all get the same decoders. None: this one alone.
 
     Returns:
         Layer name -> the fraction of the squared error of its outputs that is left. Layers that are not called on the
@@ -81,7 +80,7 @@ def refit_(
     kept = {name: [value.clone() for value in _decoder(layer)] for name, layer in students.items()}
     try:
         with torch.no_grad(), _own_biases(teachers.values()):
-            refit = _Refit(model, students, teachers, batches, forward, reduce)
+            refit = _Refit(model, students, teachers, batches, forward, processes or Processes())
             return refit.one_by_one() if inputs == "cut" else refit.all_at_once()
     except BaseException:
         with torch.no_grad():
@@ -123,7 +122,7 @@ class _Refit:
         teachers: layer name -> the layer before the cut.
         batches: see :func:`refit_`.
         forward: see :func:`refit_`.
-        reduce: see :func:`refit_`.
+        processes: see :func:`refit_`.
     """
 
     def __init__(
@@ -133,10 +132,10 @@ class _Refit:
         teachers: Mapping[str, nn.Module],
         batches: Sequence[object],
         forward: Callable[[Any], object] | None,
-        reduce: Callable[[SecondMoments], None] | None,
+        processes: Processes,
     ) -> None:
         self._model, self._students, self._teachers = model, students, teachers
-        self._batches, self._forward, self._reduce = batches, forward, reduce
+        self._batches, self._forward, self._processes = batches, forward, processes
         self._instead: dict[nn.Module, nn.Module] = {layer: teachers[name] for name, layer in students.items()}
         self._names: dict[nn.Module, str] = {layer: name for name, layer in students.items()}
 
@@ -150,28 +149,47 @@ class _Refit:
             through, given = _through(self._students[name], inputs, outputs)
             _add(moments, name, self._students[name], through, given, outputs)
 
-        with standing_in(self._model, self._instead):
-            run_batches(self._model, self._batches, self._forward, names, see)
-        self._warn_of_unseen(moments)
-        return {name: self._solve(name, moments[name]) for name in self._students if name in moments}
+        def measure() -> dict[str, SecondMoments]:
+            with standing_in(self._model, self._instead):
+                run_batches(self._model, self._batches, self._forward, names, see)
+            return {name: one.cpu() for name, one in moments.items()}
+
+        parts = self._processes.gather(measure, long=True)
+        found = {name: merged([part[name] for part in parts if name in part]) for part in parts for name in part}
+        self._warn_of_unseen(found)
+        self._warn_of_few({name: float(one.count) for name, one in found.items()})
+        return {name: self._solve(name, found[name]) for name in self._students if name in found}
 
     def one_by_one(self) -> dict[str, float]:
         """Refit one layer after the other, in the order of their calls, on the inputs of the model as it stands."""
-        calls: dict[nn.Module, int] = {}
+        # The order is that of the first process, and a layer that a process does not call has no moments there.
+        order = self._processes.gather(self._calls, long=True)[0]
+        self._warn_of_unseen(order)
+        left: dict[str, float] = {}
+        counts: dict[str, float] = {}
+        for name in order:
+
+            def measure(name: str = name) -> SecondMoments:
+                moments: dict[str, SecondMoments] = {}
+                for batch in self._batches:
+                    self._compare(name, order[name], batch, moments)
+                return moments[name].cpu()
+
+            found = merged(self._processes.gather(measure, long=True))
+            counts[name], left[name] = float(found.count), self._solve(name, found)
+        self._warn_of_few(counts)
+        return left
+
+    def _calls(self) -> dict[str, int]:
+        """Return how often each student is called on a batch, in the order of the first calls."""
+        calls: dict[str, int] = {}
 
         def count(layer: nn.Module, inputs: Tensor, outputs: Tensor) -> None:
-            calls[layer] = calls.get(layer, 0) + 1
+            name = self._names[layer]
+            calls[name] = calls.get(name, 0) + 1
 
         run_batches(self._model, self._batches[:1], self._forward, self._students.values(), count)
-        names = self._names
-        self._warn_of_unseen([names[layer] for layer in calls])
-        left: dict[str, float] = {}
-        for layer, times in calls.items():
-            moments: dict[str, SecondMoments] = {}
-            for batch in self._batches:
-                self._compare(names[layer], times, batch, moments)
-            left[names[layer]] = self._solve(names[layer], moments[names[layer]])
-        return left
+        return calls
 
     def _compare(self, name: str, times: int, batch: object, moments: dict[str, SecondMoments]) -> None:
         """Run a batch through both models as far as a layer, and add what it lets through and what is missing."""
@@ -192,15 +210,24 @@ class _Refit:
 
     def _solve(self, name: str, moments: SecondMoments) -> float:
         """Change one decoder; return the fraction of the squared error that is left."""
-        if self._reduce is not None:
-            self._reduce(moments)
         student = self._students[name]
         encoder, decoder = student.ordered_factors
-        change, shift, left = _regress(moments, decoder.shape[1] * decoder[0, 0].numel(), student.bias is not None)
+        change, shift, left = regress(moments.to(encoder.device), _width(student), student.bias is not None)
         student.set_factors(encoder, decoder.double() + change.reshape(decoder.shape))
         if student.bias is not None:
             student.bias.add_(shift.reshape(-1))
         return left
+
+    def _warn_of_few(self, counts: Mapping[str, float]) -> None:
+        """Warn of layers that were seen at hardly more positions than their decoders have inputs."""
+        few = [name for name, count in counts.items() if count < 2 * _width(self._students[name])]
+        if few:
+            warn(
+                f"The calibration batches are few for {len(few)} layer(s) ({', '.join(few[:3])}"
+                f"{', ...' if few[3:] else ''}): a decoder is fitted to less than two positions for each of its inputs, "
+                "and may be worse on others; give more batches.",
+                stacklevel=5,
+            )
 
     def _warn_of_unseen(self, seen: Iterable[str]) -> None:
         names = set(self._students) - set(seen)
@@ -210,6 +237,11 @@ class _Refit:
                 f"{', '.join(sorted(names)[:5])}{', ...' if len(names) > 5 else ''}.",
                 stacklevel=5,
             )
+
+
+def _width(student: FactorizedLayer) -> int:
+    """Return how many inputs a group of a student's decoder has, kernel positions included."""
+    return student.ordered_factors[1][0].numel()
 
 
 @contextmanager
@@ -260,30 +292,3 @@ def _add(
         moments[name].update(stacked)
     except ValueError as error:
         raise ValueError(f"{name}: its outputs on the calibration batches cannot be compared. {error}") from error
-
-
-def _regress(moments: SecondMoments, width: int, intercept: bool) -> tuple[Tensor, Tensor, float]:
-    """Solve for the change of a decoder.
-
-    Args:
-        moments: of rows ``[z, e, 1]``.
-        width: entries of ``z``.
-        intercept: whether the bias may change, too.
-
-    Returns:
-        The change ``(g, F / g, width)``, that of the bias ``(g, F / g)``, and the fraction of the error that is left.
-    """
-    both = moments.compute()
-    seen, missing = slice(0, width), slice(width, both.shape[1] - 1)
-    means = both[:, -1:, :-1] if intercept else torch.zeros_like(both[:, -1:, :-1])
-    centered = both[:, :-1, :-1] - means.mT @ means
-    squares = centered[:, seen, seen]
-    ridge = RIDGE * squares.diagonal(dim1=1, dim2=2).mean(1) + torch.finfo(torch.float64).tiny
-    raised = squares + ridge[:, None, None] * torch.eye(width, dtype=both.dtype, device=both.device)
-    products = centered[:, missing, seen]
-    change = torch.linalg.solve(raised, products.mT).mT
-    shift = (means[:, :, missing] - means[:, :, seen] @ change.mT).squeeze(1)
-    gained = (2 * change * products - (change @ squares) * change).sum()
-    offset = (means[:, :, missing] ** 2).sum()
-    before = both[:, missing, missing].diagonal(dim1=1, dim2=2).sum()
-    return change, shift, float(1 - (gained + offset) / before) if before > 0 else 1.0

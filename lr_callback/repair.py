@@ -11,14 +11,20 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from lr_callback.collect import runner
+from lr_callback.processes import Processes
 
 Batch = TypeVar("Batch")
 
 
 def recalibrate_batchnorm_(
-    model: nn.Module, batches: Iterable[Batch], forward: Callable[[Batch], object] | None = None
+    model: nn.Module,
+    batches: Iterable[Batch],
+    forward: Callable[[Batch], object] | None = None,
+    processes: Processes | None = None,
 ) -> int:
     """Replace the running statistics of BatchNorm layers by their cumulative average over batches, in place.
 
@@ -28,7 +34,8 @@ def recalibrate_batchnorm_(
     Args:
         model: on the device of the batches.
         batches: training batches, with the augmentation of the training; 2,000 images are plenty.
-        forward: runs the model on a batch; None: ``model(batch)``, or ``model(batch[0])`` for tuples and lists.
+        forward: runs the model on a batch; None: as for :func:`~lr_callback.collect.collect_moments`.
+        processes: of a distributed run, each with batches of its own; all get the mean of their statistics.
 
     Returns:
         Number of layers that were measured anew.
@@ -44,30 +51,43 @@ def recalibrate_batchnorm_(
         >>> model[0].running_mean.tolist()
         [1.0, 6.0]
     """
-    run = (lambda batch: model(_inputs_of(batch))) if forward is None else forward
+    run, processes = runner(model, forward), processes or Processes()
     with _measuring(model) as layers, torch.no_grad():
-        seen = 0
-        for batch in batches:
-            run(batch)
-            seen += 1
-        if layers and not seen:
-            raise ValueError("`batches` must hold at least one batch to measure BatchNorm statistics on, got none.")
+
+        def measure() -> list[Tensor]:
+            seen = 0
+            for batch in batches:
+                run(batch)
+                seen += 1
+            if layers and not seen:
+                raise ValueError("`batches` must hold at least one batch to measure BatchNorm statistics on, got none.")
+            return [value.cpu() for value in _statistics(layers)]
+
+        parts = processes.gather(measure, long=True)
+        if len(parts) > 1:
+            for value, *own in zip(_statistics(layers), *parts, strict=True):
+                value.copy_(torch.stack(own).mean(0))
     return len(layers)
 
 
-def _inputs_of(batch: object) -> object:
-    return batch[0] if isinstance(batch, (tuple, list)) else batch
+def batchnorm_layers(model: nn.Module) -> list[_BatchNorm]:
+    """Return the BatchNorm layers that keep statistics and are not frozen: in eval mode in a model in train mode."""
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, _BatchNorm) and module.track_running_stats and (module.training or not model.training)
+    ]
+
+
+def _statistics(layers: Iterable[_BatchNorm]) -> list[Tensor]:
+    return [value for layer in layers for value in (layer.running_mean, layer.running_var) if value is not None]
 
 
 @contextmanager
 def _measuring(model: nn.Module) -> Iterator[list[_BatchNorm]]:
     """Put the BatchNorm layers to measure into train mode with a cumulative average, all else into eval mode."""
     modes = {module: module.training for module in model.modules()}
-    layers = [
-        module
-        for module in model.modules()
-        if isinstance(module, _BatchNorm) and module.track_running_stats and (module.training or not model.training)
-    ]
+    layers = batchnorm_layers(model)
     momenta = [layer.momentum for layer in layers]
     statistics = [{name: value.clone() for name, value in layer.named_buffers()} for layer in layers]
     try:

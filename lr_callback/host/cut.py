@@ -7,7 +7,7 @@ model, optimizers and host as they were.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -22,12 +22,15 @@ from lr_callback.host.monitors import announce_reset, reset_monitors
 from lr_callback.host.neighbours import follow_averages, rename_in_finetuning, retire
 from lr_callback.host.strategies import processes_of
 from lr_callback.host.trainer import schedulers_of
+from lr_callback.importance import Importance
 from lr_callback.optimizers import moments_of, optimizers_in
 from lr_callback.parallel import workers
 from lr_callback.projection import OptimizerState
 from lr_callback.rewind import check_schedules, rewind, schedules_of
 from lr_callback.surgery import SurgeryReport, replace_layers
 from lr_callback.unmoved import watch_first_step
+
+Repair = Callable[[Mapping[str, nn.Module], Mapping[str, nn.Module]], None]
 
 
 def cut(
@@ -39,6 +42,8 @@ def cut(
     begin_anew: bool = True,
     optimizer_state: OptimizerState = "reset",
     start: Mapping[str, Any] | None = None,
+    importance: Mapping[str, Importance] | None = None,
+    repair: Repair | None = None,
 ) -> SurgeryReport:
     """Carry out an allocation inside ``Trainer.fit``.
 
@@ -52,6 +57,9 @@ def cut(
         begin_anew: whether monitors forget the metrics of the model before.
         optimizer_state: what factors of dense layers start with, ``reset`` or ``project``.
         start: to where learning rates and schedulers are rewound, see :mod:`lr_callback.rewind`.
+        importance: what the allocation was made with, if its error is weighted.
+        repair: called with the layers that stand there and those that were made for their places, before anything
+            else follows.
 
     Returns:
         What was done.
@@ -65,7 +73,9 @@ def cut(
     processes = processes_of(trainer)
     with workers() as crew:
         targets = processes.agree(lambda: check_allocation(pl_module, allocation))
-        made = build_layers(targets, allocation, crew, processes)
+        made = build_layers(targets, allocation, crew, processes, importance)
+    if repair is not None:
+        repair(targets, made)
     copies = processes.agree(lambda: follow_averages(pl_module, averages, made), long=True)
     of_averages = [weight for _, layers in copies for layer in layers.values() for weight in weights_held(layer)]
     processes.share(of_averages, pl_module.device, "the averages of the weights")

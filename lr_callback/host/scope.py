@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lr_callback.analysis import Analysis, analyze, survey
 from lr_callback.host.strategies import processes_of
+from lr_callback.importance import Importance
 from lr_callback.methods import Method
 from lr_callback.observe import Observation
 from lr_callback.report import analysis_progress
@@ -46,11 +47,17 @@ class Scope:
         for keep_ratio in ratios:
             prices.allocate(keep_ratio)
 
-    def analyze(self, trainer: Trainer, pl_module: LightningModule, unit: Observation | None) -> Analysis:
+    def analyze(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        unit: Observation | None,
+        importance: Mapping[str, Importance] | None = None,
+    ) -> Analysis:
         """Analyse the module as it stands, shared out over the processes of the run; show the progress in its bar."""
         with analysis_progress(trainer.progress_bar_callback) as progress:
             options = {"progress": progress, "processes": processes_of(trainer), **self._layers}
-            return analyze(pl_module, self.method, observation=unit, **options)
+            return analyze(pl_module, self.method, observation=unit, importance=importance, **options)
 
     @property
     def _layers(self) -> dict[str, Any]:

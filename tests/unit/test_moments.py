@@ -5,14 +5,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lr_callback.moments import SecondMomentDiagonals, SecondMoments
+from lr_callback.moments import SecondMoments
 
 
 @given(st.integers(1, 3), st.integers(1, 6), st.lists(st.integers(0, 7), min_size=1, max_size=4), st.integers(0, 99))
 def test_they_are_those_of_all_rows_at_once(groups, size, counts, seed):
     random = torch.Generator().manual_seed(seed)
     parts = [torch.randn(groups, count, size, dtype=torch.float64, generator=random) for count in counts]
-    full, squares = SecondMoments(size, groups), SecondMomentDiagonals(size, groups)
+    full, squares = SecondMoments(size, groups), SecondMoments(size, groups, diagonal=True)
     for part in parts:
         full.update(part)
         squares.update(part)
@@ -31,15 +31,15 @@ def test_many_updates_of_half_precision_do_not_drift():
     assert metric.compute().item() == pytest.approx(torch.tensor(0.1, dtype=torch.bfloat16).item() ** 2, rel=1e-6)
 
 
-@pytest.mark.parametrize("kind", [SecondMoments, SecondMomentDiagonals])
-def test_bad_rows_are_refused_and_nothing_is_added(kind):
-    metric = kind(3, 2)
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_bad_rows_are_refused_and_nothing_is_added(diagonal):
+    metric = SecondMoments(3, 2, diagonal)
     for rows, text in (
         (torch.zeros(2, 5, 4), r"must have the shape \(2, n, 3\), got \(2, 5, 4\)"),
         (torch.zeros(5, 3), r"must have the shape \(2, n, 3\), got \(5, 3\)"),
         (torch.full((2, 1, 3), torch.nan), "must be finite"),
     ):
-        with pytest.raises(ValueError, match=f"{kind.__name__}: `rows` {text}"):
+        with pytest.raises(ValueError, match=f"SecondMoments: `rows` {text}"):
             metric.update(rows)
     assert metric.count == 0 and not metric.total.any()
 

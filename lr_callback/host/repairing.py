@@ -1,0 +1,112 @@
+"""Repairing: what a run does about a cut before it trains on, on batches of its own training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+
+from lr_callback.collect import collect_moments
+from lr_callback.host.calibration import calibration_calls
+from lr_callback.host.strategies import processes_of
+from lr_callback.importance import Importance
+from lr_callback.layers import dense_bias
+from lr_callback.methods import Method
+from lr_callback.probe import Probe
+from lr_callback.refit import refit_
+from lr_callback.repair import batchnorm_layers, recalibrate_batchnorm_
+from lr_callback.surgery import standing_in
+
+Refit = Literal["cut", "dense"]
+
+
+@dataclass(frozen=True)
+class Repairing:
+    """What is asked of a run's repairs.
+
+    Args:
+        refit: decoders by least squares, on the inputs of the cut network (``cut``) or of the network before it
+            (``dense``); None: not at all.
+        batchnorm: whether statistics of BatchNorm layers are measured anew.
+        batches: number of training batches that it takes, on each process.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    refit: Refit | None = None
+    batchnorm: bool = False
+    batches: int = 8
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant."""
+        if self.refit not in (None, "cut", "dense"):
+            raise ValueError(f"`refit` must be 'cut', 'dense' or None, got {self.refit!r}.")
+        if not isinstance(self.batchnorm, bool):
+            raise ValueError(f"`recalibrate_batchnorm` must be true or false, got {self.batchnorm!r}.")
+        if not isinstance(self.batches, int) or isinstance(self.batches, bool) or self.batches < 1:
+            raise ValueError(f"`calibration_batches` must be a whole number of at least 1, got {self.batches!r}.")
+
+    def calls(self, trainer: Trainer, pl_module: LightningModule, method: Method) -> list[Probe]:
+        """Return the calls on the training batches that the method or a repair needs; none, if nothing does.
+
+        Raises:
+            MisconfigurationException: If they cannot be had.
+        """
+        if not (self.refit or self.batchnorm or method.error == "activation"):
+            return []
+        return processes_of(trainer).agree(lambda: calibration_calls(trainer, pl_module, self.batches), long=True)
+
+    def repair(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        targets: Mapping[str, nn.Module],
+        made: Mapping[str, nn.Module],
+        calls: list[Probe],
+        undo: ExitStack,
+    ) -> None:
+        """Refit layers that are about to be put into a module, and measure BatchNorm statistics as they will be.
+
+        Args:
+            trainer: at the start of an epoch.
+            pl_module: that still has the layers before the cut.
+            targets: layer name -> the layer that stands there.
+            made: layer name -> the layer that takes its place.
+            calls: from :meth:`calls`.
+            undo: given what puts back the statistics, and the biases, which stay the same parameters.
+        """
+        if not calls or not made:
+            return
+        processes = processes_of(trainer)
+        with standing_in(pl_module, {targets[name]: layer for name, layer in made.items()}):
+            if self.refit is not None:
+                for bias in [dense_bias(layer) for layer in made.values()]:
+                    if bias is not None:  # it is the one of the layer that stands there, too
+                        undo.callback(_set, bias, bias.detach().clone())
+                replaced = {name: targets[name] for name in made}
+                refit_(pl_module, replaced, calls, forward=Probe.repeat, inputs=self.refit, processes=processes)
+            if self.batchnorm:
+                layers = batchnorm_layers(pl_module)
+                for layer in layers:
+                    undo.callback(layer.load_state_dict, {n: v.clone() for n, v in layer.named_buffers()}, strict=False)
+                recalibrate_batchnorm_(pl_module, calls, Probe.repeat, processes)
+
+
+def _set(parameter: nn.Parameter, value: Tensor) -> None:
+    with torch.no_grad():
+        parameter.copy_(value)
+
+
+def importance_of(
+    trainer: Trainer, pl_module: LightningModule, method: Method, calls: list[Probe]
+) -> dict[str, Importance] | None:
+    """Return the importance of the layers' inputs on some calls, for a method that weighs errors by it."""
+    if method.error != "activation":
+        return None
+    return collect_moments(pl_module, calls, forward=Probe.repeat, processes=processes_of(trainer))

@@ -1,0 +1,236 @@
+"""Repairs at a cut inside ``Trainer.fit``: refit and statistics, on batches of the run's own training."""
+
+import copy
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torchmetrics import MeanMetric
+
+import lr_callback as lrc
+
+pytestmark = pytest.mark.filterwarnings("ignore:The calibration batches are few")
+
+
+class Augmented(Dataset):
+    """Images with noise drawn anew each time."""
+
+    def __init__(self, size=96):
+        self.images = torch.randn(size, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return self.images[index] + 0.1 * torch.randn(3, 6, 6), index % 4
+
+
+class Network(LightningModule):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Dropout(0.2), nn.Conv2d(16, 16, 3)
+        )
+        self.head = nn.Linear(256, 4)
+        self.seen = MeanMetric()
+        self.steps, self.losses = 0, []
+
+    def forward(self, images):
+        return self.head(torch.relu(self.body(images)).flatten(1))
+
+    def training_step(self, batch, batch_idx):
+        images, labels = batch
+        loss = nn.functional.cross_entropy(self(images), labels)
+        self.seen(loss.detach())
+        self.log("loss", loss)
+        self.log_dict({"seen": self.seen})
+        self.losses.append(loss.item())
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+
+
+class Compared(lrc.LowRankCompression):
+    """Compare the network right after the cut with that right before."""
+
+    def compress(self, trainer, pl_module, keep_ratio):
+        images = torch.randn(64, 3, 6, 6, generator=torch.Generator().manual_seed(9))
+        dense = copy.deepcopy(nn.ModuleList([pl_module.body, pl_module.head])).eval()
+        report = super().compress(trainer, pl_module, keep_ratio)
+        cut = copy.deepcopy(nn.ModuleList([pl_module.body, pl_module.head])).eval()
+        with torch.no_grad():
+            one, other = (of[1](torch.relu(of[0](images)).flatten(1)) for of in (dense, cut))
+        self.off = ((one - other).norm() / one.norm()).item()
+        return report
+
+
+def fit(tmp_path, module=None, loader=None, epochs=2, ckpt_path=None, **options):
+    torch.manual_seed(1)
+    callback = Compared(0.5, epochs=1, show_table=False, **options)
+    trainer = Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+        callbacks=[callback],
+    )
+    module = module or Network()
+    loader = loader or DataLoader(Augmented(), batch_size=32, shuffle=True, generator=torch.Generator().manual_seed(3))
+    trainer.fit(module, loader, ckpt_path=ckpt_path)
+    return trainer, module, callback
+
+
+@pytest.mark.situation("Repair", "decoders refitted on training batches", "works")
+@pytest.mark.situation("Repair", "errors weighted by activations", "works")
+def test_the_network_right_after_the_cut_is_closer_to_that_before_with_a_refit(tmp_path):
+    off, loader = {}, DataLoader(Augmented(640), batch_size=64)
+    for refit in (None, "dense", "cut"):
+        _, _, callback = fit(tmp_path, loader=loader, refit=refit, calibration_batches=10)
+        off[refit] = callback.off
+    assert off["cut"] < off["dense"] < off[None]
+    _, module, callback = fit(tmp_path, refit="cut", method=lrc.ALDS("activation"), recalibrate_batchnorm=True)
+    assert callback.allocation.error == "activation"
+    assert all(torch.isfinite(value).all() for value in module.state_dict().values())
+
+
+def test_the_calibration_leaves_no_trace(tmp_path):
+    """Batches, random numbers, metrics and logs of a run that measures and changes nothing are those of any run."""
+
+    class Asked(lrc.LowRankCompression):
+        def compress(self, trainer, pl_module, keep_ratio):
+            if self.repairing.refit:
+                before = [
+                    copy.deepcopy(vars(pl_module.seen)["mean_value"]),
+                    len(pl_module.losses),
+                    torch.get_rng_state(),
+                ]
+                calls = self.repairing.calls(trainer, pl_module, self.scope.method)
+                assert len(calls) == 2 and pl_module.training and all(one.seen for one in calls)
+                assert torch.equal(before[0], pl_module.seen.mean_value)
+                del pl_module.losses[before[1] :]
+                assert torch.equal(before[2], torch.get_rng_state())
+                assert "log" not in vars(pl_module)
+
+    ends = []
+    for refit in (None, "cut"):
+        torch.manual_seed(1)
+        callback = Asked(0.5, epochs=1, refit=refit, calibration_batches=2)
+        loader = DataLoader(Augmented(), batch_size=32, shuffle=True, generator=torch.Generator().manual_seed(3))
+        trainer = Trainer(
+            max_epochs=2,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[callback],
+        )
+        module = Network()
+        trainer.fit(module, loader)
+        ends.append((module.losses, {name: value.clone() for name, value in module.state_dict().items()}))
+    assert ends[0][0] == ends[1][0]
+    assert all(torch.equal(value, ends[1][1][name]) for name, value in ends[0][1].items())
+
+
+@pytest.mark.filterwarnings("ignore:.*are never reached")
+@pytest.mark.situation("Repair", "a run that is resumed right before the cut takes the same batches", "works")
+def test_a_run_that_is_resumed_before_the_cut_is_the_same_run(tmp_path):
+    options = {"refit": "cut", "recalibrate_batchnorm": True, "method": lrc.ALDS("activation")}
+
+    def loader():
+        return DataLoader(TensorDataset(torch.randn(96, 3, 6, 6), torch.arange(96) % 4), batch_size=32)
+
+    torch.manual_seed(5)
+    batches = loader()
+
+    class Plain(Network):
+        def __init__(self):
+            super().__init__()
+            del self.body[3]
+
+    _, whole, _ = fit(tmp_path / "whole", module=Plain(), loader=batches, epochs=3, **options)
+    first, _, _ = fit(tmp_path / "first", module=Plain(), loader=batches, epochs=1, **options)
+    path = tmp_path / "first.ckpt"
+    first.save_checkpoint(path)
+    _, resumed, _ = fit(tmp_path / "second", module=Plain(), loader=batches, epochs=3, ckpt_path=path, **options)
+    other = resumed.state_dict()
+    assert all(torch.equal(value, other[name]) for name, value in whole.state_dict().items())
+
+
+def test_a_failure_in_the_repair_leaves_the_run_as_it_was(tmp_path):
+    kept = {}
+
+    class Failing(lrc.LowRankCompression):
+        def compress(self, trainer, pl_module, keep_ratio):
+            kept["before"] = {name: value.clone() for name, value in pl_module.state_dict().items()}
+            kept["types"] = [type(one) for one in pl_module.modules()]
+            pl_module.head.register_forward_hook(self.fail)
+            return super().compress(trainer, pl_module, keep_ratio)
+
+        def fail(self, layer, inputs, outputs):
+            kept["calls"] = kept.get("calls", 0) + 1
+            if kept["calls"] > 5:
+                raise RuntimeError("the network has failed")
+
+    module = Network()
+    trainer = Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[Failing(0.5, 1, refit="cut", recalibrate_batchnorm=True)],
+    )
+    with pytest.raises(RuntimeError, match="the network has failed"):
+        trainer.fit(module, DataLoader(Augmented(), batch_size=32))
+    assert [type(one) for one in module.modules()] == kept["types"]
+    assert all(torch.equal(value, kept["before"][name]) for name, value in module.state_dict().items())
+    assert "log" not in vars(module)
+
+
+@pytest.mark.situation("Repair", "automatic_optimization=False", "refused")
+@pytest.mark.situation("Repair", "a training loader that can be gone through once", "refused")
+def test_what_cannot_be_calibrated_is_refused_with_the_way_out(tmp_path):
+    class Manual(Network):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            self.manual_backward(super().training_step(batch, batch_idx))
+
+    with pytest.raises(MisconfigurationException, match=r"steps its optimizers itself.* Set refit=None"):
+        fit(tmp_path, module=Manual(), refit="cut")
+
+    class Silent(Network):
+        def training_step(self, batch, batch_idx):
+            if self.trainer.current_epoch == 0:
+                return super().training_step(batch, batch_idx)
+            return None
+
+    with pytest.raises(MisconfigurationException, match=r"of 3 batch.es. none called a module with parameters"):
+        fit(tmp_path, module=Silent(), refit="cut")
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"refit": True}, "`refit` must be 'cut', 'dense' or None, got True"),
+        ({"refit": "both"}, "`refit` must be 'cut', 'dense' or None, got 'both'"),
+        ({"recalibrate_batchnorm": 1}, "`recalibrate_batchnorm` must be true or false, got 1"),
+        ({"calibration_batches": 0}, "`calibration_batches` must be a whole number of at least 1, got 0"),
+        ({"calibration_batches": 2.5}, "`calibration_batches` must be a whole number of at least 1, got 2.5"),
+    ],
+)
+def test_bad_arguments_are_refused(options, text):
+    with pytest.raises(ValueError, match=text):
+        lrc.LowRankCompression(0.5, 1, **options)
