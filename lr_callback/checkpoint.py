@@ -24,8 +24,9 @@ from lr_callback.find import find_layers
 from lr_callback.folding import FOLDINGS
 from lr_callback.layer_types import layer_type
 from lr_callback.layers import FactorizedLayer, dense_bias
+from lr_callback.layers.base import any_weight
 from lr_callback.names import ENTRIES, naming
-from lr_callback.source import check_values, is_extra, load, state_dict_of
+from lr_callback.source import check_values, is_extra, load, state_dict_of, warn_of_broken
 from lr_callback.surgery import factorize_, replace_layers
 
 
@@ -39,12 +40,14 @@ def restore_(model: nn.Module, source: Allocation | Mapping[str, Any] | str | Pa
             may be restored into the network inside it. Files are read with ``weights_only=True``, and those of
             safetensors as what they are.
 
-    Without weights in the source (an allocation) the model's own weights are factorized.
+    Without weights in the source (an allocation) the model's own weights are factorized. Weights that are NaN or
+    infinite in the source are loaded as they are, with a warning that names them.
 
     Raises:
         FileNotFoundError: If the path does not exist.
         TypeError: If the source is of another type.
-        ValueError: If the source is not one of these, is damaged, or is of another model. Nothing was changed.
+        ValueError: If the source is not one of these, is damaged, is of another model, or has values that the model's
+            dtype does not reach. Nothing was changed.
 
     Example::
 
@@ -64,8 +67,11 @@ def restore_(model: nn.Module, source: Allocation | Mapping[str, Any] | str | Pa
     _check_has_values(model)
     names = naming(model, layers, entries)
     state = names.entries(entries)
-    check_values(model.state_dict(), state)
+    factors = {f"{name}.{one}": any_weight(layer) for layer in layers for name in layers[layer] for one in ENTRIES}
+    own = {**factors, **model.state_dict(keep_vars=True)}
+    check_values(own, state)
     check_weights(model, state)
+    warn_of_broken({name for name, value in own.items() if isinstance(value, nn.Parameter)}, state)
     versions = names.of_modules(getattr(loaded.get("state_dict", loaded), "_metadata", None) or {})
     _load(model, state, _with_versions(model, state, versions))
 
