@@ -22,7 +22,7 @@ from lr_callback.allocation import Allocation, Factorization
 from lr_callback.build import dense_skeleton, skeleton
 from lr_callback.find import find_layers
 from lr_callback.folding import FOLDINGS
-from lr_callback.layer_types import layer_type
+from lr_callback.layer_types import layer_cost, layer_type
 from lr_callback.layers import FactorizedLayer, dense_bias
 from lr_callback.layers.base import any_weight
 from lr_callback.names import ENTRIES, naming
@@ -200,7 +200,7 @@ def _fitting(
     if len(decoder) != len(geometry.weight_shape):
         return None
     width = kind.relaid_shape("decoder", decoder, geometry.groups)[1]  # of a group: slices times rank
-    for folding in FOLDINGS:
+    for folding in layer_cost(layer).distinct_foldings(FOLDINGS):
         for num_slices in geometry.slice_counts(width):
             choice = Factorization(folding, num_slices, width // num_slices, 0.0, 0, 0)
             if width % num_slices == 0 and _factor_shapes(kind, layer, choice) == (encoder, decoder):
