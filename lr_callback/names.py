@@ -53,9 +53,20 @@ class Naming:
         return self.modules[held] + inner.removeprefix(held)
 
     def entries(self, given: Mapping[str, Value]) -> dict[str, Value]:
-        """Return the entries that are of the model, under all of the names that it has for them."""
-        renamed = ((self.own(name), value) for name, value in given.items())
-        state = {name: value for name, value in renamed if name is not None}
+        """Return the entries that are of the model, under all of the names that it has for them.
+
+        Raises:
+            ValueError: If two entries are meant for one name.
+        """
+        meant: dict[str, str] = {}
+        for name in given:
+            own = self.own(name)
+            if own is not None and meant.setdefault(own, name) != name:
+                raise ValueError(
+                    f"`source`: it must have one entry for {own}, found {meant[own]} and {name}; `torch.compile` makes "
+                    "one name of the other, a file has either. Take one of them out. Nothing was changed."
+                )
+        state = {own: given[name] for own, name in meant.items()}
         for group in self.tied:
             there = [name for name in group if name in state]
             state.update({name: state[there[0]] for name in group if there and name not in state})

@@ -81,6 +81,16 @@ def test_an_allocation_of_a_compiled_model_is_for_the_plain_one_too(own):
         assert weights(model).keys() == weights(network(cut=True)).keys()
 
 
+def test_two_entries_for_one_name_are_refused():
+    model = nn.Sequential(nn.Linear(4, 4))
+    twice = {**model.state_dict(), "_orig_mod.0.weight": torch.zeros(4, 4)}
+    with pytest.raises(
+        ValueError, match=r"one entry for 0\.weight, found 0\.weight and _orig_mod\.0\.weight; "
+    ):
+        lrc.restore_(model, twice)
+    assert model[0].weight.any()
+
+
 def test_a_file_of_another_model_is_still_refused():
     with pytest.raises(ValueError, match=r"_orig_mod\.1\.weight: shape \(8,\) in the model, nothing in the file"):
         lrc.restore_(
