@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from lr_callback.costs import LayerCost
-from lr_callback.folding import distinct_foldings
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ def layer_candidates(
         ValueError: If a folding is unknown.
     """
     found: list[Candidate] = []
-    for folding in distinct_foldings(cost.geometry, tuple(foldings)):
+    for folding in cost.distinct_foldings(foldings):
         last = _last_ranks(cost, folding, cost.geometry.slice_counts(max_slices))
         errors = curves(folding, last) if last else {}
         found += [_candidate(cost, folding, count, curve) for count, curve in errors.items()]

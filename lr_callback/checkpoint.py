@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,12 @@ from lr_callback.allocation import Allocation, Factorization
 from lr_callback.build import dense_skeleton, skeleton
 from lr_callback.find import find_layers
 from lr_callback.folding import FOLDINGS
-from lr_callback.layer_types import layer_type
+from lr_callback.layer_types import layer_cost, layer_type
 from lr_callback.layers import FactorizedLayer, dense_bias
-from lr_callback.source import check_values, is_extra, load, state_dict_of
+from lr_callback.layers.base import any_weight
+from lr_callback.names import ENTRIES, naming
+from lr_callback.source import check_values, is_extra, load, state_dict_of, warn_of_broken
 from lr_callback.surgery import factorize_, replace_layers
-
-_ENTRIES = ("weight", "bias", "encoder.weight", "decoder.weight", "decoder.bias")
-"""Names of what a dense or a factorized layer holds."""
 
 
 def restore_(model: nn.Module, source: Allocation | Mapping[str, Any] | str | Path) -> None:
@@ -40,12 +40,14 @@ def restore_(model: nn.Module, source: Allocation | Mapping[str, Any] | str | Pa
             may be restored into the network inside it. Files are read with ``weights_only=True``, and those of
             safetensors as what they are.
 
-    Without weights in the source (an allocation) the model's own weights are factorized.
+    Without weights in the source (an allocation) the model's own weights are factorized. Weights that are NaN or
+    infinite in the source are loaded as they are, with a warning that names them.
 
     Raises:
         FileNotFoundError: If the path does not exist.
         TypeError: If the source is of another type.
-        ValueError: If the source is not one of these, is damaged, or is of another model. Nothing was changed.
+        ValueError: If the source is not one of these, is damaged, is of another model, or has values that the model's
+            dtype does not reach. Nothing was changed.
 
     Example::
 
@@ -59,15 +61,25 @@ def restore_(model: nn.Module, source: Allocation | Mapping[str, Any] | str | Pa
     """
     loaded = load(source)
     if isinstance(loaded, Allocation):
-        factorize_(model, loaded)
+        factorize_(model, _renamed(model, loaded))
         return
-    entries = state_dict_of(loaded)
-    prefix = _prefix(model, entries)
-    state = {name.removeprefix(prefix): value for name, value in entries.items() if name.startswith(prefix)}
+    entries, layers = state_dict_of(loaded), _names_of_layers(model)
     _check_has_values(model)
-    check_values(model.state_dict(), state)
+    names = naming(model, layers, entries)
+    state = names.entries(entries)
+    factors = {f"{name}.{one}": any_weight(layer) for layer in layers for name in layers[layer] for one in ENTRIES}
+    own = {**factors, **model.state_dict(keep_vars=True)}
+    check_values(own, state)
     check_weights(model, state)
-    _load(model, state, _with_versions(model, state, loaded.get("state_dict", loaded), prefix))
+    warn_of_broken({name for name, value in own.items() if isinstance(value, nn.Parameter)}, state)
+    versions = names.of_modules(getattr(loaded.get("state_dict", loaded), "_metadata", None) or {})
+    _load(model, state, _with_versions(model, state, versions))
+
+
+def _renamed(model: nn.Module, allocation: Allocation) -> Allocation:
+    """Give an allocation's layers the names that a model has for them."""
+    names = naming(model, {}, ())
+    return replace(allocation, layers=names.of_modules(allocation.layers), shapes=names.of_modules(allocation.shapes))
 
 
 def _check_has_values(model: nn.Module) -> None:
@@ -101,46 +113,15 @@ def _put_back(held: Sequence[Tensor], kept: Sequence[Tensor]) -> None:
         value.copy_(former)
 
 
-def _with_versions(
-    model: nn.Module, state: Mapping[str, Tensor], source: Mapping[str, Any], prefix: str
-) -> Mapping[str, Tensor]:
+def _with_versions(model: nn.Module, state: Mapping[str, Tensor], given: Mapping[str, object]) -> Mapping[str, Tensor]:
     """Give a state dict the versions of its modules: those of the source where it has them, or else the model's.
 
     Some modules load nothing without their version (torchvision's MNASNet). A plain dict of tensors has none; its names
     and shapes are those of the model as it is now.
     """
-    written = getattr(source, "_metadata", None) or {}
-    given = {f"{name}."[len(prefix) : -1]: of for name, of in written.items() if f"{name}.".startswith(prefix)}
     versioned = OrderedDict(state)
     vars(versioned)["_metadata"] = {**vars(model.state_dict())["_metadata"], **given}
     return versioned
-
-
-def _prefix(model: nn.Module, state: Mapping[str, Tensor]) -> str:
-    """Return the name under which a larger module held this model, with a dot; nothing if there is no such name."""
-    wanted = _possible_names(model)
-
-    def fits(prefix: str) -> bool:
-        return all(any(prefix + name in state for name in names) for names in wanted)
-
-    if fits(""):
-        return ""
-    prefixes = {key[: -len(name)] for key in state for name in wanted[0] if key.endswith(f".{name}")}
-    fitting = [prefix for prefix in sorted(prefixes) if fits(prefix)]
-    return fitting[0] if len(fitting) == 1 else ""
-
-
-def _possible_names(model: nn.Module) -> list[tuple[str, ...]]:
-    """Return, for each entry of a model's state dict, the names that it has in dense and in factorized files."""
-    entries: dict[str, tuple[str, ...]] = {name: (name,) for name in model.state_dict()}
-    for layer, names in _names_of_layers(model).items():
-        for name in names:
-            for inner in _ENTRIES:
-                entries.pop(f"{name}.{inner}", None)
-            entries[f"{name}.weight"] = (f"{name}.weight", f"{name}.encoder.weight")
-            if dense_bias(layer) is not None:
-                entries[f"{name}.bias"] = (f"{name}.bias", f"{name}.decoder.bias")
-    return list(entries.values())
 
 
 def _names_of_layers(model: nn.Module) -> dict[nn.Module, list[str]]:
@@ -219,7 +200,7 @@ def _fitting(
     if len(decoder) != len(geometry.weight_shape):
         return None
     width = kind.relaid_shape("decoder", decoder, geometry.groups)[1]  # of a group: slices times rank
-    for folding in FOLDINGS:
+    for folding in layer_cost(layer).distinct_foldings(FOLDINGS):
         for num_slices in geometry.slice_counts(width):
             choice = Factorization(folding, num_slices, width // num_slices, 0.0, 0, 0)
             if width % num_slices == 0 and _factor_shapes(kind, layer, choice) == (encoder, decoder):
@@ -244,7 +225,7 @@ def check_weights(model: nn.Module, state: Mapping[str, Tensor], partial: bool =
     for layer, names in _names_of_layers(model).items():
         shapes = _shapes_in(layer, _structure_in(state, f"{names[0]}.", names[0], layer))
         for name in names:
-            for inner in _ENTRIES:
+            for inner in ENTRIES:
                 expected.pop(f"{name}.{inner}", None)
             expected.update({f"{name}.{inner}": shape for inner, shape in shapes.items()})
     found = {name: tuple(value.shape) for name, value in state.items() if not is_extra(name)}

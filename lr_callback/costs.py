@@ -10,12 +10,12 @@ along the axes that the encoder has upsampled already. An embedding looks up: th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
-from lr_callback.folding import Geometry, decoder_axes
+from lr_callback.folding import FOLDINGS, Geometry, decoder_axes
 
 COSTS = ("parameters", "multiply_adds")
 """Names of the known units."""
@@ -85,6 +85,32 @@ class LayerCost:
         own = decoder_axes(folding, len(self.geometry.kernel))
         second = _positions(self.calls, own if self.works == "at inputs" else ())
         return encoder * self._first_positions(own) + decoder * second
+
+    def distinct_foldings(self, foldings: Iterable[str]) -> tuple[str, ...]:
+        """Drop foldings that give the same matrices as another (1x1 kernels, Linear), and repeated names.
+
+        Those that agree differ in where a kernel axis of size 1 is, and its stride with it: the cheapest stays. Of
+        equals it is, for a convolution, the one with the fewest axes in the decoder, so that the encoder works at fewer
+        positions; for a transposed one, whose stride makes more positions, the one with the most.
+
+        Raises:
+            ValueError: If a folding is unknown.
+
+        Example::
+
+            >>> LayerCost(Geometry(8, 8, (1, 1))).distinct_foldings(["kernel_in_decoder", "kernel_in_encoder"])
+            ('kernel_in_encoder',)
+        """
+
+        def price(folding: str) -> tuple[int, int, int]:
+            axes = len(decoder_axes(folding, len(self.geometry.kernel)))
+            return self.per_rank(folding, 1), -axes if self.works == "at inputs" else axes, len(FOLDINGS[folding])
+
+        kept: dict[tuple[int, ...], str] = {}
+        for name in foldings:
+            kernel = self.geometry.decoder_kernel(name)
+            kept[kernel] = min(kept.get(kernel, name), name, key=price)
+        return tuple(kept.values())
 
     def _first_positions(self, pointwise: tuple[int, ...]) -> int:
         """Return the positions at which a weight is applied to the layer's input, with no stride along some axes."""

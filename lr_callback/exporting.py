@@ -8,7 +8,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import keystr, tree_leaves_with_path
 
 from lr_callback.allocation import Allocation
 from lr_callback.example import Example, largest_difference
@@ -91,8 +92,9 @@ def export(
         FileNotFoundError: If the folder does not exist.
         IsADirectoryError: If the path is a folder.
         ModuleNotFoundError: If the format needs a package that is not installed.
-        ValueError: If the format is unknown, there is no example, its tensors have different numbers of rows, torch
-            cannot follow the model, the allocation is of another model, or the file gives other outputs.
+        ValueError: If the format is unknown or the path has the suffix of another, there is no example, its tensors
+            have different numbers of rows, torch cannot follow the model, a file of the format cannot give what the
+            model gives, the allocation is of another model, or the file gives other outputs.
 
     Example::
 
@@ -116,6 +118,7 @@ def export(
         part = Path(folder) / path.name
         with torch.compiler.set_stance("force_eager"):
             calls = _calls(model, example, dynamic_batch)
+            _check_outputs(format, [outputs for _, outputs in calls])
             FORMATS[format].write(Order(model, example, dynamic_batch, notes), part)
             difference = _checked(format, part, calls, _tolerance(model, example))
         done = Exported(format, path, part.stat().st_size, _saved_bytes(model), difference)
@@ -193,6 +196,22 @@ def _calls(model: nn.Module, example: Example | None, dynamic_batch: bool) -> li
                 "Nothing was written."
             ) from error
     return calls
+
+
+def _check_outputs(format: str, outputs: Sequence[object]) -> None:
+    """Refuse what a model gives and files of a format cannot: of each call, one tensor at least and nothing foreign."""
+    known = FORMATS[format].outputs
+    for one in outputs:
+        leaves = tree_leaves_with_path(one)
+        foreign = [(path, leaf) for path, leaf in leaves if not isinstance(leaf, known)]
+        if foreign or not any(isinstance(leaf, Tensor) for _, leaf in leaves):
+            names = ", ".join(kind.__name__ for kind in known)
+            places = [f"{type(leaf).__name__}{keystr(path) and f' at {keystr(path)}'}" for path, leaf in foreign]
+            raise ValueError(
+                f"{format}: the outputs of the model must be of the types {names}, in tuples, lists and dicts, with a "
+                f"tensor among them, found {', '.join(places[:4]) or 'no tensor'}. Wrap the model in a module that "
+                "gives what the file is to give, and export that one. Nothing was written."
+            )
 
 
 def _checked(format: str, part: Path, calls: Sequence[tuple[Example, object]], allowed: float) -> float:

@@ -150,23 +150,6 @@ def decoder_axes(folding: str, axes: int) -> tuple[int, ...]:
     return tuple(axes + axis for axis in FOLDINGS[folding] if axes + axis >= 0)
 
 
-def distinct_foldings(geometry: Geometry, foldings: tuple[str, ...]) -> tuple[str, ...]:
-    """Drop foldings that give the same matrices as another (1x1 kernels, Linear), and repeated names.
-
-    Of those that agree the one with the fewest axes in the decoder stays: with a stride it costs the least.
-
-    Example::
-
-        >>> distinct_foldings(Geometry(8, 8, (1, 1)), ("kernel_in_decoder", "kernel_in_encoder"))
-        ('kernel_in_encoder',)
-    """
-    kept: dict[tuple[int, ...], str] = {}
-    for name in foldings:
-        kernel = geometry.decoder_kernel(name)
-        kept[kernel] = min(kept.get(kernel, name), name, key=lambda one: len(FOLDINGS[one]))
-    return tuple(kept.values())
-
-
 def slice_counts(in_channels: int, max_slices: int | None = None) -> list[int]:
     """Return every number of slices that divides the input channels, ascending.
 

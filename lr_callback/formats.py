@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,6 +55,8 @@ class Format:
         write: writes a file.
         open: opens a file, and returns what gives the outputs of a call; None: the file has no outputs of its own,
             and is compared with the state dict of the model when it is written.
+        outputs: types of what its files can give, in tuples, lists and dicts.
+        needs_suffix: whether what reads its files asks for the suffix.
     """
 
     suffix: str
@@ -61,6 +64,8 @@ class Format:
     reload: str
     write: Callable[[Order, Path], None]
     open: Callable[[Path], Callable[[Example], object]] | None
+    outputs: tuple[type, ...] = (torch.Tensor,)
+    needs_suffix: bool = False
 
 
 def exported_program(order: Order) -> ExportedProgram:
@@ -195,13 +200,22 @@ def _write_safetensors(order: Order, path: Path) -> None:
 
 
 FORMATS: Mapping[str, Format] = {
-    "torch-export": Format(".pt2", (), "model = torch.export.load({path}).module()", _write_program, _open_program),
+    "torch-export": Format(
+        ".pt2",
+        (),
+        "model = torch.export.load({path}).module()",
+        _write_program,
+        _open_program,
+        (torch.Tensor, bool, int, float, NoneType),
+        needs_suffix=True,
+    ),
     "onnx": Format(
         ".onnx",
         ("onnx", "onnxscript", "onnxruntime"),
         "session = onnxruntime.InferenceSession({path})",
         _write_onnx,
         _open_onnx,
+        (torch.Tensor, NoneType),
     ),
     "torchscript": Format(".ts", (), "model = torch.jit.load({path})", _write_torchscript, _open_torchscript),
     "safetensors": Format(
@@ -215,7 +229,7 @@ def check_format(name: str | None, path: Path) -> str:
     """Return the name of a format, by a file's suffix where none is given.
 
     Raises:
-        ValueError: If there is no such format, or none of this suffix.
+        ValueError: If there is no such format, none of this suffix, or the suffix is that of another.
         ModuleNotFoundError: If a package that it needs is not installed.
     """
     asked = {row.suffix: known for known, row in FORMATS.items()}.get(path.suffix, "") if name is None else name
@@ -223,6 +237,12 @@ def check_format(name: str | None, path: Path) -> str:
         given = f"the suffix {path.suffix!r} of {path.name!r}" if name is None else repr(name)
         known = ", ".join(f"{one} ({row.suffix})" for one, row in FORMATS.items())
         raise ValueError(f"`format` must be one of {known}, got {given}. Nothing was written.")
+    others = {row.suffix for known, row in FORMATS.items() if known != asked}
+    if path.suffix in others or (FORMATS[asked].needs_suffix and path.suffix != FORMATS[asked].suffix):
+        raise ValueError(
+            f"{path.name}: a file of the format {asked} must end in {FORMATS[asked].suffix}, found {path.suffix!r}; "
+            "what reads it would take it for another. Nothing was written."
+        )
     missing = [package for package in FORMATS[asked].packages if not find_spec(package)]
     if missing:
         raise ModuleNotFoundError(

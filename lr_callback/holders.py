@@ -56,7 +56,7 @@ def held_elsewhere(model: nn.Module, wanted: Collection[nn.Module | Tensor]) -> 
         for _, start, end in _span(weight):
             spans.setdefault(_storage(weight), []).append((start, end, id(weight)))
     found: dict[int, str] = {}
-    seen: set[int] = set()
+    seen: dict[int, int] = {}
     for name, module in model.named_modules():
         for attribute, value in _attributes(module):
             for one in _reached(value, seen, _DEPTH):
@@ -114,15 +114,19 @@ def _names(slots: str | Iterable[str]) -> Iterable[str]:
     return (slots,) if isinstance(slots, str) else slots
 
 
-def _reached(value: object, seen: set[int], depth: int) -> Iterator[object]:
-    """Yield the modules and tensors that a value leads to; a module is not entered, its children stay its own."""
+def _reached(value: object, seen: dict[int, int], depth: int) -> Iterator[object]:
+    """Yield the modules and tensors that a value leads to; a module is not entered, its children stay its own.
+
+    What was looked into is looked into again where more steps are left than there were: some of what it leads to was
+    too far away.
+    """
     if isinstance(value, (nn.Module, Tensor)):
         yield value
         return
     inner = _inside(value)
-    if inner is None or depth == 0 or id(value) in seen or len(seen) > _MOST:
+    if inner is None or depth <= seen.get(id(value), 0) or len(seen) > _MOST:
         return
-    seen.add(id(value))
+    seen[id(value)] = depth
     for one in inner:
         yield from _reached(one, seen, depth - 1)
 

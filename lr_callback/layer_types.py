@@ -38,7 +38,11 @@ LAYER_TYPES: Mapping[str, type[FactorizedLayer]] = {
     _name(nn.ConvTranspose3d): FactorizedConvTranspose3d,
     _name(nn.Embedding): FactorizedEmbedding,
     "transformers.pytorch_utils.Conv1D": FactorizedConv1D,
-    "timm.layers.linear.Linear": FactorizedLinear,  # computes what torch's does, in fewer lines under TorchScript
+    # Subclasses that compute what torch's class does, and differ in how they are made, or in the order of one sum.
+    "timm.layers.linear.Linear": FactorizedLinear,
+    "transformers.models.falcon.modeling_falcon.FalconLinear": FactorizedLinear,
+    "torchvision.models.video.resnet.Conv3DSimple": FactorizedConv3d,
+    "torchvision.models.video.resnet.Conv3DNoTemporal": FactorizedConv3d,
 }
 """Dense type (exactly, not a subclass) -> its factorized form; by name, so that nothing is imported for it."""
 

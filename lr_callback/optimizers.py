@@ -42,11 +42,13 @@ def replace_parameters(
             stack.
 
     Raises:
-        RuntimeError: If an optimizer does not let its groups be edited. All of them are as they were, once ``undo`` is
-            closed where there is one.
+        RuntimeError: If an optimizer does not let its groups be edited, or is ``SparseAdam``. All of them are as they
+            were, once ``undo`` is closed where there is one.
     """
     # A wrapper may share groups and state with what it wraps: what each held must be read before any is edited.
     held = [(optimizer, _held(optimizer, replacements)) for optimizer in with_inner(optimizers)]
+    for optimizer, old in held:
+        _check_sparse(optimizer, old, replacements, names)
     with ExitStack() as own:
         steps = own if undo is None else undo
         for optimizer, _ in held:
@@ -99,6 +101,18 @@ def _check(
     lost = [names[heir] for one in old for heir in replacements[one] if id(heir) not in now]
     if lost:
         raise _refusal(optimizer, f"after the edit they lack {', '.join(lost[:3])}{', ...' if len(lost) > 3 else ''}")
+
+
+def _check_sparse(
+    optimizer: Optimizer, old: Sequence[nn.Parameter], replacements: Replacements, names: Mapping[nn.Parameter, str]
+) -> None:
+    """Refuse the factors of a sparse table where the next step would stop at the gradient of the decoder."""
+    dense = [names[heir] for one in old for heir in replacements[one][1:]]
+    if dense and isinstance(optimizer, torch.optim.SparseAdam):
+        raise RuntimeError(
+            f"SparseAdam: all of its parameters must have sparse gradients, {', '.join(dense[:3])} would not. Nothing "
+            "was changed. Name the embedding in `exclude`, or train it with SGD or Adagrad, which take both."
+        )
 
 
 def _refusal(optimizer: Optimizer, found: str) -> RuntimeError:

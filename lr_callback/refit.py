@@ -224,8 +224,8 @@ class _Refit:
         if few:
             warn(
                 f"The calibration batches are few for {len(few)} layer(s) ({', '.join(few[:3])}"
-                f"{', ...' if few[3:] else ''}): a decoder is fitted to less than two positions for each of its inputs, "
-                "and may be worse on others; give more batches.",
+                f"{', ...' if few[3:] else ''}): a decoder is fitted to less than two positions for each of its "
+                "inputs, and may be worse on others; give more batches.",
                 stacklevel=5,
             )
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -102,11 +103,12 @@ def check_values(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None
     """Refuse values that torch would stop at in the middle of loading, or convert to something else.
 
     Args:
-        own: state dict of the model.
-        state: that is to be loaded, in names and shapes that fit.
+        own: name -> what the model has there, or has in another structure.
+        state: that is to be loaded.
 
     Raises:
-        ValueError: If a value is not a plain tensor with values, or is not floating point where the model's is.
+        ValueError: If a value is not a plain tensor with values, is not floating point where the model's is, or is
+            finite and beyond the largest number of the model's dtype.
     """
     for name, value in state.items():
         reason = None if is_extra(name) else _misfit(own.get(name), value)
@@ -115,14 +117,46 @@ def check_values(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None
 
 
 def _misfit(own: Tensor | None, value: Tensor) -> str | None:
-    """Return what a value must be and is not, None if it is; what the model lacks is a factor."""
+    """Return what a value must be and is not, None if it is; what the model lacks is refused later, by its name."""
     if value.layout != torch.strided or value.is_quantized or value.is_nested or value.device.type == "meta":
         return f"a plain tensor with values, found layout {value.layout} on {value.device}, dtype {value.dtype}"
     if (own is None or own.is_floating_point()) and not value.is_floating_point():
         return f"floating point, found {value.dtype}"
     if own is not None and value.is_complex() and not own.is_complex():
         return f"real, found {value.dtype}"
-    return None
+    return None if own is None else _out_of_range(own.dtype, value)
+
+
+def _out_of_range(dtype: torch.dtype, value: Tensor) -> str | None:
+    """Return that finite numbers would be infinite in the model's dtype, None if they are not."""
+    if not dtype.is_floating_point or torch.finfo(value.dtype).max <= torch.finfo(dtype).max:
+        return None
+    finite = value.detach()[torch.isfinite(value)]
+    lost = finite[~torch.isfinite(finite.to(dtype))]
+    if not lost.numel():
+        return None
+    return (
+        f"within the range of {dtype}, which the model has there, found {float(lost[0]):g}, which would be infinite; "
+        f"give the model the dtype of the file, `model.to({value.dtype})`"
+    )
+
+
+def warn_of_broken(weights: Collection[str], state: Mapping[str, Tensor]) -> None:
+    """Warn of weights that are NaN or infinite; a buffer may be so on purpose, an attention mask for one."""
+    floating = ((name, value) for name, value in state.items() if name in weights and value.is_floating_point())
+    broken = [name for name, value in floating if not torch.isfinite(_readable(value)).all()]
+    if broken:
+        more = f" and {len(broken) - 4} more" if len(broken) > 4 else ""
+        warnings.warn(
+            f"`source`: every weight should be finite, found NaN or infinity in {', '.join(broken[:4])}{more}. They "
+            "are loaded as they are; the training that wrote them has diverged, or the file is damaged.",
+            stacklevel=3,
+        )
+
+
+def _readable(value: Tensor) -> Tensor:
+    """Return floating point of a dtype that torch has all operators for."""
+    return value.detach().float() if value.dtype.itemsize == 1 else value.detach()
 
 
 def is_extra(name: str) -> bool:

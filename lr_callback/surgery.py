@@ -78,7 +78,8 @@ def factorize_(
         TypeError: If ``allocation`` is not an :class:`~lr_callback.allocation.Allocation`.
         ValueError: If the model lacks a layer of the allocation, or has it with another shape, or if
             ``optimizer_state`` is another word, or if the importance is missing or not wanted. Nothing was changed.
-        RuntimeError: If an optimizer does not let its groups be edited. Nothing was changed.
+        RuntimeError: If an optimizer does not let its groups be edited, or cannot train the factors. Nothing was
+            changed.
 
     Example::
 

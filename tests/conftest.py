@@ -2,13 +2,16 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+from torch import Tensor, nn
 
+from lr_callback import Allocation, Factorization, factorize_
+from lr_callback.find import find_layers
 from lr_callback.parallel import Workers, workers
 
 # Tests run side by side: one thread each, in the processes that they start too, is faster than all threads each.
@@ -34,6 +37,52 @@ def crew() -> Iterator[Workers]:
     """Open workers for the length of a test."""
     with workers() as opened:
         yield opened
+
+
+class Named(nn.Module):
+    """Two layers one after the other, as attributes."""
+
+    def __init__(self, layer: nn.Module | None = None) -> None:
+        super().__init__()
+        self.first, self.second = layer or nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs: Tensor = self.second(self.first(inputs))
+        return outputs
+
+
+@pytest.fixture
+def named() -> type[Named]:
+    """Return the class of a model of two named layers, of which the first may be given."""
+    return Named
+
+
+@pytest.fixture
+def by_hand() -> Callable[..., Allocation]:
+    """Return a maker of an allocation that factorizes one layer of an ``nn.Sequential`` at rank 2."""
+
+    def make(model: nn.Sequential, name: str = "1") -> Allocation:
+        choice, shape = Factorization("kernel_in_encoder", 1, 2, 0.0, 0, 1), tuple(model[int(name)].weight.shape)
+        return Allocation({name: choice}, {}, {name: shape}, 0, 1, 0, 1.0)
+
+    return make
+
+
+@pytest.fixture
+def reasons(by_hand: Callable[..., Allocation]) -> Callable[..., dict[str, str]]:
+    """Return what tells why a layer is skipped beside one that is not, which is factorized without touching it."""
+
+    def tell(layer: nn.Module, other: int = 32) -> dict[str, str]:
+        model = nn.Sequential(layer, nn.Linear(other, other))
+        before = {name: id(one) for name, one in layer.named_modules()}
+        found = find_layers(model)
+        assert list(found.layers) == ["1"]
+        factorize_(model, by_hand(model))
+        assert model[0] is layer
+        assert before == {name: id(one) for name, one in layer.named_modules()}
+        return found.skipped
+
+    return tell
 
 
 SITUATIONS = Path(__file__).resolve().parents[1] / "docs" / "SITUATIONS.md"

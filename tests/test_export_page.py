@@ -32,6 +32,15 @@ def test_table_is_that_of_the_formats():
     ]
 
 
+def test_what_formats_have_a_place_for_is_so():
+    assert "ONNX has a place for `None` too, `torch-export` for numbers as well, TorchScript for neither" in PAGE
+    none = {name for name, row in FORMATS.items() if type(None) in row.outputs}
+    assert (none, {name for name, row in FORMATS.items() if int in row.outputs}) == (
+        {"onnx", "torch-export"},
+        {"torch-export"},
+    )
+
+
 def test_options_exist():
     known = {option for action in export_parser()._actions for option in action.option_strings}
     named = set(re.findall(r"--(?!model\.)\w+", PAGE))

@@ -6,13 +6,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+from torch.optim import SparseAdam
 
 from lr_callback.analysis import Analysis, analyze, survey
+from lr_callback.find import find_layers
 from lr_callback.host.strategies import processes_of
 from lr_callback.importance import Importance
 from lr_callback.methods import Method
 from lr_callback.observe import Observation
+from lr_callback.optimizers import with_inner
 from lr_callback.report import analysis_progress
 
 
@@ -46,6 +51,25 @@ class Scope:
         prices = survey(pl_module, self.method, observation=unit, **self._layers)
         for keep_ratio in ratios:
             prices.allocate(keep_ratio)
+
+    def check_sparse(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse embeddings whose optimizer would stop at the gradient of a decoder, before the training.
+
+        Raises:
+            MisconfigurationException: If one that may be factorized is trained by ``SparseAdam``.
+        """
+        if not self.embeddings:
+            return
+        sparse = [one for one in with_inner(trainer.optimizers) if isinstance(one, SparseAdam)]
+        held = {id(weight) for one in sparse for group in one.param_groups for weight in group["params"]}
+        found = find_layers(pl_module, self.include, self.exclude).layers.items()
+        names = [name for name, layer in found if isinstance(layer, nn.Embedding) and id(layer.weight) in held]
+        if names:
+            raise MisconfigurationException(
+                "LowRankCompression: an embedding that is factorized must have an optimizer that takes gradients of "
+                f"both kinds, the decoder's is dense; SparseAdam, which trains {', '.join(names[:3])}, does not. Name "
+                "it in `exclude`, or train it with SGD or Adagrad."
+            )
 
     def analyze(
         self,

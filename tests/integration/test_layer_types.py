@@ -5,7 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import EMAWeightAveraging, LambdaCallback, ModelCheckpoint
 from torch import nn
 from torch.optim import SGD, Adam
 
@@ -142,3 +144,55 @@ def test_budgets_in_multiply_adds_are_kept(fit, new_module):
     inputs = torch.zeros(64, 1, 8, 8)
     assert callback.allocation.cost <= callback.allocation.budget
     assert observe(module, inputs).multiply_adds(module) == callback.allocation.cost
+
+
+class Tokens(LightningModule):
+    """A table with sparse gradients, which one optimizer trains, and a head, which another trains."""
+
+    def __init__(self, kind):
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind, self.automatic_optimization = kind, False
+        self.tokens, self.head = nn.Embedding(64, 32, sparse=True), nn.Linear(32, 10)
+
+    def training_step(self, batch):
+        features, labels = batch
+        tokens = self.tokens((8 * features.flatten(1)).long().clamp(0, 63)).mean(1)
+        for one in self.optimizers():
+            one.zero_grad()
+        self.manual_backward(nn.functional.cross_entropy(self.head(tokens), labels))
+        for one in self.optimizers():
+            one.step()
+
+    def configure_optimizers(self):
+        return self.kind(self.tokens.parameters(), lr=0.01), SGD(self.head.parameters(), lr=0.1)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")  # by Adagrad itself
+@pytest.mark.situation("Layers", "an embedding with sparse gradients, trained by SGD or Adagrad", "works")
+@pytest.mark.parametrize("kind", [SGD, torch.optim.Adagrad])
+def test_factors_of_a_table_with_sparse_gradients_learn(kind, new_trainer, loader, tmp_path):
+    module, started = Tokens(kind), []
+    callback = LowRankCompression(0.5, 1, embeddings=True, show_table=False)
+    watching = LambdaCallback(on_train_epoch_start=lambda *_: started.append(copy.deepcopy(module.tokens)))
+    new_trainer(tmp_path, callback, watching).fit(module, loader())
+    assert isinstance(module.tokens, lrc.FactorizedEmbedding)
+    assert module.tokens.encoder.sparse
+    for before, after in zip(started[1].factors, module.tokens.factors, strict=True):
+        assert not torch.equal(before, after)
+
+
+@pytest.mark.situation("Layers", "an embedding with sparse gradients, trained by SparseAdam", "refused")
+def test_a_table_that_sparse_adam_trains_is_refused_before_the_training_unless_it_is_left_out(
+    new_trainer, loader, tmp_path
+):
+    module = Tokens(torch.optim.SparseAdam)
+    before = copy.deepcopy(module.state_dict())
+    callback = LowRankCompression(0.5, 1, embeddings=True, show_table=False)
+    with pytest.raises(MisconfigurationException, match=r"SparseAdam, which trains tokens, does not\. Name it in"):
+        new_trainer(tmp_path, callback).fit(module, loader())
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    left_out = LowRankCompression(0.9, 1, embeddings=True, exclude=["tokens"], show_table=False)
+    new_trainer(tmp_path, left_out).fit(module, loader())
+    assert isinstance(module.head, lrc.FactorizedLinear)
+    assert type(module.tokens) is nn.Embedding

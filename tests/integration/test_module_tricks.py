@@ -13,6 +13,7 @@ from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerB
 import lr_callback as lrc
 from lr_callback.find import find_layers
 from lr_callback.observe import Observation, observe
+from lr_callback.safetensors_file import read_safetensors
 
 
 def counted(model, *inputs, **named):
@@ -201,7 +202,7 @@ def tiny(transformers, name):
         ("t5", "lm_head", "shared"),
     ],
 )
-def test_a_tied_head_stays_tied_and_everything_is_counted(transformers, name, head, embedding):
+def test_a_tied_head_stays_tied_and_everything_is_counted(transformers, name, head, embedding, tmp_path):
     model = tiny(transformers, name).eval()
     inputs = {"input_ids": torch.arange(1, 15).view(2, 7)}
     if name == "t5":
@@ -220,6 +221,13 @@ def test_a_tied_head_stays_tied_and_everything_is_counted(transformers, name, he
     fresh = tiny(transformers, name).eval()
     lrc.restore_(fresh, model.state_dict())
     assert torch.equal(fresh(**inputs).logits, outputs)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    assert len(read_safetensors(file)) < len(model.state_dict())  # without the second names of what is tied
+    fresh = tiny(transformers, name).eval()
+    lrc.restore_(fresh, file)
+    assert torch.equal(fresh(**inputs).logits, outputs)
+    assert fresh.get_submodule(head).weight is fresh.get_submodule(embedding).weight
     lrc.densify_(model)
     torch.testing.assert_close(model(**inputs).logits, outputs, rtol=1e-4, atol=1e-5)
 

@@ -19,41 +19,16 @@ def package(name):
         return pytest.importorskip(name)
 
 
-class Named(nn.Module):
-    def __init__(self, layer=None):
-        super().__init__()
-        self.first, self.second = layer or nn.Linear(32, 32), nn.Linear(32, 32)
-
-    def forward(self, inputs):
-        return self.second(self.first(inputs))
-
-
-def reasons(layer, other=32):
-    """Return why a layer is skipped beside one that is not, which is factorized without touching it."""
-    model = nn.Sequential(layer, nn.Linear(other, other))
-    before = {name: id(one) for name, one in layer.named_modules()}
-    found = find_layers(model)
-    assert list(found.layers) == ["1"]
-    lrc.factorize_(model, by_hand(model))
-    assert model[0] is layer and before == {name: id(one) for name, one in layer.named_modules()}
-    return found.skipped
-
-
-def by_hand(model, name="1"):
-    choice = lrc.Factorization("kernel_in_encoder", 1, 2, 0.0, 0, 1)
-    return lrc.Allocation({name: choice}, {}, {name: tuple(model[int(name)].weight.shape)}, 0, 1, 0, 1.0)
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.situation("Module tricks", "quantized layers: torch.ao and torchao", "works")
-def test_dynamically_quantized_layers_are_listed():
+def test_dynamically_quantized_layers_are_listed(reasons):
     quantized = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(4, 4)), {nn.Linear})
     name = "torch.ao.nn.quantized.dynamic.modules.linear.Linear"
     assert reasons(quantized) == {"0.0": f"{name} is not among the layer types that are factorized"}
 
 
 @pytest.mark.situation("Module tricks", "quantized layers: torch.ao and torchao", "works")
-def test_weights_of_torchao_are_listed_by_their_class():
+def test_weights_of_torchao_are_listed_by_their_class(reasons):
     quantization = package("torchao.quantization")
     layer = nn.Sequential(nn.Linear(32, 32))
     with warnings.catch_warnings():
@@ -65,10 +40,10 @@ def test_weights_of_torchao_are_listed_by_their_class():
 
 @pytest.mark.situation("Module tricks", "adapters of peft: LoRA, DoRA", "works")
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["lora", "dora"])
-def test_adapters_of_peft_are_left_alone_and_merge_as_before(options):
+def test_adapters_of_peft_are_left_alone_and_merge_as_before(named, options):
     peft = package("peft")
     torch.manual_seed(0)
-    model = peft.get_peft_model(Named(), peft.LoraConfig(target_modules=["first"], r=4, **options))
+    model = peft.get_peft_model(named(), peft.LoraConfig(target_modules=["first"], r=4, **options))
     nn.init.normal_(model.base_model.model.first.lora_B["default"].weight)
     found = find_layers(model)
     assert list(found.layers) == ["base_model.model.second"]
@@ -90,8 +65,8 @@ def test_adapters_of_peft_are_left_alone_and_merge_as_before(options):
 @pytest.mark.situation("Bad input", "scripted and traced modules", "refused")
 @pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("script", [torch.jit.script, lambda model: torch.jit.trace(model, torch.zeros(1, 32))])
-def test_torchscript_is_left_alone(script, whole):
-    scripted = script(Named())
+def test_torchscript_is_left_alone(named, reasons, script, whole):
+    scripted = script(named())
     reason = "inside a TorchScript module, which cannot be changed; compress first, then script or trace"
     if whole:
         assert find_layers(scripted).skipped == {"first": reason, "second": reason}
@@ -122,8 +97,8 @@ def one_process(tmp_path):
     ],
     ids=["ddp", "fsdp", "fsdp flat", "fsdp 2"],
 )
-def test_wrappers_that_keep_parameters_of_their_own_are_named(wrap, reason):
-    wrapped = wrap(Named())
+def test_wrappers_that_keep_parameters_of_their_own_are_named(named, wrap, reason):
+    wrapped = wrap(named())
     before = list(wrapped.modules())
     with pytest.raises(ValueError, match="Nothing to factorize") as refusal:
         lrc.allocate(wrapped, 0.5)
@@ -131,7 +106,7 @@ def test_wrappers_that_keep_parameters_of_their_own_are_named(wrap, reason):
     assert list(wrapped.modules()) == before
 
 
-def test_data_parallel_holds_no_parameters_of_its_own():
-    model = nn.DataParallel(Named())
+def test_data_parallel_holds_no_parameters_of_its_own(named):
+    model = nn.DataParallel(named())
     assert lrc.factorize_(model, lrc.allocate(model, 0.5)).factorized == ("module.first", "module.second")
     assert model(torch.randn(2, 32)).shape == (2, 32)

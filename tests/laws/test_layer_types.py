@@ -1,7 +1,7 @@
 """Laws 1, 2 and 9 for every layer type and setting: what is built is the dense layer, errs and costs as reported."""
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 
 import pytest
@@ -158,6 +158,18 @@ def test_the_cost_is_that_of_the_layer_that_is_built(case):
     assert parameters.factorized(*structure) == numbers(model)
     assert products.dense == counted(case.layer, case.inputs)
     assert products.factorized(*structure) == counted(model, case.inputs)
+
+
+@law
+@given(cases(), st.sampled_from(list(FOLDINGS)))
+def test_of_foldings_with_the_same_matrices_the_cheapest_is_tried(case, other):
+    cost = layer_cost(case.layer, (layer_type(case.layer).call(case.inputs, case.layer(case.inputs)),))
+    choices = [name for name in FOLDINGS if case.geometry.decoder_kernel(name) == case.geometry.decoder_kernel(other)]
+    [tried] = set(cost.distinct_foldings(FOLDINGS)) & set(choices)
+    built = [replace(case, folding=name, rank=1, num_slices=1).built() for name in (tried, other)]
+    assert counted(built[0], case.inputs) <= counted(built[1], case.inputs)
+    assert numbers(built[0]) == numbers(built[1])
+    assert near(built[0](case.inputs), built[1](case.inputs))
 
 
 def numbers(module):

@@ -254,3 +254,40 @@ def test_compiled_model_is_exported_under_the_names_of_the_model(tmp_path):
     lrc.export(torch.compile(model, backend="eager"), tmp_path / "model.pt2", example_input=images())
     assert read_safetensors(tmp_path / "model.safetensors").keys() == model.state_dict().keys()
     assert torch.allclose(run(tmp_path / "model.pt2", images(5)), outputs(model, images(5)), atol=1e-6)
+
+
+class Giving(nn.Module):
+    """A model that gives something around its layer's outputs."""
+
+    def __init__(self, wrap):
+        super().__init__()
+        self.layer, self.wrap = nn.Linear(16, 16), wrap
+
+    def forward(self, features):
+        return self.wrap(self.layer(features))
+
+
+@pytest.mark.situation("Out of the door", "outputs that a file of the format cannot give", "refused")
+@pytest.mark.parametrize(
+    ("wrap", "refused", "found"),
+    [
+        (lambda outputs: {"features": outputs, "count": 3}, ("onnx", "ts"), r"found int at \['count'\]"),
+        (lambda outputs: (outputs, [outputs.shape[0], 1.5]), ("onnx", "ts"), r"found int at \[1\]\[0\], float at "),
+        (lambda outputs: {"features": outputs, "none": None}, ("ts",), r"found NoneType at \['none'\]"),
+        (lambda outputs: (outputs, "text"), ("pt2", "onnx", "ts"), r"found str at \[1\]"),
+        (lambda outputs: 3, ("onnx", "ts"), r"found int\."),
+        (lambda outputs: [1.0, None], ("pt2",), r"found no tensor\."),
+    ],
+)
+def test_outputs_that_the_format_has_no_place_for_are_named(tmp_path, wrap, refused, found):
+    for suffix in refused:
+        with pytest.raises(ValueError, match=rf"the outputs of the model must be .*{found}.*Nothing was written"):
+            lrc.export(Giving(wrap), tmp_path / f"model.{suffix}", example_input=torch.randn(2, 16))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("suffix", "beside"), [("onnx", None), ("pt2", None), ("pt2", 3), ("pt2", 1.5), ("pt2", True)])
+def test_outputs_beside_tensors_are_given_where_the_format_has_a_place(tmp_path, suffix, beside):
+    model = Giving(lambda outputs: {"features": outputs, "beside": beside})
+    done = lrc.export(model, tmp_path / f"model.{suffix}", example_input=torch.randn(2, 16))
+    assert done.difference < 1e-5

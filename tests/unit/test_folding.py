@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch.nn.functional import conv2d
 
+from lr_callback.costs import LayerCost
 from lr_callback.folding import (
     FOLDINGS,
     Geometry,
     compose,
     decoder_axes,
-    distinct_foldings,
     fold,
     slice_counts,
     unfold_decoder,
@@ -166,18 +166,18 @@ def test_distinct_foldings_drops_exactly_those_with_the_matrices_of_an_earlier_o
         folded = fold_by_loops(weight, name, 1)
         if not any(torch.equal(folded, fold_by_loops(weight, earlier, 1)) for earlier in kept):
             kept.append(name)
-    assert distinct_foldings(Geometry(4, 6, kernel), tuple(NAMES)) == tuple(kept)
+    assert LayerCost(Geometry(4, 6, kernel)).distinct_foldings(tuple(NAMES)) == tuple(kept)
 
 
 def test_distinct_foldings_prefers_the_one_with_the_fewest_axes_in_the_decoder():
     backwards = ("kernel_in_decoder", "width_in_decoder", "height_in_decoder", "kernel_in_encoder")
-    assert distinct_foldings(Geometry(4, 6, (1, 3)), backwards) == ("width_in_decoder", "kernel_in_encoder")
-    assert distinct_foldings(Geometry(4, 6, (3, 3)), backwards) == backwards
+    assert LayerCost(Geometry(4, 6, (1, 3))).distinct_foldings(backwards) == ("width_in_decoder", "kernel_in_encoder")
+    assert LayerCost(Geometry(4, 6, (3, 3))).distinct_foldings(backwards) == backwards
 
 
 def test_distinct_foldings_drops_a_name_that_is_repeated():
     twice = ("width_in_decoder", "kernel_in_encoder", "width_in_decoder")
-    assert distinct_foldings(Geometry(4, 6, (3, 3)), twice) == ("width_in_decoder", "kernel_in_encoder")
+    assert LayerCost(Geometry(4, 6, (3, 3))).distinct_foldings(twice) == ("width_in_decoder", "kernel_in_encoder")
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule
 from torch import nn
 
 from lr_callback.example import Example
+from lr_callback.exporting import export
 from lr_callback.formats import FORMATS, Order, check_format, exported_program
 
 
@@ -15,8 +16,25 @@ def test_suffixes_tell_formats_apart():
     assert {check_format(None, Path(f"model{row.suffix}")) for row in FORMATS.values()} == set(FORMATS)
 
 
-def test_a_named_format_does_not_ask_for_its_suffix():
-    assert check_format("torch-export", Path("model.bin")) == "torch-export"
+@pytest.mark.parametrize("name", ["onnx", "torchscript", "safetensors"])
+def test_a_named_format_does_not_ask_for_its_suffix(name):
+    assert check_format(name, Path("model.bin")) == name
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("suffix", [".bin", *(row.suffix for row in FORMATS.values())])
+def test_what_a_reader_takes_for_another_format_is_refused_before_anything_is_made(name, suffix, tmp_path):
+    if suffix == FORMATS[name].suffix or (suffix == ".bin" and name != "torch-export"):
+        assert check_format(name, Path(f"model{suffix}")) == name
+        return
+    with pytest.raises(ValueError, match=rf"a file of the format {name} must end in \{FORMATS[name].suffix}, found"):
+        export(Never(), tmp_path / f"model{suffix}", format=name, example_input=torch.ones(1, 1))
+    assert not list(tmp_path.iterdir())
+
+
+class Never(nn.Module):
+    def forward(self, features):
+        raise AssertionError("called")
 
 
 def test_program_keeps_no_example_and_takes_any_number_of_rows():

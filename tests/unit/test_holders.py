@@ -107,6 +107,15 @@ def test_a_layer_that_a_plain_attribute_holds_stays_and_says_where(hold):
     assert list(find_layers(model).layers) == ["first", "second"]
 
 
+@pytest.mark.parametrize("far", range(9))
+def test_what_was_first_reached_from_too_far_away_is_looked_into_from_nearer(far):
+    model = Model()
+    near = [[[model.first]]]
+    model.far, model.near = deep(near, far), near
+    where = "far" if far + 3 <= 8 else "near"
+    assert f"held by the attribute {where} of the model too" in find_layers(model).skipped["first"]
+
+
 def test_slots_hooks_and_attributes_of_parts_are_looked_through():
     model = Model()
     model.slot = [model.first]

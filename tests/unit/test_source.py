@@ -1,5 +1,7 @@
 """What a model can be restored from, beyond the plain cases."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -90,3 +92,53 @@ def test_a_layer_that_costs_nothing_is_refused():
     written["layers"][name]["dense_cost"] = 0
     with pytest.raises(ValueError, match=f"layer '{name}': `cost` must be above 0 and at most `dense_cost`"):
         lrc.Allocation.from_dict(written)
+
+
+@pytest.mark.situation("Bad input", "a file with numbers beyond the model's dtype", "refused")
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize(
+    ("written", "own", "value", "found"),
+    [
+        (torch.float64, torch.float32, 1e300, r"1e\+300"),
+        (torch.float32, torch.float16, -1e5, r"-100000"),
+        (torch.bfloat16, torch.float16, 1e10, r"9\.99922e\+09"),
+    ],
+)
+def test_finite_numbers_that_would_become_infinite_are_refused_by_name(cut, written, own, value, found):
+    source, model = (nn.Sequential(nn.Linear(32, 32), nn.BatchNorm1d(32)) for _ in range(2))
+    if cut:
+        lrc.factorize_(source, lrc.allocate(source, 0.5))
+    state, model, before = source.to(written).state_dict(), model.to(own), copy.deepcopy(model.to(own).state_dict())
+    name = "0.decoder.weight" if cut else "0.weight"
+    state[name][3, 2] = value
+    with pytest.raises(ValueError, match=rf"{name} must be within the range of {own}.*found ({found}), .*model\.to"):
+        lrc.restore_(model, state)
+    assert isinstance(model[0], nn.Linear)
+    assert all(torch.equal(one, before[key]) for key, one in model.state_dict().items())
+    lrc.restore_(model.to(written), state)
+
+
+@pytest.mark.situation("Bad input", "a file with weights that are NaN or infinite: loaded, with a warning", "works")
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("written", [torch.float32, torch.float64])
+def test_weights_that_are_not_finite_are_loaded_and_named(cut, value, written):
+    source, model = (nn.Sequential(nn.Linear(32, 32), nn.LayerNorm(32)) for _ in range(2))
+    if cut:
+        lrc.factorize_(source, lrc.allocate(source, 0.5))
+    state = source.to(written).state_dict()
+    names = ["0.encoder.weight" if cut else "0.weight", "1.bias"]
+    for name in names:
+        state[name].flatten()[1] = value
+    with pytest.warns(UserWarning, match=rf"finite, found NaN or infinity in {', '.join(names)}\. They") as warned:
+        lrc.restore_(model, state)
+    assert warned[0].filename == __file__
+    assert all(torch.equal(one.isfinite(), state[key].isfinite()) for key, one in model.state_dict().items())
+
+
+def test_a_buffer_may_be_infinite():
+    source, model = nn.Sequential(nn.Linear(4, 4)), nn.Sequential(nn.Linear(4, 4))
+    for one in (source, model):
+        one.register_buffer("mask", torch.full((4, 4), float("-inf")).triu(1))
+    lrc.restore_(model, source.state_dict())
+    assert torch.equal(model.mask, source.mask)

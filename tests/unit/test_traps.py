@@ -12,31 +12,6 @@ from lr_callback.traps import around, factor_trap, layer_trap, weight_trap
 COMPUTED = "its weight is computed from other parameters (weight_norm, pruning or another parametrization)"
 
 
-class Named(nn.Module):
-    def __init__(self, layer=None):
-        super().__init__()
-        self.first, self.second = layer or nn.Linear(32, 32), nn.Linear(32, 32)
-
-    def forward(self, inputs):
-        return self.second(self.first(inputs))
-
-
-def reasons(layer, other=32):
-    """Return why a layer is skipped beside one that is not, which is factorized without touching it."""
-    model = nn.Sequential(layer, nn.Linear(other, other))
-    before = {name: id(one) for name, one in layer.named_modules()}
-    found = find_layers(model)
-    assert list(found.layers) == ["1"]
-    lrc.factorize_(model, by_hand(model))
-    assert model[0] is layer and before == {name: id(one) for name, one in layer.named_modules()}
-    return found.skipped
-
-
-def by_hand(model, name="1"):
-    choice = lrc.Factorization("kernel_in_encoder", 1, 2, 0.0, 0, 1)
-    return lrc.Allocation({name: choice}, {}, {name: tuple(model[int(name)].weight.shape)}, 0, 1, 0, 1.0)
-
-
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated", "ignore:.*is deprecated")
 @pytest.mark.situation("Module tricks", "weight_norm, spectral_norm, parametrizations, pruning masks", "works")
 @pytest.mark.parametrize(
@@ -55,7 +30,7 @@ def by_hand(model, name="1"):
     ],
     ids=["weight norm", "spectral norm", "new weight norm", "orthogonal", "pruned", "pruned bias", "parametrized bias"],
 )
-def test_weights_that_are_computed_are_left_alone(trick, reason):
+def test_weights_that_are_computed_are_left_alone(reasons, trick, reason):
     assert reason in reasons(trick(nn.Linear(32, 32)))["0"]
 
 
@@ -81,7 +56,7 @@ def test_a_layer_is_one_again_once_the_trick_is_made_permanent(kind):
 @pytest.mark.situation("Module tricks", "nn.MultiheadAttention, its subclasses, kdim and vdim", "works")
 @pytest.mark.parametrize("options", [{}, {"kdim": 6, "vdim": 4}, {"bias": False}], ids=str)
 @pytest.mark.parametrize("kind", [nn.MultiheadAttention, type("Own", (nn.MultiheadAttention,), {})])
-def test_attention_and_what_is_in_it_is_left_alone(kind, options):
+def test_attention_and_what_is_in_it_is_left_alone(reasons, kind, options):
     found = reasons(kind(8, 2, **options))
     assert found == {
         "0": f"{kind.__name__} is not among the layer types that are factorized",
@@ -99,7 +74,7 @@ def test_other_types_are_named(kind):
     assert expected in reason
 
 
-def test_a_subclass_is_named_with_its_module_if_it_has_the_name_of_a_known_type():
+def test_a_subclass_is_named_with_its_module_if_it_has_the_name_of_a_known_type(reasons):
     namesake = type("Linear", (nn.Linear,), {"__module__": "somewhere"})
     out_projection = nn.modules.linear.NonDynamicallyQuantizableLinear
     assert "somewhere.Linear is not among" in reasons(namesake(4, 4))["0"]
@@ -133,7 +108,7 @@ def changed(change):
     ],
     ids=range(9),
 )
-def test_what_a_factorized_layer_could_not_take_over_is_a_reason(change, reason):
+def test_what_a_factorized_layer_could_not_take_over_is_a_reason(reasons, change, reason):
     assert reason in reasons(changed(change))["0"]
 
 
@@ -189,7 +164,7 @@ def holding(weight, requires_grad=False):
     ],
     ids=["meta", "no outputs", "no inputs", "columns", "scalar", "complex", "int8", "other sizes", "float8"],
 )
-def test_weights_that_have_no_factors_are_left_alone_and_refused_where_there_is_nothing_else(weight, reason):
+def test_weights_that_have_no_factors_are_left_alone_and_refused_where_there_is_nothing_else(reasons, weight, reason):
     layer = holding(weight)
     assert reason in reasons(layer)["0"]
     alone, values = nn.Sequential(layer), layer.weight
@@ -200,16 +175,16 @@ def test_weights_that_have_no_factors_are_left_alone_and_refused_where_there_is_
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors is a no-op")
-def test_convolutions_without_channels_are_left_alone():
+def test_convolutions_without_channels_are_left_alone(reasons):
     layer = nn.Conv2d(3, 4, 1)
     layer.weight = nn.Parameter(torch.ones(4, 0, 1, 1))
     assert reasons(layer)["0"] == "its weight is empty, of shape (4, 0, 1, 1)"
 
 
 @pytest.mark.situation("Bad input", "a model on the meta device", "refused")
-def test_a_model_on_the_meta_device_is_refused_by_name():
+def test_a_model_on_the_meta_device_is_refused_by_name(named):
     with torch.device("meta"):
-        model = Named()
+        model = named()
     with pytest.raises(ValueError, match=r"Nothing to factorize: .*first: its weight is on the meta device and has no"):
         lrc.allocate(model, 0.5)
 
@@ -225,7 +200,7 @@ def test_one_layer_on_the_meta_device_does_not_stand_in_the_way_of_the_others():
 
 
 @pytest.mark.situation("Module tricks", "weights that are not contiguous, or made in inference mode", "works")
-def test_a_weight_that_is_not_contiguous_is_factorized_as_any_other():
+def test_a_weight_that_is_not_contiguous_is_factorized_as_any_other(by_hand):
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Linear(4, 4, bias=False))
     turned = nn.Sequential(holding(plain[0].weight.detach().t().contiguous().t()))
@@ -236,10 +211,10 @@ def test_a_weight_that_is_not_contiguous_is_factorized_as_any_other():
 
 
 @pytest.mark.situation("Module tricks", "weights that are not contiguous, or made in inference mode", "works")
-def test_weights_of_inference_mode_are_factorized_and_their_factors_can_be_trained():
+def test_weights_of_inference_mode_are_factorized_and_their_factors_can_be_trained(named):
     torch.manual_seed(0)
     with torch.inference_mode():
-        model = Named()
+        model = named()
         lrc.factorize_(model, lrc.allocate(model, 0.5))
     assert not any(one.is_inference() for layer in (model.first, model.second) for one in layer.factors)
     with torch.inference_mode():
@@ -254,16 +229,17 @@ def test_shared_parts_of_the_reasons():
     assert weight_trap(nn.Parameter(torch.ones(2, 2))) is None
 
 
-def factorized():
-    model = Named()
+@pytest.fixture
+def factorized(named):
+    model = named()
     lrc.factorize_(model, lrc.allocate(model, 0.5))
     return model
 
 
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
 @pytest.mark.parametrize("trick", [parametrizations.weight_norm, lambda one: prune.l1_unstructured(one, "weight", 0.5)])
-def test_a_factorized_layer_with_a_trick_inside_stays_as_it_is(part, trick):
-    model = factorized()
+def test_a_factorized_layer_with_a_trick_inside_stays_as_it_is(factorized, part, trick):
+    model = factorized
     trick(getattr(model.first, part))
     before = list(model.modules())
     reason = f"the weight of its {part} is computed from other parameters; make it a plain parameter again"

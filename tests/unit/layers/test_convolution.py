@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 import lr_callback as lrc
-from lr_callback.folding import FOLDINGS, distinct_foldings
+from lr_callback.costs import LayerCost
+from lr_callback.folding import FOLDINGS
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 DEPTHWISE = "a depthwise convolution: no rank costs less than the dense layer"
@@ -68,7 +69,7 @@ def test_channels_that_are_last_in_memory_stay_last(layer, last, folding):
 )
 def test_a_folding_that_the_kernel_has_no_axis_for_is_not_tried(layer, distinct):
     kind = getattr(lrc, f"Factorized{type(layer).__name__}")
-    assert distinct_foldings(kind.geometry(layer), tuple(FOLDINGS)) == distinct
+    assert LayerCost(kind.geometry(layer)).distinct_foldings(FOLDINGS) == distinct
 
 
 def test_a_depthwise_convolution_is_left_out_unless_a_folding_makes_it_separable():
@@ -119,3 +120,20 @@ def test_factorized_convolutions_are_scripted(kind):
     layer = filled(getattr(lrc, f"Factorized{kind.__name__}")(dense, 2, 1, "width_in_decoder"))
     inputs = torch.randn(2, 4, *[7] * layer.axes)
     assert torch.equal(torch.jit.script(layer)(inputs), layer(inputs))
+
+
+@pytest.mark.parametrize(
+    ("kind", "folding"), [(nn.Conv2d, "kernel_in_encoder"), (nn.ConvTranspose2d, "height_in_decoder")]
+)
+def test_a_kernel_of_1_along_a_stride_goes_where_it_costs_least(kind, folding):
+    torch.manual_seed(0)
+    model, fresh = (nn.Sequential(kind(24, 24, (1, 3), stride=(4, 1))) for _ in range(2))
+    inputs = torch.randn(1, 24, 8, 8)
+    method = lrc.ALDS(max_slices=1, foldings=["kernel_in_encoder", "height_in_decoder"])
+    for unit in ({"cost": "multiply_adds", "example_input": inputs}, {}):
+        allocation = lrc.allocate(model, 0.5, method=method, **unit)
+        assert allocation.layers["0"].folding == folding
+    lrc.factorize_(model, allocation)
+    lrc.restore_(fresh, model.state_dict())
+    assert repr(fresh) == repr(model)
+    assert torch.equal(fresh(inputs), model(inputs))

@@ -81,6 +81,16 @@ def test_momentum_of_sparse_gradients_is_not_projected():
     assert not optimizer.state
 
 
+def test_sparse_adam_does_not_take_the_decoder_and_all_stays():
+    model = nn.Sequential(nn.Embedding(60, 16, sparse=True))
+    optimizer = torch.optim.SparseAdam(model.parameters(), lr=0.1)
+    layer, allocation = model[0], lrc.allocate(model, 0.5, embeddings=True)
+    with pytest.raises(RuntimeError, match=r"must have sparse gradients, 0\.decoder\.weight would not\. Nothing was"):
+        lrc.factorize_(model, allocation, optimizers=optimizer)
+    assert model[0] is layer
+    assert optimizer.param_groups[0]["params"][0] is layer.weight
+
+
 def test_a_lookup_multiplies_nothing_and_so_no_rank_is_cheaper():
     model, indices = network(), torch.zeros(5, dtype=torch.long)
     dense = observe(model, indices).dense_multiply_adds

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import lr_callback as lrc
+from lr_callback.layer_types import LAYER_TYPES
 
 
 def test_a_conv1d_of_transformers_is_factorized_and_made_dense_again():
@@ -80,13 +81,39 @@ def test_initialization_that_asks_for_a_bias_finds_none():
     assert "encoder.bias" not in layer.state_dict()
 
 
-def test_the_linear_of_timm_is_factorized():
-    timm_linear = pytest.importorskip("timm.layers.linear")
+SUBCLASSES = {
+    "timm.layers.linear.Linear": ((16, 24), (2, 16)),
+    "transformers.models.falcon.modeling_falcon.FalconLinear": ((16, 24), (2, 3, 16)),
+    "torchvision.models.video.resnet.Conv3DSimple": ((16, 24, None, 2, 1), (1, 16, 4, 5, 6)),
+    "torchvision.models.video.resnet.Conv3DNoTemporal": ((16, 24, None, 2, 1), (1, 16, 4, 5, 6)),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("name", SUBCLASSES)
+def test_subclasses_that_compute_what_torch_s_class_does_are_factorized(name):
+    package, _, kind = name.rpartition(".")
+    arguments, shape = SUBCLASSES[name]
     torch.manual_seed(0)
-    model = nn.Sequential(timm_linear.Linear(32, 24), nn.Tanh(), timm_linear.Linear(24, 32, bias=False))
-    lrc.factorize_(model, lrc.allocate(model, 0.7))
-    assert [type(layer) for layer in model] == [lrc.FactorizedLinear, nn.Tanh, lrc.FactorizedLinear]
-    inputs = torch.ones(2, 32)
+    layer, inputs = getattr(pytest.importorskip(package), kind)(*arguments), torch.randn(shape)
+    parent = type(layer).__mro__[1]
+    assert parent in {nn.Linear, nn.Conv3d}
+    torch.testing.assert_close(layer(inputs), parent.forward(layer, inputs))
+    model = nn.Sequential(layer)
+    allocation = lrc.allocate(model, 0.7)
+    lrc.factorize_(model, allocation)
+    assert sum(one.numel() for one in model.parameters()) == allocation.cost
     outputs = model(inputs)
+    fresh = nn.Sequential(getattr(pytest.importorskip(package), kind)(*arguments))
+    lrc.restore_(fresh, model.state_dict())
+    assert torch.equal(fresh(inputs), outputs)
     lrc.densify_(model)
+    assert type(model[0]) is parent
     torch.testing.assert_close(model(inputs), outputs)
+
+
+def test_all_types_of_other_packages_are_of_the_classes_that_they_are_taken_for():
+    assert {name for name in LAYER_TYPES if not name.startswith("torch.nn.")} == {
+        *SUBCLASSES,
+        "transformers.pytorch_utils.Conv1D",
+    }
