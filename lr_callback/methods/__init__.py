@@ -7,6 +7,7 @@ from lr_callback.methods.alds import OBJECTIVES as OBJECTIVES
 from lr_callback.methods.alds import check_method as check_method
 from lr_callback.methods.base import Choice as Choice
 from lr_callback.methods.base import Method as Method
+from lr_callback.methods.base import Solution as Solution
 from lr_callback.methods.base import cost_of as cost_of
 from lr_callback.methods.rules import EnergyThreshold as EnergyThreshold
 from lr_callback.methods.rules import SingularValueThreshold as SingularValueThreshold

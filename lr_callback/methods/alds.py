@@ -6,10 +6,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 from lr_callback.candidates import Frontier, LayerCandidates, frontier
-from lr_callback.methods.base import Choice, Method, check_at_least_one
+from lr_callback.knapsack import smallest_sum
+from lr_callback.methods.base import Choice, Method, Solution, check_at_least_one
 from lr_callback.minimax import minimax
 
-OBJECTIVES: Mapping[str, Callable[[Mapping[str, Frontier], int], dict[str, int]]] = {"minimax": minimax}
+Objective = Callable[[Mapping[str, Frontier], int], tuple[dict[str, int], float]]
+"""From the frontiers of all layers and a budget to the index of each layer's choice, and the gap to the optimum."""
+
+OBJECTIVES: Mapping[str, Objective] = {
+    "minimax": lambda edges, budget: (minimax(edges, budget), 0.0),
+    "sum": smallest_sum,
+}
 """Ways to share a budget over frontiers, by name."""
 
 
@@ -19,7 +26,8 @@ class ALDS(Method):
     Args:
         error: measure of a layer's error. ``slice``: the worst slice's, what the paper's results were made with;
             ``operator``: exact operator norm of the residual; ``bound``: the paper's Theorem 1; ``frobenius``.
-        objective: ``minimax``: the largest error is smallest, then the next largest (leximin).
+        objective: ``minimax``: the largest error is smallest, then the next largest (leximin); ``sum``: the sum of
+            the squared errors is smallest.
         foldings: which to try of ``kernel_in_encoder``, ``depth_in_decoder``, ``height_in_decoder``,
             ``width_in_decoder``, ``kernel_in_decoder``; a layer takes those that its kernel has the axes for.
         max_slices: largest number of slices to try; by default all that divide the input channels.
@@ -41,7 +49,7 @@ class ALDS(Method):
     def __init__(
         self,
         error: Literal["slice", "operator", "bound", "frobenius"] = "slice",
-        objective: Literal["minimax"] = "minimax",
+        objective: Literal["minimax", "sum"] = "minimax",
         foldings: Sequence[str] = ("kernel_in_encoder",),
         max_slices: int | None = None,
         rank_multiple: int = 1,
@@ -60,9 +68,13 @@ class ALDS(Method):
 
     def choose(self, layers: Mapping[str, LayerCandidates], budget: int) -> dict[str, Choice]:
         """Solve the global problem over all candidates of all layers."""
+        return dict(self.solve(layers, budget).choices)
+
+    def solve(self, layers: Mapping[str, LayerCandidates], budget: int) -> Solution:
+        """Solve the global problem, and say how far from the optimum the solution can be."""
         edges = self._frontiers(layers)
-        chosen = OBJECTIVES[self.objective](edges, budget)
-        return {name: edges[name].choices[index] for name, index in chosen.items()}
+        chosen, gap = OBJECTIVES[self.objective](edges, budget)
+        return Solution({name: edges[name].choices[index] for name, index in chosen.items()}, gap)
 
     def smallest_cost(self, layers: Mapping[str, LayerCandidates]) -> int:
         """Return the cost of every layer's cheapest choice."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,11 +17,25 @@ from torch import Tensor
 from lr_callback.candidates import Candidate, LayerCandidates, layer_candidates
 from lr_callback.costs import LayerCost
 from lr_callback.errors import find_measure, relative_errors
-from lr_callback.folding import decoder_axes, fold
+from lr_callback.folding import Geometry, decoder_axes, fold
 from lr_callback.parallel import Workers
 
 Choice = tuple[Candidate, int] | None
 """A candidate and its rank; None: the layer stays dense."""
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What every layer becomes, and how good that is.
+
+    Args:
+        choices: layer name -> its choice.
+        gap: what the objective would be at its smallest is at least ``1 - gap`` times what it is; 0: it is exact, or
+            the method has no objective.
+    """
+
+    choices: Mapping[str, Choice]
+    gap: float = 0.0
 
 
 class Method(ABC):
@@ -47,6 +62,10 @@ class Method(ABC):
         """Whether every candidate may be chosen at every rank; then the hopeless ones need no error."""
         return True
 
+    def slice_counts(self, geometry: Geometry) -> list[int]:
+        """Return the numbers of slices that it tries of a layer, ascending."""
+        return geometry.slice_counts(self.max_slices)
+
     def candidates(self, weight: Tensor, cost: LayerCost, workers: Workers) -> LayerCandidates:
         """Compute the candidates of one layer; see :func:`lr_callback.candidates.layer_candidates`."""
         groups = cost.geometry.groups
@@ -55,7 +74,8 @@ class Method(ABC):
             prices = {count: cost.per_rank(folding, count) for count in last} if self.takes_any_rank else None
             return relative_errors(fold(weight, folding, 1, groups), self.error, last, workers, prices)
 
-        return layer_candidates(cost, self.foldings, self.max_slices, curves)
+        norm = float(torch.linalg.vector_norm(weight, dtype=torch.float64))
+        return replace(layer_candidates(cost, self.foldings, self.slice_counts(cost.geometry), curves), norm=norm)
 
     def priced(self, cost: LayerCost) -> LayerCandidates:
         """Return the candidates of one layer with their costs right and errors that only fall, none computed."""
@@ -63,7 +83,11 @@ class Method(ABC):
         def curves(folding: str, last: Mapping[int, int]) -> dict[int, Tensor]:
             return {count: torch.linspace(1, 0, rank + 1, dtype=torch.float64) for count, rank in last.items()}
 
-        return layer_candidates(cost, self.foldings, self.max_slices, curves)
+        return layer_candidates(cost, self.foldings, self.slice_counts(cost.geometry), curves)
+
+    def solve(self, layers: Mapping[str, LayerCandidates], budget: int) -> Solution:
+        """Choose what every layer becomes, as :meth:`choose` does, and say how good that is."""
+        return Solution(self.choose(layers, budget))
 
     @abstractmethod
     def choose(self, layers: Mapping[str, LayerCandidates], budget: int) -> dict[str, Choice]:

@@ -111,7 +111,10 @@ def test_errors_that_are_given_up_change_no_choice(error, rank_multiple, crew):
     method, geometry = ALDS(error=error, rank_multiple=rank_multiple), Geometry(80, 24, (3, 3))
     weight, cost = torch.randn(geometry.weight_shape, generator=torch.Generator().manual_seed(5)), LayerCost(geometry)
     curves = layer_candidates(
-        cost, method.foldings, None, lambda name, last: relative_errors(fold(weight, name, 1)[0], error, last, crew)
+        cost,
+        method.foldings,
+        geometry.slice_counts(),
+        lambda name, last: relative_errors(fold(weight, name, 1)[0], error, last, crew),
     )
     wanted = frontier(curves, rank_multiple)
     found = frontier(method.candidates(weight, cost, crew), rank_multiple)
