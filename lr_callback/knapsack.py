@@ -25,7 +25,7 @@ from torch import Tensor
 from lr_callback.candidates import Frontier
 from lr_callback.hull import Curve, steps
 
-_WORK = 2**16
+_WORK = 2**18
 """Combinations that are looked at for one more layer, at most."""
 _PARTS = tuple(0.125**power for power in (5, 4, 3, 2, 1, 0))
 """Of the distance from the bound, one after the other until something is found."""
@@ -57,25 +57,37 @@ def smallest_sum(frontiers: Mapping[str, Frontier], budget: int, work: int = _WO
         >>> smallest_sum({"one": one, "two": two}, budget=5)
         ({'one': 1, 'two': 1}, 0.0)
     """
-    ordered = sorted(frontiers.items())
-    curves = {name: Curve(edge.costs, [error * error for error in edge.errors]) for name, edge in ordered}
-    known, price = _greedy(curves, budget)
+    curves = {name: Curve(edge.costs, [error * error for error in edge.errors]) for name, edge in frontiers.items()}
+    chosen, price = _greedy(curves, budget)
     if price == 0:
-        return known, 0.0
-    layers = [_priced(name, curve, price) for name, curve in curves.items()]
+        return chosen, 0.0
+    # By name: the order of the layers is to change no bit.
+    layers = [_priced(name, curve, price) for name, curve in sorted(curves.items())]
     bound = fsum(layer.floor for layer in layers) - price * budget
-    best, proven = _sum(curves, known), 0.0
+    best = _sum(curves, chosen)
     rounding = _ROUNDING * (best + price * budget)
-    distance = max(best - bound, rounding)
+    found, proven = _closest(layers, price, budget, max(best - bound, rounding), rounding, work)
+    if found is not None and _sum(curves, found) < best:
+        chosen, best = {name: found[name] for name in frontiers}, _sum(curves, found)
+    left = best - bound - proven
+    return chosen, 0.0 if left <= 2 * rounding else min(1.0, left / best)
+
+
+def _closest(
+    layers: Sequence[_Layer], price: float, budget: int, distance: float, rounding: float, work: int
+) -> tuple[dict[str, int] | None, float]:
+    """Search within reach of a growing part of the distance until something is found.
+
+    Returns:
+        What is found, None if nothing is; and an excess below which there is nothing else.
+    """
+    proven = 0.0
     for part in _PARTS:
         found, passed_over = _search(layers, price, budget, part * distance + rounding, work)
         proven = max(proven, min(part * distance, passed_over))
-        if found is not None and _sum(curves, found) < best:
-            known, best = found, _sum(curves, found)
         if found is not None:
-            break
-    left = best - (bound + proven)
-    return {name: known[name] for name in frontiers}, 0.0 if left <= 2 * rounding else min(1.0, left / best)
+            return found, proven
+    return None, proven
 
 
 def _sum(curves: Mapping[str, Curve], chosen: Mapping[str, int]) -> float:
@@ -133,7 +145,7 @@ class _Layer:
 
 def _priced(name: str, curve: Curve, price: float) -> _Layer:
     costs, values = torch.tensor(curve.costs), torch.tensor(curve.values, dtype=torch.float64)
-    charged = values + price * costs
+    charged = values + price * costs.double()
     floor = float(charged.min())
     return _Layer(name, torch.arange(len(costs)), costs, values, charged - floor, floor)
 
@@ -159,7 +171,7 @@ def _search(
         least, most, floor = least - int(layer.costs[0]), most - int(layer.costs[-1]), floor + layer.floor
         costs, values = _outer_sum(costs, layer.costs), _outer_sum(values, layer.values)
         # What the layers to come cannot spend is lost, at the price.
-        excess = values + price * costs.clamp(min=budget - most) - floor
+        excess = values + price * costs.clamp(min=budget - most).double() - floor
         kept = torch.nonzero((excess <= reach) & (costs + least <= budget)).flatten()
         kept, lost = _most_promising(kept[_unbeaten(costs[kept], values[kept])], excess, width)
         costs, values, passed_over = costs[kept], values[kept], min(passed_over, lost)
@@ -193,11 +205,19 @@ def _unbeaten(costs: Tensor, values: Tensor) -> Tensor:
 
 
 def _most_promising(kept: Tensor, excess: Tensor, width: int) -> tuple[Tensor, float]:
-    """Keep no more than ``width`` of the smallest excess, in their order; return the smallest excess of the others."""
+    """Keep about ``width``: half of them of the smallest excess, half spread evenly over the costs, in their order.
+
+    Returns:
+        What is kept, and the smallest excess of the others; infinity if there is none.
+    """
     if len(kept) <= width:
         return kept, inf
-    order = excess[kept].sort(stable=True).indices
-    return kept[order[:width].sort().values], float(excess[kept[order[width]]])
+    half = (width + 1) // 2
+    taken = torch.zeros(len(kept), dtype=torch.bool)
+    taken[excess[kept].sort(stable=True).indices[:half]] = True
+    others = torch.nonzero(~taken).flatten()
+    taken[others[:: 1 + len(others) // half]] = True
+    return kept[taken], min(excess[kept[~taken]].tolist(), default=inf)
 
 
 def _back(trail: Sequence[tuple[_Layer, Tensor]]) -> dict[str, int]:

@@ -9,6 +9,10 @@ from lr_callback.methods.base import Choice as Choice
 from lr_callback.methods.base import Method as Method
 from lr_callback.methods.base import Solution as Solution
 from lr_callback.methods.base import cost_of as cost_of
+from lr_callback.methods.lrank import LRank as LRank
+from lr_callback.methods.rules import ALDSK as ALDSK
+from lr_callback.methods.rules import ALDSError as ALDSError
+from lr_callback.methods.rules import ALDSSimple as ALDSSimple
 from lr_callback.methods.rules import EnergyThreshold as EnergyThreshold
 from lr_callback.methods.rules import SingularValueThreshold as SingularValueThreshold
 from lr_callback.methods.rules import UniformRank as UniformRank
