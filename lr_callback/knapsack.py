@@ -67,7 +67,7 @@ def smallest_sum(frontiers: Mapping[str, Frontier], budget: int, work: int = _WO
     best = _sum(curves, chosen)
     rounding = _ROUNDING * (best + price * budget)
     found, proven = _closest(layers, price, budget, max(best - bound, rounding), rounding, work)
-    if found is not None and _sum(curves, found) < best:
+    if found is not None and _sum(curves, found) <= best:
         chosen, best = {name: found[name] for name in frontiers}, _sum(curves, found)
     left = best - bound - proven
     return chosen, 0.0 if left <= 2 * rounding else min(1.0, left / best)
