@@ -25,7 +25,11 @@ from lr_callback.layers import FactorizedConvTranspose3d as FactorizedConvTransp
 from lr_callback.layers import FactorizedEmbedding as FactorizedEmbedding
 from lr_callback.layers import FactorizedLinear as FactorizedLinear
 from lr_callback.methods import ALDS as ALDS
+from lr_callback.methods import ALDSK as ALDSK
+from lr_callback.methods import ALDSError as ALDSError
+from lr_callback.methods import ALDSSimple as ALDSSimple
 from lr_callback.methods import EnergyThreshold as EnergyThreshold
+from lr_callback.methods import LRank as LRank
 from lr_callback.methods import Method as Method
 from lr_callback.methods import SingularValueThreshold as SingularValueThreshold
 from lr_callback.methods import UniformRank as UniformRank
@@ -44,6 +48,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "ALDS",
+    "ALDSError",
+    "ALDSK",
+    "ALDSSimple",
     "Allocation",
     "Analysis",
     "EnergyThreshold",
@@ -59,6 +66,7 @@ __all__ = [
     "FactorizedLinear",
     "Factorization",
     "Importance",
+    "LRank",
     "LowRankCompression",
     "LowRankMixin",
     "Method",

@@ -64,6 +64,8 @@ class Allocation:
         unit: of all costs, ``"parameters"`` or ``"multiply_adds"``.
         error: name of the error measure.
         method: name and arguments of the method.
+        gap: what the method's objective would be at its smallest is at least ``1 - gap`` times what it is here; 0 where
+            it is exact, or the method has none.
     """
 
     layers: Mapping[str, Factorization | None]
@@ -76,6 +78,7 @@ class Allocation:
     unit: str = "parameters"
     error: str = "slice"
     method: Mapping[str, Any] = field(default_factory=dict)
+    gap: float = 0.0
 
     @property
     def worst_error(self) -> float:
@@ -151,13 +154,14 @@ class Allocation:
         return [f"skipped {', '.join(names)}: {reason}" for reason, names in reasons.items()]
 
     def summary(self) -> str:
-        """Return one line: the cost before and after, the budget and the worst error."""
+        """Return one line: the cost before and after, the budget, the worst error, and a gap if there is one."""
         unit = self.unit.replace("_", "-")
+        gap = f", objective proven within {self.gap:.1e} of the smallest" if self.gap else ""
         return (
             f"{len(self.factorized)} of {len(self.layers)} layers factorized: "
             f"{self.dense_cost:,} -> {self.cost:,} {unit} "
             f"({self.cost / self.dense_cost:.1%} kept, {self.keep_ratio:.1%} asked), "
-            f"worst {self.error} error {self.worst_error:.3f}"
+            f"worst {self.error} error {self.worst_error:.3f}{gap}"
         )
 
 
@@ -172,7 +176,10 @@ _FIELDS: dict[str, Kind] = {
     "unit": str,
     "error": str,
     "method": dict,
+    "gap": (int, float),
 }
+_LATER: dict[str, Any] = {"gap": 0.0}
+"""Fields that files of the same version may lack, and what they are then."""
 _LAYER_FIELDS: dict[str, Kind] = {
     "folding": str,
     "num_slices": int,
@@ -198,7 +205,7 @@ def _read(written: object) -> Allocation:
             f"Allocation: version {version} is newer than {VERSION}, the newest that this lr_callback reads; "
             "update lr_callback."
         )
-    parts = check_fields(written, _FIELDS, "Allocation")
+    parts = check_fields({**_LATER, **written}, _FIELDS, "Allocation")
     _check_ranges(parts)
     layers = {name: _read_layer(name, layer) for name, layer in parts["layers"].items()}
     shapes = {name: _read_shape(name, shape) for name, shape in parts["shapes"].items()}
@@ -226,6 +233,8 @@ def _check_ranges(parts: Mapping[str, Any]) -> None:
         raise ValueError(
             f"Allocation: `cost` must be from 0 to `dense_cost`, got {parts['cost']} and {parts['dense_cost']}."
         )
+    if not 0 <= parts["gap"] <= 1:
+        raise ValueError(f"Allocation: `gap` must be from 0 to 1, got {describe(parts['gap'])}.")
     if parts["budget"] < 0:
         raise ValueError(f"Allocation: `budget` must not be negative, got {parts['budget']}.")
 

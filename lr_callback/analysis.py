@@ -81,8 +81,8 @@ class Analysis:
         budget = floor(keep_ratio * self.dense_cost * (1 + 1e-12))
         if budget < self.smallest_cost:
             raise ValueError(self._out_of_reach(keep_ratio, budget))
-        choices = self.method.choose(self.layers, budget - self.fixed_cost)
-        chosen = {name: _factorization(self.layers[name], choices[name]) for name in self.layers}
+        solution = self.method.solve(self.layers, budget - self.fixed_cost)
+        chosen = {name: _factorization(self.layers[name], solution.choices[name]) for name in self.layers}
         saved = sum(one.dense_cost - one.cost for one in chosen.values() if one is not None)
         return Allocation(
             layers={**chosen, **dict.fromkeys(self.stay_dense)},
@@ -95,6 +95,7 @@ class Analysis:
             unit=self.unit,
             error=self.method.error,
             method=self.method.to_dict(),
+            gap=solution.gap,
         )
 
     def _out_of_reach(self, keep_ratio: float, budget: int) -> str:
@@ -242,7 +243,7 @@ def _warn_of_unknown(names: Sequence[str]) -> None:
 
 
 def _work(geometry: Geometry, method: Method) -> float:
-    return geometry.work(geometry.slice_counts(method.max_slices))
+    return geometry.work(method.slice_counts(geometry))
 
 
 def _candidates(

@@ -49,10 +49,13 @@ class LayerCandidates:
     Args:
         dense_cost: cost of the dense layer.
         candidates: in the order of preference where cost and error are equal.
+        norm: Frobenius norm of the dense weight, for what needs to know how large a relative error is; 1 where no
+            weight has been looked at.
     """
 
     dense_cost: int
     candidates: tuple[Candidate, ...]
+    norm: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -75,14 +78,14 @@ Curves = Callable[[str, Mapping[int, int]], dict[int, Tensor]]
 
 
 def layer_candidates(
-    cost: LayerCost, foldings: Sequence[str], max_slices: int | None, curves: Curves
+    cost: LayerCost, foldings: Sequence[str], counts: Sequence[int], curves: Curves
 ) -> LayerCandidates:
     """List every candidate of a layer.
 
     Args:
         cost: of this layer.
         foldings: names of the foldings to try.
-        max_slices: largest number of slices to try; None: all that the layer can have.
+        counts: numbers of slices to try.
         curves: computes the errors.
 
     Raises:
@@ -90,7 +93,7 @@ def layer_candidates(
     """
     found: list[Candidate] = []
     for folding in cost.distinct_foldings(foldings):
-        last = _last_ranks(cost, folding, cost.geometry.slice_counts(max_slices))
+        last = _last_ranks(cost, folding, counts)
         errors = curves(folding, last) if last else {}
         found += [_candidate(cost, folding, count, curve) for count, curve in errors.items()]
     return LayerCandidates(cost.dense, tuple(found))

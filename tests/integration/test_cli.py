@@ -281,6 +281,27 @@ def test_analyze_takes_a_method_and_a_file_of_arguments(here, tmp_path):
     assert plan.keep_ratio == 0.5
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("LRank", {}),
+        ("ALDSSimple", {"num_slices": 5}),
+        ("ALDSError", {"num_slices": 2}),
+        ("ALDSK", {}),
+        ("ALDS", {"error": "frobenius", "objective": "sum"}),
+    ],
+)
+def test_every_method_can_be_named_in_a_file(name, arguments, here, tmp_path):
+    model = {"class_path": "lr_callback.recipes.CifarResNet", "init_args": {"depth": 8}}
+    method = {"class_path": f"lr_callback.{name}", "init_args": arguments}
+    config = tmp_path / "look.yaml"
+    config.write_text(yaml.safe_dump({"model": model, "method": method, "keep_ratio": 0.5}), encoding="utf-8")
+    here("analyze", "--config", config, "--json", tmp_path / "plan.json")
+    plan = lrc.Allocation.from_json(tmp_path / "plan.json")
+    assert {"name": name, **arguments}.items() <= plan.method.items()
+    assert plan.factorized and plan.gap == 0 and plan.cost <= plan.budget
+
+
 def test_analyze_finds_a_model_in_the_folder_where_it_is_called(tmp_path):
     (tmp_path / "mynet.py").write_text(
         "from torch import nn\n\n\nclass Net(nn.Sequential):\n"

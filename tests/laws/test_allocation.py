@@ -22,7 +22,16 @@ from lr_callback.methods import cost_of
 from lr_callback.parallel import workers
 from lr_callback.spectrum import truncate
 
-METHODS = [lrc.ALDS, lrc.UniformRank, lrc.SingularValueThreshold, lrc.EnergyThreshold]
+METHODS = [
+    lrc.ALDS,
+    lrc.UniformRank,
+    lrc.SingularValueThreshold,
+    lrc.EnergyThreshold,
+    lrc.LRank,
+    lrc.ALDSSimple,
+    lrc.ALDSError,
+    lrc.ALDSK,
+]
 
 Layers = dict[str, LayerCandidates]
 

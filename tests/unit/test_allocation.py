@@ -102,6 +102,24 @@ def test_the_written_form_is_a_copy():
     assert written["version"] == VERSION
 
 
+def test_a_gap_is_written_and_a_file_from_before_there_was_one_has_none():
+    allocation = example(gap=0.0125)
+    assert Allocation.from_json(allocation.to_json()) == allocation
+    assert Allocation.from_dict(damaged("gap", drop=True)) == example(gap=0.0)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.5, float("nan"), float("inf")])
+def test_a_gap_that_none_can_be_is_refused(value):
+    with pytest.raises(ValueError, match=r"Allocation: `gap` must be from 0 to 1, got float"):
+        Allocation.from_dict(damaged("gap", value=value))
+
+
+def test_the_summary_tells_a_gap_and_says_nothing_where_there_is_none():
+    assert "objective proven within 3.2e-07 of the smallest" in example(gap=3.2e-7).summary()
+    assert max(map(len, str(example(gap=3.2e-7)).splitlines())) <= 80
+    assert "objective" not in str(example())
+
+
 def test_entries_that_a_later_version_may_add_are_passed_over():
     assert Allocation.from_dict({**example().to_dict(), "remark": "by hand"}) == example()
 

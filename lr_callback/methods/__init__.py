@@ -1,0 +1,18 @@
+"""Methods: rules that choose, for every layer, what it becomes under one budget."""
+
+from __future__ import annotations
+
+from lr_callback.methods.alds import ALDS as ALDS
+from lr_callback.methods.alds import OBJECTIVES as OBJECTIVES
+from lr_callback.methods.alds import check_method as check_method
+from lr_callback.methods.base import Choice as Choice
+from lr_callback.methods.base import Method as Method
+from lr_callback.methods.base import Solution as Solution
+from lr_callback.methods.base import cost_of as cost_of
+from lr_callback.methods.lrank import LRank as LRank
+from lr_callback.methods.rules import ALDSK as ALDSK
+from lr_callback.methods.rules import ALDSError as ALDSError
+from lr_callback.methods.rules import ALDSSimple as ALDSSimple
+from lr_callback.methods.rules import EnergyThreshold as EnergyThreshold
+from lr_callback.methods.rules import SingularValueThreshold as SingularValueThreshold
+from lr_callback.methods.rules import UniformRank as UniformRank
