@@ -105,8 +105,8 @@ def page(kept: Sequence[rows.Row]) -> str:
         "# Seconds to analyse, beside one forward-backward pass at batch 32\n\n    python -m benchmarks.zoo.speed\n\n"
         f"{len(full)} models: {analysis:,.0f} s to analyse all, {passes:,.0f} s for a pass of each "
         f"(ratio {analysis / max(passes, 1e-9):.2f}). The analysis takes longer for {len(longer)}: "
-        f"{', '.join(longer) or 'none'}.\nWhere a smaller batch was measured, its time is multiplied to that of 32: so few "
-        "images\nare enough to tell, or 32 do not fit.\n\n"
+        f"{', '.join(longer) or 'none'}.\nWhere a smaller batch was measured, its time is multiplied to that of 32: so "
+        "few images\nare enough to tell, or 32 do not fit.\n\n"
         f"{table}\n\n{failed}\nMeasured with:\n\n{rows.environment_of(kept)}\n"
     )
 
