@@ -31,12 +31,23 @@ def regress(moments: SecondMoments, width: int, intercept: bool) -> tuple[Tensor
     means = both[:, -1:, :-1] if intercept else torch.zeros_like(both[:, -1:, :-1])
     centered = both[:, :-1, :-1] - means.mT @ means
     squares = centered[:, seen, seen]
-    ridge = RIDGE * squares.diagonal(dim1=1, dim2=2).mean(1) + torch.finfo(torch.float64).tiny
-    raised = squares + ridge[:, None, None] * torch.eye(width, dtype=both.dtype, device=both.device)
     products = centered[:, missing, seen]
-    change = torch.linalg.solve(raised, products.mT).mT
+    change = ridge_solve(squares, products)
     shift = (means[:, :, missing] - means[:, :, seen] @ change.mT).squeeze(1)
     gained = (2 * change * products - (change @ squares) * change).sum()
     offset = (means[:, :, missing] ** 2).sum()
     before = both[:, missing, missing].diagonal(dim1=1, dim2=2).sum()
     return change, shift, float(1 - (gained + offset) / before) if before > 0 else 1.0
+
+
+def ridge_solve(squares: Tensor, products: Tensor) -> Tensor:
+    """Return ``products (squares + ridge)^-1``.
+
+    Args:
+        squares: ``(..., n, n)``, second moments of any rank.
+        products: ``(..., m, n)``.
+    """
+    ridge = RIDGE * squares.diagonal(dim1=-2, dim2=-1).mean(-1) + torch.finfo(torch.float64).tiny
+    raised = squares + ridge[..., None, None] * torch.eye(squares.shape[-1], dtype=squares.dtype, device=squares.device)
+    solved: Tensor = torch.linalg.solve(raised, products.mT).mT
+    return solved

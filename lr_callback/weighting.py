@@ -116,12 +116,21 @@ def weighted_truncate(slices: Tensor, rank: int, moments: Tensor, workers: Worke
         >>> (left @ right)[0].abs().tolist()
         [[0.0, 0.0], [0.0, 1.0]]
     """
-    parts = workers.map(lambda index: _truncate_one(slices[index], rank, moments[index]), range(len(slices)))
+    parts = workers.map(lambda index: project(slices[index], rank, moments[index]), range(len(slices)))
     return torch.stack([part[0] for part in parts]), torch.stack([part[1] for part in parts])
 
 
-def _truncate_one(matrix: Tensor, rank: int, moments: Tensor) -> tuple[Tensor, Tensor]:
-    """Project a slice on the principal components of its outputs."""
+def project(matrix: Tensor, rank: int, moments: Tensor) -> tuple[Tensor, Tensor]:
+    """Project a slice on the principal components of its outputs.
+
+    Args:
+        matrix: ``(rows, columns)``.
+        rank: ``j``, 1 to the smaller side.
+        moments: of the columns, ``(columns, columns)`` or the diagonal ``(columns,)``.
+
+    Returns:
+        Balanced factors ``(rows, j)`` and ``(j, columns)``, float64.
+    """
     double, moments = matrix.double(), moments.double()
     if is_wide(double):
         seen = double * moments if moments.dim() == 1 else double @ moments

@@ -36,6 +36,7 @@ class FactorizedLayer(nn.Module, ABC):
         argument: name of the dense layer's argument, for calls by name.
         works: where the dense layer's multiply-adds arise.
         only_if_asked: why the type is left out unless an argument asks for it; None: it is not.
+        has_patches: whether its inputs are numbers, which :meth:`patches` gives.
     """
 
     swapped: ClassVar[frozenset[Part]] = frozenset()
@@ -43,6 +44,7 @@ class FactorizedLayer(nn.Module, ABC):
     argument: ClassVar[str] = "input"
     works: ClassVar[Works] = "at outputs"
     only_if_asked: ClassVar[str | None] = None
+    has_patches: ClassVar[bool] = True
 
     __jit_unused_properties__: ClassVar[list[str]]
 

@@ -38,6 +38,7 @@ class FactorizedEmbedding(FactorizedLayer):
         "sparse",
     )
     works = "by lookup"
+    has_patches = False
     only_if_asked = "an embedding; set `embeddings=True` to factorize it"
     num_embeddings: int
     embedding_dim: int

@@ -1,5 +1,7 @@
 """Refit: each decoder is the least-squares solution, and nothing but decoders and their biases changes."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -32,10 +34,11 @@ def squared(model, teacher, inputs):
         return (model(inputs) - teacher(inputs)).double().square().sum().item()
 
 
+@pytest.mark.parametrize("factors", ["both", "decoder"])
 @pytest.mark.parametrize("inputs", ["cut", "dense"])
 @pytest.mark.parametrize("folding", ["kernel_in_encoder", "height_in_decoder", "kernel_in_decoder"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_other_decoder_is_closer(kind, folding, inputs):
+def test_no_other_decoder_is_closer(kind, folding, inputs, factors):
     torch.manual_seed(0)
     make, shape = KINDS[kind]
     layer, batch = make(), torch.randn(*shape)
@@ -43,7 +46,7 @@ def test_no_other_decoder_is_closer(kind, folding, inputs):
     before, bias = squared(model, layer, batch), None if layer.bias is None else layer.bias.detach().clone()
     teacher = {"0": layer}
     wanted = layer(batch).detach()
-    left = refit_(model, report.replaced, [batch], inputs=inputs)
+    left = refit_(model, report.replaced, [batch], inputs=inputs, factors=factors)
     assert report.replaced == teacher and (bias is None or not torch.equal(bias, model[0].bias))
 
     def lost():
@@ -71,7 +74,7 @@ def network():
     )
 
 
-BATCHES = [torch.randn(60, 3, 4, 4, generator=torch.Generator().manual_seed(one)) for one in range(4)]
+BATCHES = [torch.randn(80, 3, 4, 4, generator=torch.Generator().manual_seed(one)) for one in range(8)]
 
 
 def factorized():
@@ -96,18 +99,49 @@ def test_layer_after_layer_on_cut_inputs_is_closer_than_on_dense_ones_and_that_t
     assert found["cut"] < found["dense"] < found["none"]
 
 
-def test_only_decoders_change_and_nothing_is_left_behind():
+@pytest.mark.parametrize("factors", ["both", "decoder"])
+def test_only_factors_change_and_nothing_is_left_behind(factors):
     model, report, _ = factorized()
     model.train()
     before, random = {name: value.clone() for name, value in model.state_dict().items()}, torch.get_rng_state()
     parameters = dict(model.named_parameters())
-    refit_(model, report.replaced, BATCHES)
+    refit_(model, report.replaced, BATCHES, factors=factors)
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
-    assert changed == {f"{name}.decoder.{part}" for name in report.factorized for part in ("weight", "bias")}
+    parts = ["decoder.weight", "decoder.bias", *(["encoder.weight"] if factors == "both" else [])]
+    assert changed == {f"{name}.{part}" for name in report.factorized for part in parts}
     assert dict(model.named_parameters()) == parameters and all(one.requires_grad for one in parameters.values())
     assert model.training and torch.equal(torch.get_rng_state(), random)
     assert not any(layer._forward_hooks for layer in [*model.modules(), *report.replaced.values()])
     assert all(report.replaced[name].bias is model.get_submodule(name).bias for name in report.factorized)
+
+
+@pytest.mark.parametrize("num_slices", [1, 2, 4])
+@pytest.mark.parametrize("kind", ["linear", "without a bias", "convolution", "groups", "transposed"])
+def test_both_factors_are_closer_than_the_decoder_alone(kind, num_slices):
+    torch.manual_seed(0)
+    make, shape = KINDS[kind]
+    layer, batch = make(), torch.randn(*shape) * torch.rand(shape[1]).reshape(-1, *[1] * (len(shape) - 2)) ** 2
+    wanted = layer(batch).detach()
+    off = {}
+    for factors in ("decoder", "both"):
+        again = copy.deepcopy(layer)
+        rank = min(3, 4 // num_slices if kind in ("groups", "transposed") else 3)
+        model, report = cut(again, num_slices=num_slices if shape[1] % num_slices == 0 else 1, rank=rank)
+        refit_(model, report.replaced, [batch], factors=factors)
+        off[factors] = (model(batch) - wanted).norm().item()
+    assert off["both"] < off["decoder"] * (1 + 1e-6)
+
+
+def test_one_slice_has_the_principal_components_of_its_outputs():
+    """The best rank-j map of a layer's inputs to its outputs, found the slow way."""
+    torch.manual_seed(0)
+    layer, batch = nn.Linear(12, 9).double(), torch.randn(400, 12, dtype=torch.float64) ** 3
+    outputs = layer(batch).detach()
+    model, report = cut(layer, rank=4)
+    refit_(model, report.replaced, [batch])
+    centered = outputs - outputs.mean(0)
+    tail = torch.linalg.svdvals(centered)[4:].square().sum().sqrt()
+    assert (model(batch) - outputs).norm().item() == pytest.approx(tail.item(), rel=1e-4)
 
 
 def test_a_layer_that_is_used_twice_is_fitted_to_both_uses():
@@ -144,8 +178,8 @@ def test_directions_that_were_not_seen_keep_their_decoder():
     before = model[0].decoder.weight.detach().clone()
     batch = torch.randn(3, 24)  # fewer inputs than the encoder has outputs
     wanted = layer(batch).detach()
-    with pytest.warns(UserWarning, match=r"few for 1 layer\(s\) \(0\): a decoder is fitted to less than two positions"):
-        refit_(model, report.replaced, [batch])
+    with pytest.warns(UserWarning, match=r"few for 1 layer\(s\) \(0\): it is fitted to less than two positions"):
+        refit_(model, report.replaced, [batch], factors="decoder")
     assert torch.allclose(model(batch), wanted, atol=1e-4)
     through = model[0].encoder(batch)
     centered = (through - through.mean(0)).T
@@ -178,3 +212,5 @@ def test_a_failure_puts_all_decoders_back(inputs):
     assert all(isinstance(model.get_submodule(name), nn.Module) for name in report.factorized)
     with pytest.raises(ValueError, match="`inputs` must be 'cut' or 'dense', got 'both'"):
         refit_(model, report.replaced, BATCHES, inputs="both")
+    with pytest.raises(ValueError, match="`factors` must be 'both' or 'decoder', got 'encoder'"):
+        refit_(model, report.replaced, BATCHES, factors="encoder")

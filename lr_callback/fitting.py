@@ -1,0 +1,172 @@
+"""Fitting: what is measured of one layer at a cut, and the factors that follow from it.
+
+A fit says which module is watched, what rows its calls give, and what to do with their moments.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from lr_callback.alternate import Seen, alternate
+from lr_callback.collect import LARGEST, some, watching
+from lr_callback.folding import decoder_matrices, unfold_decoder, unfold_encoder
+from lr_callback.layer_types import dense_weight, layer_type
+from lr_callback.layers import FactorizedLayer, dense_bias
+from lr_callback.moments import SecondMoments
+from lr_callback.regression import regress
+
+
+class Fit(ABC):
+    """A fit of one factorized layer to the layer that it stands for.
+
+    Args:
+        student: the factorized layer.
+        teacher: the layer before the cut.
+    """
+
+    def __init__(self, student: FactorizedLayer, teacher: nn.Module) -> None:
+        self.student, self.teacher = student, teacher
+
+    @property
+    @abstractmethod
+    def watched(self) -> nn.Module:
+        """The module whose calls give the rows."""
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """How many inputs are fitted to, of a group."""
+
+    @abstractmethod
+    def rows(self, inputs: Tensor, outputs: Tensor, wanted: Tensor) -> Tensor:
+        """Return rows ``(g, n, s)``, float64, of one call.
+
+        Args:
+            inputs: of the watched module.
+            outputs: of the watched module.
+            wanted: outputs of the teacher in the same call of the model before the cut.
+        """
+
+    @abstractmethod
+    def rows_before(self, inputs: Tensor, wanted: Tensor) -> Tensor:
+        """Return the rows of a call of the teacher, on the inputs that it had."""
+
+    @abstractmethod
+    def solve(self, moments: SecondMoments) -> float:
+        """Set the student's factors; return the fraction of the squared error of its outputs that is left."""
+
+    def shift_bias(self, shift: Tensor) -> None:
+        """Change the bias, if there is one."""
+        if self.student.bias is not None:
+            self.student.bias.add_(shift.reshape(-1))
+
+
+def fit_of(student: FactorizedLayer, teacher: nn.Module, decoder_only: bool) -> Fit:
+    """Return a fit of both factors where that can be done, else of the decoder."""
+    kind, sizes = type(student), student.geometry(student)
+    pointwise = prod(sizes.decoder_kernel(student.folding)) == 1
+    inputs = sizes.in_channels // sizes.groups * prod(sizes.kernel)
+    if decoder_only or not pointwise or not kind.has_patches or inputs > LARGEST:
+        return DecoderFit(student, teacher)
+    return BothFit(student, teacher)
+
+
+class DecoderFit(Fit):
+    """Least squares for the decoder: rows of what comes to it, of what its outputs lack, and of one."""
+
+    @property
+    def watched(self) -> nn.Module:
+        """The decoder."""
+        return self.student.decoder
+
+    @property
+    def width(self) -> int:
+        """Inputs of a group of the decoder, kernel positions included."""
+        return self.student.ordered_factors[1][0].numel()
+
+    def rows(self, inputs: Tensor, outputs: Tensor, wanted: Tensor) -> Tensor:
+        """Return what comes to the decoder, what its outputs lack, and one, which gives the means."""
+        kind = layer_type(self.student.decoder)
+        assert kind is not None
+        patches = kind.patches(self.student.decoder, inputs, outputs)
+        assert patches is not None
+        return _stacked(patches, kind.results(self.student.decoder, wanted.to(outputs.dtype) - outputs))
+
+    def rows_before(self, inputs: Tensor, wanted: Tensor) -> Tensor:
+        """Return the rows of the student on the teacher's inputs."""
+        seen: list[tuple[Tensor, Tensor]] = []
+        sized = [list(wanted.shape)] if getattr(self.student, "transposed", False) else []
+        with watching([self.student.decoder], lambda _, through, given: seen.append((through, given))):
+            self.student.forward(inputs, *sized)
+        return self.rows(*seen[0], wanted)
+
+    def solve(self, moments: SecondMoments) -> float:
+        """Change the decoder."""
+        encoder, decoder = self.student.ordered_factors
+        change, shift, left = regress(moments, self.width, self.student.bias is not None)
+        self.student.set_factors(encoder, decoder.double() + change.reshape(decoder.shape))
+        self.shift_bias(shift)
+        return left
+
+
+class BothFit(Fit):
+    """Encoder and decoder in turn: rows of inputs, of what the dense map of them lacks, and of one."""
+
+    @property
+    def watched(self) -> nn.Module:
+        """The layer itself."""
+        return self.student
+
+    @property
+    def width(self) -> int:
+        """Inputs of a group at one position."""
+        return self._weight.shape[2]
+
+    @property
+    def _weight(self) -> Tensor:
+        """The map before the cut, ``(g, F / g, C / g * prod(kernel))``, float64."""
+        weight = dense_weight(self.teacher).double()
+        return weight.reshape(self.student.geometry(self.student).groups, -1, weight[0].numel())
+
+    def rows(self, inputs: Tensor, outputs: Tensor, wanted: Tensor) -> Tensor:
+        """Return the inputs, what the dense map of them lacks of the wanted outputs, and one."""
+        kind = type(self.student)
+        patches, results = kind.patches(self.student, inputs, wanted), kind.results(self.student, wanted)
+        assert patches is not None
+        patches, results = some(patches).double(), some(results).double()
+        bias = dense_bias(self.teacher)
+        if bias is not None:
+            results = results - bias.double().reshape(len(results), 1, -1)
+        return _stacked(patches, results - patches @ self._weight.mT)
+
+    def rows_before(self, inputs: Tensor, wanted: Tensor) -> Tensor:
+        """Return the rows of the teacher's inputs; what its map lacks of them is rounding."""
+        return self.rows(inputs, wanted, wanted)
+
+    def solve(self, moments: SecondMoments) -> float:
+        """Change both factors."""
+        student, sizes = self.student, self.student.geometry(self.student)
+        encoder, decoder = (factor.double() for factor in student.ordered_factors)
+        slices, groups, count = student.num_slices, sizes.groups, int(moments.count)
+        left = decoder_matrices(decoder, slices, groups).reshape(groups, slices, -1, student.rank)
+        right = encoder.reshape(groups, slices, student.rank, -1)
+        found = [
+            alternate(Seen(both, weight, student.bias is not None, count), *factors)
+            for both, weight, *factors in zip(moments.compute(), self._weight, left, right, strict=True)
+        ]
+        encoders, decoders = torch.cat([one.right for one in found]), torch.cat([one.left for one in found])
+        folding = student.folding
+        student.set_factors(unfold_encoder(encoders, sizes, folding), unfold_decoder(decoders, sizes, folding))
+        self.shift_bias(torch.cat([one.shift for one in found]))
+        before, after = sum(one.before for one in found), sum(one.after for one in found)
+        return after / before if before > 0 else 1.0
+
+
+def _stacked(rows: Tensor, missing: Tensor) -> Tensor:
+    """Put rows, what is missing, and one side by side; in float64, for rounded products would fill what is empty."""
+    rows, missing = some(rows).double(), some(missing).double()
+    return torch.cat([rows, missing, torch.ones_like(rows[..., :1])], dim=2)
