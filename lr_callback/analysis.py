@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import floor
@@ -16,15 +16,11 @@ from lr_callback.candidates import LayerCandidates
 from lr_callback.costs import LayerCost, check_cost
 from lr_callback.find import Found, find_layers
 from lr_callback.folding import Geometry
-from lr_callback.layer_types import dense_weight
+from lr_callback.layerwise import Progress, candidates_of
 from lr_callback.methods import Choice, Method, check_method
 from lr_callback.observe import Observation, observe
-from lr_callback.parallel import workers
 from lr_callback.pricing import dense_again, dense_parameters, layer_costs, leave_out_unused, no_gain
 from lr_callback.processes import Processes
-
-Progress = Callable[[int, int, str], None]
-"""Called before each layer with the number done, the number of all, and its name."""
 
 
 @dataclass(frozen=True)
@@ -215,26 +211,13 @@ def analyze(
     found, costs = processes.agree(prices)
     owners = dict(zip(costs, processes.owners(_work(cost.geometry, method) for cost in costs.values()), strict=True))
     own = {name: found.layers[name] for name, owner in owners.items() if owner == processes.rank}
-    parts = processes.gather(lambda: _candidates(own, costs, method, progress), long=True)
+    parts = processes.gather(lambda: candidates_of(own, costs, method, progress), long=True)
     layers = {name: parts[owner][name] for name, owner in owners.items()}
     return _analysis(model, method, observation, found, costs, layers)
 
 
 def _work(geometry: Geometry, method: Method) -> float:
     return geometry.work(geometry.slice_counts(method.max_slices))
-
-
-def _candidates(
-    layers: Mapping[str, nn.Module], costs: Mapping[str, LayerCost], method: Method, progress: Progress | None
-) -> dict[str, LayerCandidates]:
-    """Compute the candidates of some layers."""
-    made: dict[str, LayerCandidates] = {}
-    with workers() as crew:
-        for done, (name, layer) in enumerate(layers.items()):
-            if progress is not None:
-                progress(done, len(layers), name)
-            made[name] = method.candidates(dense_weight(layer), costs[name], crew)
-    return made
 
 
 def survey(

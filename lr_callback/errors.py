@@ -111,8 +111,7 @@ def relative_errors(
     measure = find_measure(error)
     if error == "operator" and matrix.shape[-2] > matrix.shape[-1]:
         # The triangle of a QR decomposition has the same slices up to one rotation, and fewer rows.
-        triangle: Tensor = torch.linalg.qr(matrix.double(), mode="r").R
-        matrix = triangle.to(torch.promote_types(matrix.dtype, torch.float32))
+        [matrix] = workers.map(_triangle, [matrix])
     absolute: dict[int, Tensor] = {}
     for slicing in slicings(matrix, sorted({1, *last}), workers):
         count = slicing.num_slices
@@ -124,6 +123,11 @@ def relative_errors(
     return {count: absolute[count] / norm for count in last}
 
 
+def _triangle(matrix: Tensor) -> Tensor:
+    triangle: Tensor = torch.linalg.qr(matrix.double(), mode="r").R
+    return triangle.to(torch.promote_types(matrix.dtype, torch.float32))
+
+
 def _best_so_far(absolute: Mapping[int, Tensor], prices: Mapping[int, int], costs: Tensor) -> Tensor:
     """Return the smallest error already computed at each of the costs, or below it; infinity if there is none."""
     known = [count for count in absolute if count in prices]
@@ -131,7 +135,8 @@ def _best_so_far(absolute: Mapping[int, Tensor], prices: Mapping[int, int], cost
         return torch.full(costs.shape, torch.inf, dtype=torch.float64)
     paid, order = torch.cat([prices[count] * torch.arange(len(absolute[count])) for count in known]).sort(stable=True)
     best = torch.cat([absolute[count] for count in known])[order].cummin(0).values
-    return best[torch.searchsorted(paid, costs, right=True) - 1]
+    # Keeping nothing is the same whatever the number of slices.
+    return torch.where(costs > 0, best[torch.searchsorted(paid, costs, right=True) - 1], 0.0)
 
 
 def find_measure(error: str) -> Measure:

@@ -19,18 +19,16 @@ class Lanczos:
         size: of a vector, ``n``.
         limits: ``(blocks, columns)`` float64: a column whose eigenvalue reaches its limit is over.
         like: gives the working precision and the device.
+        start: ``(columns, n)`` unit vectors to begin with; None: one random vector, always the same.
 
     Attributes:
         vectors: ``(blocks, columns, n)``, what the operators are to be applied to next.
         over: ``(blocks, columns)``, the columns that have reached their limit.
     """
 
-    def __init__(self, size: int, limits: Tensor, like: Tensor) -> None:
+    def __init__(self, size: int, limits: Tensor, like: Tensor, start: Tensor | None = None) -> None:
         blocks, columns = limits.shape
-        # Begin every column with one random unit vector, always the same.
-        seed = torch.Generator().manual_seed(size)
-        start = torch.randn(size, generator=seed, dtype=torch.float64)
-        self.vectors = (start / start.norm()).to(like).expand(blocks, columns, size)
+        self.vectors = (_unit_vector(size).to(like) if start is None else start).expand(blocks, columns, size)
         self.over = torch.zeros_like(limits, dtype=torch.bool)
         self._before = torch.zeros_like(self.vectors)
         self._limits, self._limited = limits, bool(limits.isfinite().any())
@@ -63,11 +61,17 @@ class Lanczos:
 
     def largest(self, chosen: Tensor) -> Tensor:
         """Return the largest Ritz value, float64, of the columns chosen by a mask ``(blocks, columns)``."""
-        matrix = torch.diag_embed(torch.stack([values[chosen] for values in self._diagonal], -1).double())
-        beside = torch.stack([values[chosen] for values in self._beside[1:]], -1)[:, :-1].double()
-        matrix += torch.diag_embed(beside, 1) + torch.diag_embed(beside, -1)
-        values: Tensor = torch.linalg.eigvalsh(matrix)
+        diagonal = torch.stack([values[chosen] for values in self._diagonal], -1)
+        beside = torch.stack([values[chosen] for values in self._beside[1:]], -1)
+        values: Tensor = torch.linalg.eigvalsh(_tridiagonal(diagonal, beside))
         return values[:, -1]
+
+    def leading(self) -> Tensor:
+        """Return ``(blocks, columns, steps)``: the leading Ritz vectors, as sums of the vectors of all steps."""
+        matrix = _tridiagonal(torch.stack(self._diagonal, -1), torch.stack(self._beside[1:], -1))
+        _, vectors = torch.linalg.eigh(matrix)
+        leading: Tensor = vectors[..., -1]
+        return leading
 
     def keep(self, blocks: Tensor, columns: Tensor) -> None:
         """Go on with some of the columns.
@@ -83,3 +87,16 @@ class Lanczos:
         )
         self._diagonal = [values[rows, columns] for values in self._diagonal]
         self._beside = [values[rows, columns] for values in self._beside]
+
+
+def _unit_vector(size: int) -> Tensor:
+    """Return a random vector, always the same."""
+    start = torch.randn(size, generator=torch.Generator().manual_seed(size), dtype=torch.float64)
+    return start / start.norm()
+
+
+def _tridiagonal(diagonal: Tensor, beside: Tensor) -> Tensor:
+    """Return ``(..., m, m)`` float64 of diagonals ``(..., m)`` and what is beside them, the last left out."""
+    between = beside[..., :-1].double()
+    matrix = torch.diag_embed(diagonal.double())
+    return matrix + torch.diag_embed(between, 1) + torch.diag_embed(between, -1)
