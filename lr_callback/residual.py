@@ -33,7 +33,7 @@ _MOST_STEPS = 160  # what has not converged by then is solved densely
 _SMALL = 64  # up to this size a dense eigenvalue decomposition is cheaper than a recurrence
 _COLUMNS = 32  # the most ranks of a block
 _LEAST_COLUMNS = 8  # the fewest, unless slices are so many that each rank has a matrix of its own
-_SCREENED = 128  # up to this size the matrices of all ranks cost less than to find out which are needed
+_SCREENED = 256  # up to this size the matrices of all ranks cost less than to find out which are needed
 _CHUNK = 2**19  # numbers in the shared matrices of a chunk
 
 

@@ -8,6 +8,7 @@ those of a finer one; where they are tall, those of a fine slicing are diagonal 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from lr_callback.parallel import Workers
 
 _EPSILON = torch.finfo(torch.float64).eps
 _LARGE = 2**19  # elements of a Gram matrix that is decomposed alone
+_PARTS = 4  # of the rows of a Gram matrix, each computed up to its last column only
 _TASK = 2**18  # elements of a task: below this, handing it to a worker costs more than it saves
 
 
@@ -27,7 +29,8 @@ class Slicing:
 
     Args:
         slices: ``(g * k, rows, columns)`` in the weight's dtype, those of one group after those of another.
-        gram: ``(g * k, n, n)`` float64, ``n`` the smaller side: ``W_i W_i^T`` if wide, ``W_i^T W_i`` if tall.
+        gram: ``(g * k, n, n)`` float64, ``n`` the smaller side: ``W_i W_i^T`` if wide, ``W_i^T W_i`` if tall. It is
+            symmetric, and what is above the diagonal may be left out.
         groups: ``g``.
     """
 
@@ -114,18 +117,19 @@ def _derive(base: Tensor, count: int) -> Tensor | None:
 
 
 def _gram(slices: Tensor, workers: Workers) -> Tensor:
-    """Multiply each slice ``(rows, columns)`` with its transpose, on the smaller side, in float64."""
+    """Multiply each slice ``(rows, columns)`` with its transpose, on the smaller side, in float64; the lower half."""
     oriented = slices if is_wide(slices) else slices.mT
     count, side = oriented.shape[:2]
     total = oriented.new_zeros((count, side, side), dtype=torch.float64)
 
     def task(where: tuple[slice, slice]) -> None:
         part, rows = where
-        _add_products(total[part, rows], oriented[part], rows)
+        _add_products(total[part, rows, : rows.stop], oriented[part], rows)
 
-    # Two halves of the rows, whatever the number of workers: fixed parts have fixed bits.
-    halves = [slice(0, side // 2), slice(side // 2, side)]
-    workers.map(task, [(part, rows) for part in _ranges(oriented) for rows in halves])
+    # Parts of the rows, whatever the number of workers: fixed parts have fixed bits. The largest come first.
+    edges = [side * part // _PARTS for part in range(_PARTS, -1, -1)]
+    rows = [slice(start, stop) for stop, start in itertools.pairwise(edges)]
+    workers.map(task, [(part, some) for part in _ranges(oriented) for some in rows])
     return total
 
 
@@ -150,11 +154,11 @@ def _ranges(matrices: Tensor) -> list[slice]:
 
 
 def _add_products(total: Tensor, matrices: Tensor, rows: slice) -> None:
-    """Add the products of the named rows of ``(k, n, m)`` with all rows, a block of columns at a time."""
+    """Add the products of the named rows of ``(k, n, m)`` with all rows up to them, a block of columns at a time."""
     width = max(1, _TASK // max(1, matrices.shape[0] * matrices.shape[1]))
     for block in torch.split(matrices, width, dim=-1):
         double = block.double()
-        total.baddbmm_(double[:, rows], double.mT)
+        total.baddbmm_(double[:, rows], double[:, : rows.stop].mT)
 
 
 def singular_values(gram: Tensor, workers: Workers) -> Tensor:
