@@ -113,12 +113,13 @@ def relative_errors(
         # The triangle of a QR decomposition has the same slices up to one rotation, and fewer rows.
         [matrix] = workers.map(_triangle, [matrix])
     absolute: dict[int, Tensor] = {}
-    for slicing in slicings(matrix, sorted({1, *last}), workers):
+    for slicing in slicings(matrix, sorted({1, *last}), workers, coarsest_first=error == "operator"):
         count = slicing.num_slices
         limit = torch.full((last.get(count, 0) + 1,), torch.inf, dtype=torch.float64)
         if prices is not None and count in prices:
             limit = _best_so_far(absolute, prices, prices[count] * torch.arange(len(limit)))
         absolute[count] = measure(slicing, limit, workers).cpu()
+        del slicing  # what it holds must not be there when the next one is made
     norm = absolute[1][0]
     return {count: absolute[count] / norm for count in last}
 

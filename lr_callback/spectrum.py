@@ -64,35 +64,43 @@ def split(matrix: Tensor, num_slices: int) -> Tensor:
     return sliced.transpose(1, 2).flatten(0, 1)
 
 
-def slicings(matrix: Tensor, counts: Sequence[int], workers: Workers) -> Iterator[Slicing]:
-    """Yield the slicings of a folded layer, one at a time, the wide ones first, and of those the coarsest first.
-
-    Its errors need no vectors, and give every other slicing something to be better than. After it comes the finest
-    of the wide ones, whose errors are often the smallest for their cost.
+def slicings(
+    matrix: Tensor, counts: Sequence[int], workers: Workers, coarsest_first: bool = False
+) -> Iterator[Slicing]:
+    """Yield the slicings of a folded layer, one at a time, the wide ones first.
 
     Args:
         matrix: ``(rows, columns)``, or ``(g, rows, columns)`` of groups, the layer folded with one slice; not changed.
         counts: numbers of slices, each a divisor of the input channels.
         workers: where the products are computed.
+        coarsest_first: whether the coarsest comes before the finest of the wide ones. Its errors need no vectors, and
+            give every other slicing something to be better than; those of the finest are often the smallest for
+            their cost. It takes more memory.
 
-    Memory: the Gram matrices of one slicing, in float64, at most as many numbers as the matrix; with those of the
-    coarsest slicing, which are few, and with those that the next ones derive from.
+    Memory: the Gram matrices of one slicing, in float64, at most as many numbers as the matrix, and those that the next
+    ones derive from; the caller must not keep a slicing while it asks for the next.
     """
-    groups = matrix.shape[0] if matrix.dim() == 3 else 1
     rows, columns = matrix.shape[-2:]
-    wide = [count for count in sorted(counts) if columns // count >= rows]
+    wide = [count for count in sorted(counts, reverse=True) if columns // count >= rows]
     tall = [count for count in sorted(counts) if columns // count < rows]
-    for order, first in ((wide[:1] + wide[:0:-1], wide[-1:]), (tall, tall[:1])):
-        have = first[0] if first else 0
-        base = _gram(split(matrix, have), workers) if first else matrix
-        for index, count in enumerate(order):
-            slices = split(matrix, count)
-            gram = base if count == have else _derive(base, groups * count)
-            gram = _gram(slices, workers) if gram is None else gram
-            if _serves(count, have, order[index + 1 :], finer=order is tall):
-                # The others derive from this one: no more than two sets are ever there.
-                base, have = gram, count
-            yield Slicing(slices, gram, groups)
+    first = wide[0] if wide else 0
+    yield from _derived(matrix, wide[-1:] + wide[:-1] if coarsest_first else wide, first, workers)
+    yield from _derived(matrix, tall, tall[0] if tall else 0, workers)
+
+
+def _derived(matrix: Tensor, order: Sequence[int], have: int, workers: Workers) -> Iterator[Slicing]:
+    """Yield slicings in an order, all wide or all tall; ``have`` is the one that the others derive from, if they do."""
+    groups = matrix.shape[0] if matrix.dim() == 3 else 1
+    base = _gram(split(matrix, have), workers) if order else matrix
+    for index, count in enumerate(order):
+        slices = split(matrix, count)
+        gram = base if count == have else _derive(base, groups * count)
+        gram = _gram(slices, workers) if gram is None else gram
+        if _serves(count, have, order[index + 1 :], finer=not is_wide(slices)):
+            # The others derive from this one: no more than two sets are ever there.
+            base, have = gram, count
+        yield Slicing(slices, gram, groups)
+        del slices, gram
 
 
 def _serves(count: int, have: int, others: Sequence[int], finer: bool) -> bool:
