@@ -141,10 +141,13 @@ def _gram(slices: Tensor, workers: Workers) -> Tensor:
     return total
 
 
-def _decompose(function: Callable[[slice], None], gram: Tensor, parts: list[slice], workers: Workers) -> None:
-    """Call a function that decomposes Gram matrices for each part of them, large ones not at the same time.
+def _decompose(
+    function: Callable[[slice], None], gram: Tensor, parts: list[slice], copies: int, workers: Workers
+) -> None:
+    """Call a function that decomposes Gram matrices for each part of them, not too many large ones at the same time.
 
-    LAPACK takes three times the memory of a matrix, and the largest matrices are those of the largest layers.
+    LAPACK takes some copies of each matrix that it is at; those of large ones, which are of the largest layers, may
+    take half as much memory as there is already.
     """
 
     def one_after_the_other(some: list[slice]) -> None:
@@ -152,7 +155,8 @@ def _decompose(function: Callable[[slice], None], gram: Tensor, parts: list[slic
             function(part)
 
     large = gram[0].numel() > _LARGE
-    workers.map(one_after_the_other, [parts] if large else [[part] for part in parts])
+    lanes = max(1, gram.shape[0] // (2 * copies)) if large else len(parts)
+    workers.map(one_after_the_other, [parts[lane::lanes] for lane in range(lanes)])
 
 
 def _ranges(matrices: Tensor) -> list[slice]:
@@ -179,7 +183,7 @@ def singular_values(gram: Tensor, workers: Workers) -> Tensor:
     def task(part: slice) -> None:
         eigenvalues[part] = torch.linalg.eigvalsh(gram[part])
 
-    _decompose(task, gram, _ranges(gram), workers)
+    _decompose(task, gram, _ranges(gram), 1, workers)
     return _to_singular(eigenvalues)
 
 
@@ -215,7 +219,7 @@ def scaled_left_vectors(
         torch.mul(made, 1 / scale, out=vectors[part])
 
     larger = slicing.slices if slicing.gram[0].numel() < slicing.slices[0].numel() else slicing.gram
-    _decompose(task, slicing.gram, _ranges(larger), workers)
+    _decompose(task, slicing.gram, _ranges(larger), 4, workers)
     return vectors, values
 
 
