@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import floor
@@ -18,15 +18,11 @@ from lr_callback.costs import LayerCost, check_cost
 from lr_callback.find import Found, find_layers
 from lr_callback.folding import Geometry
 from lr_callback.importance import Importance, checked_importance
-from lr_callback.layer_types import dense_weight
+from lr_callback.layerwise import Progress, candidates_of
 from lr_callback.methods import Choice, Method, check_method
 from lr_callback.observe import Observation, observe
-from lr_callback.parallel import workers
 from lr_callback.pricing import dense_again, dense_parameters, layer_costs, leave_out_unused, no_gain
 from lr_callback.processes import Processes
-
-Progress = Callable[[int, int, str], None]
-"""Called before each layer with the number done, the number of all, and its name."""
 
 
 @dataclass(frozen=True)
@@ -227,7 +223,7 @@ def analyze(
     known = importance or {}
     if known and processes.rank == 0:
         _warn_of_unknown([name for name in costs if name not in known])
-    parts = processes.gather(lambda: _candidates(own, costs, method, progress, known), long=True)
+    parts = processes.gather(lambda: candidates_of(own, costs, method, progress, known), long=True)
     layers = {name: parts[owner][name] for name, owner in owners.items()}
     return _analysis(model, method, observation, found, costs, layers)
 
@@ -244,23 +240,6 @@ def _warn_of_unknown(names: Sequence[str]) -> None:
 
 def _work(geometry: Geometry, method: Method) -> float:
     return geometry.work(method.slice_counts(geometry))
-
-
-def _candidates(
-    layers: Mapping[str, nn.Module],
-    costs: Mapping[str, LayerCost],
-    method: Method,
-    progress: Progress | None,
-    importance: Mapping[str, Importance],
-) -> dict[str, LayerCandidates]:
-    """Compute the candidates of some layers."""
-    made: dict[str, LayerCandidates] = {}
-    with workers() as crew:
-        for done, (name, layer) in enumerate(layers.items()):
-            if progress is not None:
-                progress(done, len(layers), name)
-            made[name] = method.candidates(dense_weight(layer), costs[name], crew, importance.get(name))
-    return made
 
 
 def survey(

@@ -120,21 +120,27 @@ def relative_errors(
     measure = find_measure(error)
     if error == "operator" and moments is None and matrix.shape[-2] > matrix.shape[-1]:
         # The triangle of a QR decomposition has the same slices up to one rotation, and fewer rows.
-        triangle: Tensor = torch.linalg.qr(matrix.double(), mode="r").R
-        matrix = triangle.to(torch.promote_types(matrix.dtype, torch.float32))
+        [matrix] = workers.map(_triangle, [matrix])
     absolute: dict[int, Tensor] = {}
-    counts = sorted({1, *last})
-    weighted = (
-        slicings(matrix, counts, workers) if moments is None else weighted_slicings(matrix, moments, counts, workers)
-    )
-    for slicing in weighted:
+    counts, first = sorted({1, *last}), error == "operator"
+    if moments is None:
+        made = slicings(matrix, counts, workers, first)
+    else:
+        made = weighted_slicings(matrix, moments, counts, workers)
+    for slicing in made:
         count = slicing.num_slices
         limit = torch.full((last.get(count, 0) + 1,), torch.inf, dtype=torch.float64)
         if prices is not None and count in prices:
             limit = _best_so_far(absolute, prices, prices[count] * torch.arange(len(limit)))
         absolute[count] = measure(slicing, limit, workers).cpu()
+        del slicing  # what it holds must not be there when the next one is made
     norm = absolute[1][0] if float(absolute[1][0]) > 0 else torch.ones_like(absolute[1][0])
     return {count: absolute[count] / norm for count in last}
+
+
+def _triangle(matrix: Tensor) -> Tensor:
+    triangle: Tensor = torch.linalg.qr(matrix.double(), mode="r").R
+    return triangle.to(torch.promote_types(matrix.dtype, torch.float32))
 
 
 def _best_so_far(absolute: Mapping[int, Tensor], prices: Mapping[int, int], costs: Tensor) -> Tensor:
@@ -144,7 +150,8 @@ def _best_so_far(absolute: Mapping[int, Tensor], prices: Mapping[int, int], cost
         return torch.full(costs.shape, torch.inf, dtype=torch.float64)
     paid, order = torch.cat([prices[count] * torch.arange(len(absolute[count])) for count in known]).sort(stable=True)
     best = torch.cat([absolute[count] for count in known])[order].cummin(0).values
-    return best[torch.searchsorted(paid, costs, right=True) - 1]
+    # Keeping nothing is the same whatever the number of slices.
+    return torch.where(costs > 0, best[torch.searchsorted(paid, costs, right=True) - 1], 0.0)
 
 
 def find_measure(error: str) -> Measure:

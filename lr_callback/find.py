@@ -210,6 +210,8 @@ def replaceable_in(model: nn.Module) -> dict[str, FactorizedLayer]:
         >>> replaceable_in(nn.Linear(4, 4))
         {}
     """
+    if not factorized_in(model):  # most models have none, and to look at what holds their layers takes much longer
+        return {}
     return {name: layer for name, layer in find_layers(model).layers.items() if isinstance(layer, FactorizedLayer)}
 
 

@@ -22,10 +22,11 @@ class Workers:
     """Map functions over items, on a pool of one-thread workers for CPU tensors.
 
     Args:
-        pool: the executor, each thread of which has been told to use one torch thread.
+        pool: the executor, each thread of which has been told to use one torch thread; None: the calling thread does
+            all the work, being a worker itself.
     """
 
-    def __init__(self, pool: ThreadPoolExecutor) -> None:
+    def __init__(self, pool: ThreadPoolExecutor | None) -> None:
         self._pool = pool
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
@@ -35,9 +36,19 @@ class Workers:
         parallel machine, and it needs no second queue.
         """
         listed = list(items)
-        if any(isinstance(item, Tensor) and item.device.type != "cpu" for item in listed):
+        if self._pool is None or any(isinstance(item, Tensor) and item.device.type != "cpu" for item in listed):
             return [function(item) for item in listed]
         return list(self._pool.map(function, listed))
+
+    def each_alone(self, function: Callable[[Item, Workers], Result], items: Iterable[Item]) -> Iterator[Result]:
+        """Yield ``function(item, workers)`` of each item, in their order.
+
+        The items are worked off side by side; the workers that the function is given are the thread that it runs in.
+        """
+        alone = Workers(None)
+        if self._pool is None:
+            return (function(item, alone) for item in items)
+        return self._pool.map(lambda item: function(item, alone), items)
 
 
 @contextmanager
@@ -58,7 +69,10 @@ def workers() -> Iterator[Workers]:
             torch.no_grad(),
             ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
         ):
-            yield Workers(pool)
+            try:
+                yield Workers(pool)
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)  # after an exception nobody waits for what is left
     finally:
         # Setting it in a worker also changes the default of threads that start later.
         torch.set_num_threads(threads)

@@ -11,9 +11,10 @@ mask over few rows. A *chunk* of blocks is solved side by side.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from threading import Lock
 from typing import TypeVar
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from lr_callback.lanczos import Lanczos
 from lr_callback.parallel import Workers
+from lr_callback.screening import screen
 
 Result = TypeVar("Result")
 
@@ -31,6 +33,7 @@ _MOST_STEPS = 160  # what has not converged by then is solved densely
 _SMALL = 64  # up to this size a dense eigenvalue decomposition is cheaper than a recurrence
 _COLUMNS = 32  # the most ranks of a block
 _LEAST_COLUMNS = 8  # the fewest, unless slices are so many that each rank has a matrix of its own
+_SCREENED = 256  # up to this size the matrices of all ranks cost less than to find out which are needed
 _CHUNK = 2**19  # numbers in the shared matrices of a chunk
 
 
@@ -50,9 +53,10 @@ def residual_norms(scaled: Tensor, last: int, workers: Workers, limit: Tensor | 
     by_rank = scaled.transpose(0, 1)  # rank first: what a rank keeps is a run of consecutive entries
     solved = min(last + 1, by_rank.shape[0])
     useless = torch.full((solved,), torch.inf, dtype=torch.float64) if limit is None else limit[:solved].square()
-    useless = useless.to(scaled.device)
+    useless, columns = useless.to(scaled.device), _columns(by_rank, solved)
     squared = torch.full_like(useless, torch.inf)
-    columns = _columns(by_rank, solved)
+    if columns == 1 and by_rank.shape[-1] > _SCREENED:
+        useless = screen(by_rank, useless, workers)
     blocks = [max(solved - first, columns) - columns for first in range(0, solved, columns)]
     ends = [first + columns - 1 for first in blocks[::-1] if useless[first : first + columns].any()]
     for ranks, values in _over_tails(by_rank, ends, workers, partial(_solve, by_rank, useless, columns)):
@@ -80,35 +84,32 @@ def _over_tails(
 ) -> list[Result]:
     """Call a function with some ranks, ascending, and their matrices ``(ranks, n, n)``, until all had their turn.
 
-    A matrix is that of a higher rank and a few products more: the highest ranks come first.
+    A matrix is that of a higher rank and a few products more: the highest ranks come first, and who is free makes the
+    next ones while the others are at work. The results are in no order.
     """
     size = by_rank.shape[-1]
-    if not ranks:
-        return []
     together = max(1, _CHUNK // size**2)
-    together = min(together, -(-len(ranks) // 2)) if size > 2 * _SMALL else together
-    at_a_time = max(2, 2 * _CHUNK // (together * size**2))
+    together = min(together, max(1, -(-len(ranks) // 2))) if size > 2 * _SMALL else together
     parts = [ranks[max(0, stop - together) : stop] for stop in range(len(ranks), 0, -together)]
-    stops = [len(by_rank), *(part[0] for part in parts)]
-    beyond, results = by_rank.new_zeros(size, size), []
-    for first in range(0, len(parts), at_a_time):
-        some = parts[first : first + at_a_time]
-        tails = workers.map(partial(_tails, by_rank), zip(some, stops[first:], strict=False))
-        for tail in tails:
-            beyond = tail.add_(beyond)[0]
-        results += workers.map(function, zip(some, tails, strict=True))
-    return results
+    tails, turn = _tails(by_rank, parts), Lock()
+
+    def task(_: int) -> Result:
+        with turn:
+            part, matrices = next(tails)
+        return function((part, matrices))
+
+    return workers.map(task, range(len(parts)))
 
 
-def _tails(by_rank: Tensor, task: tuple[list[int], int]) -> Tensor:
-    """Return ``(ranks, n, n)``: the sums of what each of the ranks keeps up to a last rank, which is left out."""
-    ranks, stop = task
-    tails = by_rank.new_zeros(len(ranks) + 1, by_rank.shape[-1], by_rank.shape[-1])
-    for index in range(len(ranks) - 1, -1, -1):
-        rows = by_rank[ranks[index] : stop].flatten(0, 1)
-        torch.addmm(tails[index + 1], rows.mT, rows, out=tails[index])
-        stop = ranks[index]
-    return tails[:-1]
+def _tails(by_rank: Tensor, parts: list[list[int]]) -> Iterator[tuple[list[int], Tensor]]:
+    """Yield parts of ranks, the highest first, and ``(ranks, n, n)``: the sums of what each of the ranks keeps."""
+    stop, beyond = len(by_rank), by_rank.new_zeros(by_rank.shape[-1], by_rank.shape[-1])
+    for ranks in parts:
+        tails = beyond.new_empty(len(ranks), *beyond.shape)
+        for index in range(len(ranks) - 1, -1, -1):
+            rows = by_rank[ranks[index] : stop].flatten(0, 1)
+            beyond, stop = torch.addmm(beyond, rows.mT, rows, out=tails[index]), ranks[index]
+        yield ranks, tails
 
 
 @dataclass

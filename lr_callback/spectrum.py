@@ -8,6 +8,7 @@ those of a finer one; where they are tall, those of a fine slicing are diagonal 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from lr_callback.parallel import Workers
 
 _EPSILON = torch.finfo(torch.float64).eps
 _LARGE = 2**19  # elements of a Gram matrix that is decomposed alone
+_PARTS = 4  # of the rows of a Gram matrix, each computed up to its last column only
 _TASK = 2**18  # elements of a task: below this, handing it to a worker costs more than it saves
 
 
@@ -27,7 +29,8 @@ class Slicing:
 
     Args:
         slices: ``(g * k, rows, columns)`` in the weight's dtype, those of one group after those of another.
-        gram: ``(g * k, n, n)`` float64, ``n`` the smaller side: ``W_i W_i^T`` if wide, ``W_i^T W_i`` if tall.
+        gram: ``(g * k, n, n)`` float64, ``n`` the smaller side: ``W_i W_i^T`` if wide, ``W_i^T W_i`` if tall. It is
+            symmetric, and what is above the diagonal may be left out.
         groups: ``g``.
     """
 
@@ -61,35 +64,43 @@ def split(matrix: Tensor, num_slices: int) -> Tensor:
     return sliced.transpose(1, 2).flatten(0, 1)
 
 
-def slicings(matrix: Tensor, counts: Sequence[int], workers: Workers) -> Iterator[Slicing]:
-    """Yield the slicings of a folded layer, one at a time, the wide ones first, and of those the coarsest first.
-
-    Its errors need no vectors, and give every other slicing something to be better than. After it comes the finest
-    of the wide ones, whose errors are often the smallest for their cost.
+def slicings(
+    matrix: Tensor, counts: Sequence[int], workers: Workers, coarsest_first: bool = False
+) -> Iterator[Slicing]:
+    """Yield the slicings of a folded layer, one at a time, the wide ones first.
 
     Args:
         matrix: ``(rows, columns)``, or ``(g, rows, columns)`` of groups, the layer folded with one slice; not changed.
         counts: numbers of slices, each a divisor of the input channels.
         workers: where the products are computed.
+        coarsest_first: whether the coarsest comes before the finest of the wide ones. Its errors need no vectors, and
+            give every other slicing something to be better than; those of the finest are often the smallest for
+            their cost. It takes more memory.
 
-    Memory: the Gram matrices of one slicing, in float64, at most as many numbers as the matrix; with those of the
-    coarsest slicing, which are few, and with those that the next ones derive from.
+    Memory: the Gram matrices of one slicing, in float64, at most as many numbers as the matrix, and those that the next
+    ones derive from; the caller must not keep a slicing while it asks for the next.
     """
-    groups = matrix.shape[0] if matrix.dim() == 3 else 1
     rows, columns = matrix.shape[-2:]
-    wide = [count for count in sorted(counts) if columns // count >= rows]
+    wide = [count for count in sorted(counts, reverse=True) if columns // count >= rows]
     tall = [count for count in sorted(counts) if columns // count < rows]
-    for order, first in ((wide[:1] + wide[:0:-1], wide[-1:]), (tall, tall[:1])):
-        have = first[0] if first else 0
-        base = _gram(split(matrix, have), workers) if first else matrix
-        for index, count in enumerate(order):
-            slices = split(matrix, count)
-            gram = base if count == have else _derive(base, groups * count)
-            gram = _gram(slices, workers) if gram is None else gram
-            if _serves(count, have, order[index + 1 :], finer=order is tall):
-                # The others derive from this one: no more than two sets are ever there.
-                base, have = gram, count
-            yield Slicing(slices, gram, groups)
+    first = wide[0] if wide else 0
+    yield from _derived(matrix, wide[-1:] + wide[:-1] if coarsest_first else wide, first, workers)
+    yield from _derived(matrix, tall, tall[0] if tall else 0, workers)
+
+
+def _derived(matrix: Tensor, order: Sequence[int], have: int, workers: Workers) -> Iterator[Slicing]:
+    """Yield slicings in an order, all wide or all tall; ``have`` is the one that the others derive from, if they do."""
+    groups = matrix.shape[0] if matrix.dim() == 3 else 1
+    base = _gram(split(matrix, have), workers) if order else matrix
+    for index, count in enumerate(order):
+        slices = split(matrix, count)
+        gram = base if count == have else _derive(base, groups * count)
+        gram = _gram(slices, workers) if gram is None else gram
+        if _serves(count, have, order[index + 1 :], finer=not is_wide(slices)):
+            # The others derive from this one: no more than two sets are ever there.
+            base, have = gram, count
+        yield Slicing(slices, gram, groups)
+        del slices, gram
 
 
 def _serves(count: int, have: int, others: Sequence[int], finer: bool) -> bool:
@@ -114,25 +125,29 @@ def _derive(base: Tensor, count: int) -> Tensor | None:
 
 
 def _gram(slices: Tensor, workers: Workers) -> Tensor:
-    """Multiply each slice ``(rows, columns)`` with its transpose, on the smaller side, in float64."""
+    """Multiply each slice ``(rows, columns)`` with its transpose, on the smaller side, in float64; the lower half."""
     oriented = slices if is_wide(slices) else slices.mT
     count, side = oriented.shape[:2]
     total = oriented.new_zeros((count, side, side), dtype=torch.float64)
 
     def task(where: tuple[slice, slice]) -> None:
         part, rows = where
-        _add_products(total[part, rows], oriented[part], rows)
+        _add_products(total[part, rows, : rows.stop], oriented[part], rows)
 
-    # Two halves of the rows, whatever the number of workers: fixed parts have fixed bits.
-    halves = [slice(0, side // 2), slice(side // 2, side)]
-    workers.map(task, [(part, rows) for part in _ranges(oriented) for rows in halves])
+    # Parts of the rows, whatever the number of workers: fixed parts have fixed bits. The largest come first.
+    edges = [side * part // _PARTS for part in range(_PARTS, -1, -1)]
+    rows = [slice(start, stop) for stop, start in itertools.pairwise(edges)]
+    workers.map(task, [(part, some) for part in _ranges(oriented) for some in rows])
     return total
 
 
-def _decompose(function: Callable[[slice], None], gram: Tensor, parts: list[slice], workers: Workers) -> None:
-    """Call a function that decomposes Gram matrices for each part of them, large ones not at the same time.
+def _decompose(
+    function: Callable[[slice], None], gram: Tensor, parts: list[slice], copies: int, workers: Workers
+) -> None:
+    """Call a function that decomposes Gram matrices for each part of them, not too many large ones at the same time.
 
-    LAPACK takes three times the memory of a matrix, and the largest matrices are those of the largest layers.
+    LAPACK takes some copies of each matrix that it is at; those of large ones, which are of the largest layers, may
+    take half as much memory as there is already.
     """
 
     def one_after_the_other(some: list[slice]) -> None:
@@ -140,7 +155,8 @@ def _decompose(function: Callable[[slice], None], gram: Tensor, parts: list[slic
             function(part)
 
     large = gram[0].numel() > _LARGE
-    workers.map(one_after_the_other, [parts] if large else [[part] for part in parts])
+    lanes = max(1, gram.shape[0] // (2 * copies)) if large else len(parts)
+    workers.map(one_after_the_other, [parts[lane::lanes] for lane in range(lanes)])
 
 
 def _ranges(matrices: Tensor) -> list[slice]:
@@ -150,11 +166,11 @@ def _ranges(matrices: Tensor) -> list[slice]:
 
 
 def _add_products(total: Tensor, matrices: Tensor, rows: slice) -> None:
-    """Add the products of the named rows of ``(k, n, m)`` with all rows, a block of columns at a time."""
+    """Add the products of the named rows of ``(k, n, m)`` with all rows up to them, a block of columns at a time."""
     width = max(1, _TASK // max(1, matrices.shape[0] * matrices.shape[1]))
     for block in torch.split(matrices, width, dim=-1):
         double = block.double()
-        total.baddbmm_(double[:, rows], double.mT)
+        total.baddbmm_(double[:, rows], double[:, : rows.stop].mT)
 
 
 def singular_values(gram: Tensor, workers: Workers) -> Tensor:
@@ -167,7 +183,7 @@ def singular_values(gram: Tensor, workers: Workers) -> Tensor:
     def task(part: slice) -> None:
         eigenvalues[part] = torch.linalg.eigvalsh(gram[part])
 
-    _decompose(task, gram, _ranges(gram), workers)
+    _decompose(task, gram, _ranges(gram), 1, workers)
     return _to_singular(eigenvalues)
 
 
@@ -203,7 +219,7 @@ def scaled_left_vectors(
         torch.mul(made, 1 / scale, out=vectors[part])
 
     larger = slicing.slices if slicing.gram[0].numel() < slicing.slices[0].numel() else slicing.gram
-    _decompose(task, slicing.gram, _ranges(larger), workers)
+    _decompose(task, slicing.gram, _ranges(larger), 4, workers)
     return vectors, values
 
 

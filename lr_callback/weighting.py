@@ -5,7 +5,7 @@ factors of rank ``j`` are ``U_j`` and ``U_j^T W_i``, ``U_j`` the leading left si
 principal components of the slice's outputs. Neither needs an inverse, so moments of too few inputs will do.
 
 A wide slice needs no ``L_i``: its Gram matrix is ``W_i C_i W_i^T``. A tall one is multiplied with the Cholesky factor
-of ``C_i``, whose diagonal is raised by a trillionth of the layer's mean square, for channels that are always zero.
+of ``C_i``, whose diagonal is raised by a trillionth of its mean, for channels that are always zero.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from lr_callback.parallel import Workers
 from lr_callback.spectrum import Slicing, balanced, is_wide, slicings, split
 
 _FLOOR = 1e-12
+_TASK = 2**18  # numbers of a task: below this, handing it to a worker costs more than it saves
 
 
 def weighted_slicings(matrix: Tensor, moments: Tensor, counts: Sequence[int], workers: Workers) -> Iterator[Slicing]:
@@ -42,9 +43,21 @@ def weighted_slicings(matrix: Tensor, moments: Tensor, counts: Sequence[int], wo
         slices, blocks = split(matrix, count), diagonal_blocks(moments, count)
         if count in wide:
             yield Slicing(slices, _products(slices, blocks, workers), groups)
-            continue
-        scaled = slices.double() @ _cholesky(blocks)
-        yield Slicing(scaled, scaled.mT @ scaled, groups)
+        else:
+            yield Slicing(*_scaled(slices, blocks, workers), groups)
+
+
+def _scaled(slices: Tensor, blocks: Tensor, workers: Workers) -> tuple[Tensor, Tensor]:
+    """Return tall slices times the roots of their moments, and the Gram matrices of these, float64."""
+
+    def task(part: slice) -> tuple[Tensor, Tensor]:
+        scaled = slices[part].double() @ _cholesky(blocks[part])
+        return scaled, scaled.mT @ scaled
+
+    # Parts that are the same whatever the number of workers have the same bits.
+    size = max(1, _TASK // blocks[0].numel())
+    parts = workers.map(task, [slice(start, start + size) for start in range(0, len(blocks), size)])
+    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
 
 def _roots(moments: Tensor, like: Tensor) -> Tensor:

@@ -146,7 +146,7 @@ def test_the_weight_is_not_changed(error, crew):
 
 
 @pytest.mark.parametrize("error", ERRORS)
-@pytest.mark.parametrize("shape", [(6, 24), (24, 12), (80, 96), (30, 150)], ids=str)
+@pytest.mark.parametrize("shape", [(6, 24), (24, 12), (80, 96), (30, 150), (257, 262), (257, 771)], ids=str)
 def test_with_prices_an_error_is_given_up_only_where_another_slicing_is_as_good_for_as_little(shape, error, crew):
     matrix, last = draw(*shape), every_rank(shape)
     prices = {count: shape[1] + count * shape[0] for count in last}

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from lr_callback.parallel import workers
+from lr_callback.parallel import Workers, workers
 
 
 @pytest.fixture(autouse=True)
@@ -24,6 +24,19 @@ def test_results_come_in_the_order_of_the_items_whoever_finishes_first(crew):
         return item * item
 
     assert crew.map(slow_first, range(20)) == [item * item for item in range(20)]
+
+
+def test_items_that_are_done_alone_are_worked_off_side_by_side_each_in_one_thread(crew):
+    meet = threading.Barrier(2)
+
+    def alone(item: int, alone: Workers) -> tuple[int, int, set[int]]:
+        meet.wait(timeout=20)
+        here = {threading.get_ident(), *alone.map(lambda _: threading.get_ident(), range(3))}
+        return item, torch.get_num_threads(), here
+
+    done = list(crew.each_alone(alone, range(4)))
+    assert [(item, threads, len(here)) for item, threads, here in done] == [(item, 1, 1) for item in range(4)]
+    assert list(Workers(None).each_alone(lambda item, _: -item, range(3))) == [0, -1, -2]
 
 
 def test_no_items_give_no_results(crew):
