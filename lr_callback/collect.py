@@ -84,7 +84,7 @@ def collect_moments(
             return
         name = names[layer]
         try:
-            metrics.setdefault(name, _metric(rows, largest)).update(some(rows))
+            metrics.setdefault(name, _metric(rows, largest)).update(rows)
         except ValueError as error:
             raise ValueError(f"{name}: its inputs on the calibration batches cannot be measured. {error}") from error
 
@@ -165,17 +165,19 @@ def _rows(layer: nn.Module, inputs: Tensor, outputs: Tensor, largest: int) -> Te
     assert kind is not None
     geometry = kind.geometry(layer)
     if geometry.in_channels // geometry.groups * prod(geometry.kernel) <= largest or prod(geometry.kernel) == 1:
-        return kind.patches(layer, inputs, outputs)
-    return kind.positions(layer, inputs)
+        return kind.patches(layer, inputs, outputs, spread(kind.results(layer, outputs).shape[1], inputs.device))
+    rows = kind.positions(layer, inputs)
+    chosen = spread(rows.shape[1], rows.device)
+    return rows if chosen is None else rows[:, chosen]
 
 
-def some(rows: Tensor) -> Tensor:
-    """Return at most :data:`POSITIONS` rows of ``(g, n, s)``, spread over all of them, the same ones each time."""
-    if rows.shape[1] <= POSITIONS:
-        return rows
+def spread(count: int, device: torch.device) -> Tensor | None:
+    """Return at most :data:`POSITIONS` of so many positions, spread over all, the same each time; None: take all."""
+    if count <= POSITIONS:
+        return None
     # A stride of the golden ratio is never in step with the width of an image.
-    chosen = (torch.arange(POSITIONS, dtype=torch.float64) * _GOLDEN % 1 * rows.shape[1]).long()
-    return rows[:, chosen.to(rows.device)]
+    chosen = (torch.arange(POSITIONS, dtype=torch.float64) * _GOLDEN % 1 * count).long()
+    return chosen.to(device)
 
 
 _GOLDEN = (5**0.5 - 1) / 2

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lr_callback.alternate import Seen, alternate
-from lr_callback.collect import LARGEST, some, watching
+from lr_callback.collect import LARGEST, spread, watching
 from lr_callback.folding import decoder_matrices, unfold_decoder, unfold_encoder
 from lr_callback.layer_types import dense_weight, layer_type
 from lr_callback.layers import FactorizedLayer, dense_bias
@@ -92,9 +92,10 @@ class DecoderFit(Fit):
         """Return what comes to the decoder, what its outputs lack, and one, which gives the means."""
         kind = layer_type(self.student.decoder)
         assert kind is not None
-        patches = kind.patches(self.student.decoder, inputs, outputs)
+        missing, chosen = _results(kind, self.student.decoder, wanted.to(outputs.dtype) - outputs)
+        patches = kind.patches(self.student.decoder, inputs, outputs, chosen)
         assert patches is not None
-        return _stacked(patches, kind.results(self.student.decoder, wanted.to(outputs.dtype) - outputs))
+        return _stacked(patches.double(), missing.double())
 
     def rows_before(self, inputs: Tensor, wanted: Tensor) -> Tensor:
         """Return the rows of the student on the teacher's inputs."""
@@ -135,9 +136,10 @@ class BothFit(Fit):
     def rows(self, inputs: Tensor, outputs: Tensor, wanted: Tensor) -> Tensor:
         """Return the inputs, what the dense map of them lacks of the wanted outputs, and one."""
         kind = type(self.student)
-        patches, results = kind.patches(self.student, inputs, wanted), kind.results(self.student, wanted)
+        results, chosen = _results(kind, self.student, wanted)
+        patches = kind.patches(self.student, inputs, wanted, chosen)
         assert patches is not None
-        patches, results = some(patches).double(), some(results).double()
+        patches, results = patches.double(), results.double()
         bias = dense_bias(self.teacher)
         if bias is not None:
             results = results - bias.double().reshape(len(results), 1, -1)
@@ -166,7 +168,13 @@ class BothFit(Fit):
         return after / before if before > 0 else 1.0
 
 
+def _results(kind: type[FactorizedLayer], layer: nn.Module, outputs: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return outputs position by position, and which positions of all they are."""
+    rows = kind.results(layer, outputs)
+    chosen = spread(rows.shape[1], rows.device)
+    return rows if chosen is None else rows[:, chosen], chosen
+
+
 def _stacked(rows: Tensor, missing: Tensor) -> Tensor:
     """Put rows, what is missing, and one side by side; in float64, for rounded products would fill what is empty."""
-    rows, missing = some(rows).double(), some(missing).double()
     return torch.cat([rows, missing, torch.ones_like(rows[..., :1])], dim=2)

@@ -82,19 +82,21 @@ class FactorizedLayer(nn.Module, ABC):
         return Call(outputs.shape[:-1].numel())
 
     @classmethod
-    def patches(cls, layer: nn.Module, inputs: Tensor, outputs: Tensor) -> Tensor | None:
+    def patches(cls, layer: nn.Module, inputs: Tensor, outputs: Tensor, chosen: Tensor | None = None) -> Tensor | None:
         """Return what the weight of a dense or factorized layer is multiplied with in one call.
 
         Args:
             layer: of this type.
             inputs: of the call.
             outputs: of the call; only their shape matters.
+            chosen: indices of positions, in the order of :meth:`results`; None: all.
 
         Returns:
             ``(g, positions, C / g * prod(kernel))``, the last axis in the order of the weight's; None for a type whose
             inputs are no numbers.
         """
-        return inputs.reshape(1, -1, inputs.shape[-1])
+        rows = inputs.reshape(1, -1, inputs.shape[-1])
+        return rows if chosen is None else rows[:, chosen]
 
     @classmethod
     def positions(cls, layer: nn.Module, inputs: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from lr_callback.costs import Call
-from lr_callback.folding import Geometry, decoder_axes, swap_channels
+from lr_callback.folding import Geometry, decoder_axes
 from lr_callback.layers.base import FactorizedLayer, any_weight, dense_bias
 
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -78,15 +78,16 @@ class FactorizedConvolution(FactorizedLayer):
         return Call(batch, tuple(inputs.shape[-cls.axes :]), tuple(outputs.shape[-cls.axes :]))
 
     @classmethod
-    def patches(cls, layer: nn.Module, inputs: Tensor, outputs: Tensor) -> Tensor | None:
+    def patches(cls, layer: nn.Module, inputs: Tensor, outputs: Tensor, chosen: Tensor | None = None) -> Tensor | None:
         """Return the inputs under each kernel position; of a transposed layer what each brings to an output."""
         assert isinstance(layer, (_ConvNd, FactorizedConvolution))
-        # A convolution of each channel with kernels that are one at a single position takes the patches apart, with the
-        # layer's own stride, padding and dilation.
+        inputs, outputs = (one if one.dim() == cls.axes + 2 else one.unsqueeze(0) for one in (inputs, outputs))
+        if not layer.transposed:
+            return _gathered(layer, inputs, tuple(outputs.shape[-cls.axes :]), chosen)
+        # A convolution of each channel with kernels that are one at a single position takes the patches apart.
         positions = prod(layer.kernel_size)
         one_hot = torch.eye(positions, dtype=inputs.dtype, device=inputs.device)
-        one_hot = one_hot.reshape(positions, 1, *layer.kernel_size).repeat(layer.in_channels, *[1] * (cls.axes + 1))
-        options: dict[str, Any] = {"output_padding": layer.output_padding} if layer.transposed else {}
+        one_hot = one_hot.reshape(1, positions, *layer.kernel_size).repeat(layer.in_channels, *[1] * (cls.axes + 1))
         apart = cls.dense_class(
             layer.in_channels,
             layer.in_channels * positions,
@@ -94,16 +95,14 @@ class FactorizedConvolution(FactorizedLayer):
             stride=layer.stride,
             padding=layer.padding,
             dilation=layer.dilation,
+            output_padding=layer.output_padding,
             groups=layer.in_channels,
             bias=False,
-            padding_mode=layer.padding_mode,
             device="meta",
-            **options,
         )
-        weight = swap_channels(one_hot, layer.in_channels) if layer.transposed else one_hot
-        apart.weight = nn.Parameter(weight, requires_grad=False)
-        sized = [list(outputs.shape[-cls.axes :])] if layer.transposed else []
-        return _by_position(apart(inputs, *sized), layer.groups, cls.axes)
+        apart.weight = nn.Parameter(one_hot, requires_grad=False)
+        rows = _by_position(apart(inputs, list(outputs.shape[-cls.axes :])), layer.groups, cls.axes)
+        return rows if chosen is None else rows[:, chosen]
 
     @classmethod
     def positions(cls, layer: nn.Module, inputs: Tensor) -> Tensor:
@@ -155,6 +154,36 @@ class FactorizedConvolution(FactorizedLayer):
         ).to_empty(device=weight.device)
         weights = like.factors if isinstance(like, FactorizedLayer) else (weight,)
         return _laid_out(made, weights)
+
+
+def _gathered(
+    layer: _ConvNd | FactorizedConvolution, inputs: Tensor, sizes: tuple[int, ...], chosen: Tensor | None
+) -> Tensor:
+    """Take the patches of a convolution at some positions of its output, ``(g, n, C / g * prod(kernel))``."""
+    device, axes = inputs.device, len(sizes)
+    padded = _padded(layer, inputs).movedim(1, -1)
+    flat = torch.arange(len(inputs) * prod(sizes), device=device) if chosen is None else chosen
+    image, *outputs = torch.unravel_index(flat, (len(inputs), *sizes))
+    where = [image.reshape(-1, *[1] * axes)]
+    for axis, start in enumerate(outputs):
+        steps = torch.arange(layer.kernel_size[axis], device=device) * layer.dilation[axis]
+        at = start.unsqueeze(1) * layer.stride[axis] + steps
+        where.append(at.reshape(len(flat), *[1] * axis, -1, *[1] * (axes - 1 - axis)))
+    patches = padded[tuple(where)].movedim(-1, 1)
+    return patches.reshape(len(flat), layer.groups, -1).transpose(0, 1)
+
+
+def _padded(layer: _ConvNd | FactorizedConvolution, inputs: Tensor) -> Tensor:
+    """Return the inputs with what the layer pads them with; of an odd number more comes last, as in torch."""
+    both: list[int] = []
+    for axis in reversed(range(len(layer.kernel_size))):
+        if isinstance(layer.padding, str):
+            whole = layer.dilation[axis] * (layer.kernel_size[axis] - 1) if layer.padding == "same" else 0
+            both += [whole // 2, whole - whole // 2]
+        else:
+            both += [layer.padding[axis]] * 2
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    return nn.functional.pad(inputs, both, mode=mode)
 
 
 def _by_position(values: Tensor, groups: int, axes: int) -> Tensor:

@@ -65,7 +65,7 @@ class FactorizedEmbedding(FactorizedLayer):
         return Geometry(layer.embedding_dim, layer.num_embeddings, sliceable=False)
 
     @classmethod
-    def patches(cls, layer: nn.Module, inputs: Tensor, outputs: Tensor) -> Tensor | None:
+    def patches(cls, layer: nn.Module, inputs: Tensor, outputs: Tensor, chosen: Tensor | None = None) -> Tensor | None:
         """Return None: the inputs are indices."""
         return None
 

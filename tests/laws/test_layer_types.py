@@ -224,3 +224,21 @@ def test_the_gradient_of_factors_is_what_projects_on_them(case, name):
     wanted = torch.autograd.grad((model[0].weight * momentum).sum(), model[0].factors)
     for factor, gradient in zip(model[0].factors, wanted, strict=True):
         assert near(optimizer.state[factor][key], gradient)
+
+
+@law
+@given(cases(), st.booleans())
+def test_patches_times_the_weight_are_the_outputs(case, some):
+    kind, layer = layer_type(case.layer), case.layer
+    outputs = layer(case.inputs).detach()
+    wanted = kind.results(layer, outputs)
+    chosen = torch.arange(0, wanted.shape[1], 2) if some else None
+    patches = kind.patches(layer, case.inputs, outputs, chosen)
+    if not kind.has_patches:
+        assert patches is None
+        return
+    groups = case.geometry.groups
+    weight = dense_weight(layer).reshape(groups, -1, patches.shape[2])
+    bias = getattr(layer, "bias", None)
+    found = patches @ weight.mT + (0 if bias is None else bias.detach().reshape(groups, 1, -1))
+    assert torch.allclose(found, wanted if chosen is None else wanted[:, chosen], atol=TOLERANCE)
