@@ -1,6 +1,6 @@
 """Fitting: what is measured of one layer at a cut, and the factors that follow from it.
 
-A fit says which module is watched, what rows its calls give, and what to do with their moments.
+A fit says what rows a call of the layer gives, and what to do with their moments.
 """
 
 from __future__ import annotations
@@ -33,27 +33,17 @@ class Fit(ABC):
 
     @property
     @abstractmethod
-    def watched(self) -> nn.Module:
-        """The module whose calls give the rows."""
-
-    @property
-    @abstractmethod
     def width(self) -> int:
         """How many inputs are fitted to, of a group."""
 
     @abstractmethod
-    def rows(self, inputs: Tensor, outputs: Tensor, wanted: Tensor) -> Tensor:
+    def rows(self, inputs: Tensor, wanted: Tensor) -> Tensor:
         """Return rows ``(g, n, s)``, float64, of one call.
 
         Args:
-            inputs: of the watched module.
-            outputs: of the watched module.
+            inputs: of the layer.
             wanted: outputs of the teacher in the same call of the model before the cut.
         """
-
-    @abstractmethod
-    def rows_before(self, inputs: Tensor, wanted: Tensor) -> Tensor:
-        """Return the rows of a call of the teacher, on the inputs that it had."""
 
     @abstractmethod
     def solve(self, moments: SecondMoments) -> float:
@@ -79,31 +69,24 @@ class DecoderFit(Fit):
     """Least squares for the decoder: rows of what comes to it, of what its outputs lack, and of one."""
 
     @property
-    def watched(self) -> nn.Module:
-        """The decoder."""
-        return self.student.decoder
-
-    @property
     def width(self) -> int:
         """Inputs of a group of the decoder, kernel positions included."""
         return self.student.ordered_factors[1][0].numel()
 
-    def rows(self, inputs: Tensor, outputs: Tensor, wanted: Tensor) -> Tensor:
+    def rows(self, inputs: Tensor, wanted: Tensor) -> Tensor:
         """Return what comes to the decoder, what its outputs lack, and one, which gives the means."""
-        kind = layer_type(self.student.decoder)
+        decoder = self.student.decoder
+        kind = layer_type(decoder)
         assert kind is not None
-        missing, chosen = _results(kind, self.student.decoder, wanted.to(outputs.dtype) - outputs)
-        patches = kind.patches(self.student.decoder, inputs, outputs, chosen)
-        assert patches is not None
-        return _stacked(patches.double(), missing.double())
-
-    def rows_before(self, inputs: Tensor, wanted: Tensor) -> Tensor:
-        """Return the rows of the student on the teacher's inputs."""
         seen: list[tuple[Tensor, Tensor]] = []
         sized = [list(wanted.shape)] if getattr(self.student, "transposed", False) else []
-        with watching([self.student.decoder], lambda _, through, given: seen.append((through, given))):
+        with watching([decoder], lambda _, through, given: seen.append((through, given))):
             self.student.forward(inputs, *sized)
-        return self.rows(*seen[0], wanted)
+        [(through, given)] = seen
+        missing, chosen = _results(kind, decoder, wanted.to(given.dtype) - given)
+        patches = kind.patches(decoder, through, given, chosen)
+        assert patches is not None
+        return _stacked(patches.double(), missing.double())
 
     def solve(self, moments: SecondMoments) -> float:
         """Change the decoder."""
@@ -118,11 +101,6 @@ class BothFit(Fit):
     """Encoder and decoder in turn: rows of inputs, of what the dense map of them lacks, and of one."""
 
     @property
-    def watched(self) -> nn.Module:
-        """The layer itself."""
-        return self.student
-
-    @property
     def width(self) -> int:
         """Inputs of a group at one position."""
         return self._weight.shape[2]
@@ -133,7 +111,7 @@ class BothFit(Fit):
         weight = dense_weight(self.teacher).double()
         return weight.reshape(self.student.geometry(self.student).groups, -1, weight[0].numel())
 
-    def rows(self, inputs: Tensor, outputs: Tensor, wanted: Tensor) -> Tensor:
+    def rows(self, inputs: Tensor, wanted: Tensor) -> Tensor:
         """Return the inputs, what the dense map of them lacks of the wanted outputs, and one."""
         kind = type(self.student)
         results, chosen = _results(kind, self.student, wanted)
@@ -144,10 +122,6 @@ class BothFit(Fit):
         if bias is not None:
             results = results - bias.double().reshape(len(results), 1, -1)
         return _stacked(patches, results - patches @ self._weight.mT)
-
-    def rows_before(self, inputs: Tensor, wanted: Tensor) -> Tensor:
-        """Return the rows of the teacher's inputs; what its map lacks of them is rounding."""
-        return self.rows(inputs, wanted, wanted)
 
     def solve(self, moments: SecondMoments) -> float:
         """Change both factors."""

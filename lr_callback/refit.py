@@ -8,19 +8,23 @@ found in turn (:mod:`lr_callback.alternate`). Directions that the batches do not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, TypeVar
 from warnings import warn
 
 import torch
 from torch import Tensor, nn
 
-from lr_callback.collect import merged, run_batches
+from lr_callback.collect import merged, run_batches, runner
 from lr_callback.fitting import Fit, fit_of
 from lr_callback.layers import FactorizedLayer, dense_bias
+from lr_callback.lockstep import Walk, walks
 from lr_callback.moments import SecondMoments
+from lr_callback.observe import as_written, untouched
 from lr_callback.processes import Processes
+from lr_callback.station import Station
 from lr_callback.surgery import standing_in
 
 Batch = TypeVar("Batch")
@@ -47,7 +51,9 @@ def refit_(
             layers are wide.
         forward: runs the model on a batch; None: as for :func:`~lr_callback.collect.collect_moments`.
         inputs: ``cut``: the layers one after the other in the order of their calls, each on the inputs that the layers
-            before, cut and refitted, give it. It takes two runs of a part of the model for each layer. ``dense``: all
+            before, cut and refitted, give it; in two runs of the model, layer by layer for all batches together,
+            which holds what the runs are at in memory. A layer that is called several times is fitted as in ``dense``.
+            ``dense``: all
             at once on the inputs that they had before the cut, in one run; less accurate.
         factors: ``both``: encoder and decoder in turn (:mod:`lr_callback.alternate`), where the decoder has no kernel
             and a position has at most :data:`~lr_callback.collect.LARGEST` inputs; else, and for ``decoder``, the
@@ -113,10 +119,6 @@ def _own_biases(teachers: Iterable[nn.Module]) -> Iterator[None]:
             owners[teacher]._parameters["bias"] = bias
 
 
-class _EnoughError(Exception):
-    """A run of the model can stop: what it was for has been seen."""
-
-
 class _Refit:
     """One refit of a model.
 
@@ -140,13 +142,13 @@ class _Refit:
         self._batches, self._forward, self._processes = batches, forward, processes
         self._instead: dict[nn.Module, nn.Module] = {fit.student: fit.teacher for fit in fits.values()}
 
-    def all_at_once(self) -> dict[str, float]:
-        """Refit every layer on the inputs that it had before the cut."""
-        names = {fit.teacher: name for name, fit in self._fits.items()}
+    def all_at_once(self, only: Collection[str] | None = None) -> dict[str, float]:
+        """Refit every layer, or some, on the inputs that it had before the cut."""
+        names = {fit.teacher: name for name, fit in self._fits.items() if only is None or name in only}
         moments: dict[str, SecondMoments] = {}
 
         def see(teacher: nn.Module, inputs: Tensor, outputs: Tensor) -> None:
-            _add(moments, names[teacher], self._fits[names[teacher]].rows_before(inputs, outputs))
+            _add(moments, names[teacher], self._fits[names[teacher]].rows(inputs, outputs))
 
         def measure() -> dict[str, SecondMoments]:
             with standing_in(self._model, self._instead):
@@ -155,29 +157,61 @@ class _Refit:
 
         parts = self._processes.gather(measure, long=True)
         found = {name: merged([part[name] for part in parts if name in part]) for part in parts for name in part}
-        self._warn_of_unseen(found)
+        if only is None:
+            self._warn_of_unseen(found)
         self._warn_of_few({name: float(one.count) for name, one in found.items()})
         return {name: self._solve(name, found[name]) for name in self._fits if name in found}
 
     def one_by_one(self) -> dict[str, float]:
         """Refit one layer after the other, in the order of their calls, on the inputs of the model as it stands."""
-        # The order is that of the first process, and a layer that a process does not call has no moments there.
-        order = self._processes.gather(self._calls, long=True)[0]
-        self._warn_of_unseen(order)
+        # The order is that of the first process; it is the same on all.
+        calls = self._processes.gather(self._calls, long=True)[0]
+        self._warn_of_unseen(calls, "first calibration batch")
+        often = {name for name, times in calls.items() if times > 1}
+        # A layer that is called several times has inputs that depend on itself: it is fitted to those before the cut.
+        left = self.all_at_once(often) if often else {}
+        stations = {name: Station(name, fit) for name, fit in self._fits.items()}
+        run = runner(self._model, self._forward)
+        runs = [partial(run, batch) for batch in self._batches]
+        instead: dict[nn.Module, nn.Module] = {self._fits[name].student: one.dense for name, one in stations.items()}
+        with (
+            untouched(self._model),
+            as_written(),
+            standing_in(self._model, instead),
+            walks(runs, before=True) as before,
+            walks(runs, before=False) as after,
+        ):
+            return left | self._walk([name for name in calls if name not in often], stations, before, after)
+
+    def _walk(
+        self, order: Sequence[str], stations: Mapping[str, Station], before: Sequence[Walk], after: Sequence[Walk]
+    ) -> dict[str, float]:
+        """Take all runs from layer to layer, and refit each one as they come to it."""
         left: dict[str, float] = {}
         counts: dict[str, float] = {}
+        for name in set(stations) - set(order):
+            stations[name].is_open = True
         for name in order:
-
-            def measure(name: str = name) -> SecondMoments:
-                moments: dict[str, SecondMoments] = {}
-                for batch in self._batches:
-                    self._compare(name, order[name], batch, moments)
-                return moments[name].cpu()
-
-            found = merged(self._processes.gather(measure, long=True))
-            counts[name], left[name] = float(found.count), self._solve(name, found)
+            parts = self._processes.gather(partial(self._measure, name, before, after), long=True)
+            if any(parts):
+                found = merged([one for part in parts for one in part])
+                counts[name], left[name] = float(found.count), self._solve(name, found)
+            stations[name].refresh()
+            for walk in after:
+                walk.at = None if walk.at == name else walk.at
         self._warn_of_few(counts)
         return left
+
+    def _measure(self, name: str, before: Sequence[Walk], after: Sequence[Walk]) -> list[SecondMoments]:
+        """Return the moments of the runs that wait at a layer; none, if none of them does."""
+        moments: dict[str, SecondMoments] = {}
+        for one, other in zip(before, after, strict=True):
+            if other.at is None:
+                other.step()
+            wanted = one.step_to(name) if other.at == name else None
+            if wanted is not None and other.tensor is not None:
+                _add(moments, name, self._fits[name].rows(other.tensor, wanted))
+        return [moment.cpu() for moment in moments.values()]
 
     def _calls(self) -> dict[str, int]:
         """Return how often each student is called on a batch, in the order of the first calls."""
@@ -189,26 +223,6 @@ class _Refit:
 
         run_batches(self._model, self._batches[:1], self._forward, names, count)
         return calls
-
-    def _compare(self, name: str, times: int, batch: object, moments: dict[str, SecondMoments]) -> None:
-        """Run a batch through both models as far as a layer, and add what it lets through and what is missing."""
-        fit = self._fits[name]
-        wanted: list[Tensor] = []
-        with (
-            standing_in(self._model, self._instead),
-            _until(times, lambda _, outputs: wanted.append(outputs)) as see,
-        ):
-            self._run(batch, fit.teacher, see)
-
-        def compare(inputs: Tensor, outputs: Tensor) -> None:
-            _add(moments, name, fit.rows(inputs, outputs, wanted.pop(0)))
-
-        with _until(times, compare) as see:
-            self._run(batch, fit.watched, see)
-
-    def _run(self, batch: object, layer: nn.Module, see: Callable[[nn.Module, Tensor, Tensor], None]) -> None:
-        with suppress(_EnoughError):
-            run_batches(self._model, [batch], self._forward, [layer], see)
 
     def _solve(self, name: str, moments: SecondMoments) -> float:
         """Change one layer; return the fraction of the squared error that is left."""
@@ -226,29 +240,14 @@ class _Refit:
                 stacklevel=5,
             )
 
-    def _warn_of_unseen(self, seen: Iterable[str]) -> None:
+    def _warn_of_unseen(self, seen: Iterable[str], where: str = "calibration batches") -> None:
         names = set(self._fits) - set(seen)
         if names:
             warn(
-                f"{len(names)} layer(s) are not called on the calibration batches and keep the factors that they have: "
+                f"{len(names)} layer(s) are not called on the {where} and keep the factors that they have: "
                 f"{', '.join(sorted(names)[:5])}{', ...' if len(names) > 5 else ''}.",
                 stacklevel=5,
             )
-
-
-@contextmanager
-def _until(times: int, see: Callable[[Tensor, Tensor], None]) -> Iterator[Callable[[nn.Module, Tensor, Tensor], None]]:
-    """Give what tells of the calls of a layer, and ends the run of the model after so many."""
-    left = times
-
-    def tell(_: nn.Module, inputs: Tensor, outputs: Tensor) -> None:
-        nonlocal left
-        see(inputs, outputs)
-        left -= 1
-        if not left:
-            raise _EnoughError
-
-    yield tell
 
 
 def _add(moments: dict[str, SecondMoments], name: str, rows: Tensor) -> None:

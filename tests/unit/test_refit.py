@@ -193,7 +193,7 @@ def test_a_layer_that_is_not_called_is_told_of_and_left():
     model[1].spare, model[1].forward = nn.Linear(16, 16), lambda features: features
     report = lrc.factorize_(model, lrc.allocate(model, 0.6))
     before = model[1].spare.decoder.weight.clone()
-    with pytest.warns(UserWarning, match=r"1 layer\(s\) are not called on the calibration batches.*: 1.spare\."):
+    with pytest.warns(UserWarning, match=r"1 layer\(s\) are not called on the first calibration batch.*: 1.spare\."):
         assert set(refit_(model, report.replaced, [torch.randn(90, 16)])) == {"0"}
     assert torch.equal(model[1].spare.decoder.weight, before)
 
@@ -214,3 +214,35 @@ def test_a_failure_puts_all_decoders_back(inputs):
         refit_(model, report.replaced, BATCHES, inputs="both")
     with pytest.raises(ValueError, match="`factors` must be 'both' or 'decoder', got 'encoder'"):
         refit_(model, report.replaced, BATCHES, factors="encoder")
+
+
+def test_each_batch_runs_through_the_model_twice_and_once_to_see_the_order():
+    model, report, _ = factorized()
+    runs = []
+    model[2].register_forward_hook(lambda *_: runs.append(1))
+    refit_(model, report.replaced, BATCHES)
+    assert len(runs) == 2 * len(BATCHES) + 1
+
+
+def test_a_model_whose_way_depends_on_its_inputs_is_refitted_where_it_goes():
+    torch.manual_seed(0)
+
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.last = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, features):
+            layer = self.first if features.mean() > 0 else self.second
+            return self.last(torch.relu(layer(features)))
+
+    model = Branches()
+    batches = [torch.randn(200, 16) + 0.5, torch.randn(200, 16) - 0.5, torch.randn(200, 16) + 0.5]
+    wanted = [model(batch).detach() for batch in batches]
+    report = lrc.factorize_(model, lrc.allocate(model, 0.6))
+    before = [(model(batch) - one).norm().item() for batch, one in zip(batches, wanted, strict=True)]
+    with pytest.warns(UserWarning, match=r"not called on the first calibration batch.* second"):
+        left = refit_(model, report.replaced, batches)
+    assert set(left) == {"first", "last"}
+    after = [(model(batch) - one).norm().item() for batch, one in zip(batches, wanted, strict=True)]
+    assert after[0] < before[0] and after[2] < before[2]
