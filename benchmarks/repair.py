@@ -2,19 +2,19 @@
 
     python benchmarks/repair.py --data DIR --weights DIR/cifar10_resnet20.pt
 
-Each row is one way to choose the ranks and one way to repair, evaluated on the 10,000 test images at each size. Moments,
-effects and refits are measured on training images as the training loader gives them (padded by 4, cropped, mirrored);
-no test image is used for them. The factors are multiplied back for the evaluation: the function is the same, and dense
-convolutions of this size are faster on a CPU.
+Each row is one way to choose the ranks and one way to repair, evaluated on the 10,000 test images at each size.
+Moments, effects and refits are measured on training images as the training loader gives them (padded by 4, cropped,
+mirrored); no test image is used for them. The factors are multiplied back for the evaluation: the function is the same,
+and dense convolutions of this size are faster on a CPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accuracy import accuracy, compose
@@ -36,6 +36,7 @@ REPAIRS = ("none", "decoder, dense inputs", "both, dense inputs", "decoder, cut 
 RATIOS = (0.8, 0.7, 0.5, 0.35, 0.25, 0.2)
 CALIBRATION = {"batch_size": 256, "batches": 8, "effects_batches": 2, "seed": 0}
 
+Result = TypeVar("Result")
 Batches = list[tuple[Tensor, Tensor]]
 
 
@@ -60,7 +61,7 @@ class Study:
         """Return a fresh copy of the trained network."""
         return CifarResNet(depth=self.arguments.depth, weights=self.arguments.weights).eval()
 
-    def timed(self, name: str, run: Any) -> Any:
+    def timed(self, name: str, run: Callable[[], Result]) -> Result:
         """Run something and note how long it took."""
         start = time.perf_counter()
         result = run()

@@ -95,7 +95,8 @@ def collect_moments(
     processes = processes or Processes()
     parts = processes.gather(measure, long=True)
     metrics = {name: merged([part[name] for part in parts if name in part]) for part in parts for name in part}
-    _warn_of_few(metrics)
+    if processes.rank == 0:
+        _warn_of_few(metrics)
     return {name: Importance(inputs=metric.compute().reshape(metric.total.shape)) for name, metric in metrics.items()}
 
 

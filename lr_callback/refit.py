@@ -232,7 +232,7 @@ class _Refit:
     def _warn_of_few(self, counts: Mapping[str, float]) -> None:
         """Warn of layers that were seen at hardly more positions than their decoders have inputs."""
         few = [name for name, count in counts.items() if count < 2 * self._fits[name].width]
-        if few:
+        if few and self._processes.rank == 0:
             warn(
                 f"The calibration batches are few for {len(few)} layer(s) ({', '.join(few[:3])}"
                 f"{', ...' if few[3:] else ''}): it is fitted to less than two positions for each of its inputs, "
@@ -242,7 +242,7 @@ class _Refit:
 
     def _warn_of_unseen(self, seen: Iterable[str], where: str = "calibration batches") -> None:
         names = set(self._fits) - set(seen)
-        if names:
+        if names and self._processes.rank == 0:
             warn(
                 f"{len(names)} layer(s) are not called on the {where} and keep the factors that they have: "
                 f"{', '.join(sorted(names)[:5])}{', ...' if len(names) > 5 else ''}.",

@@ -228,6 +228,10 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "bf16-true": lambda: run(precision="bf16-true"),
     "Adam": lambda: run(module=Module(adam=True)),
     "batch norm": lambda: run(module=Module(norm=True)),
+    "repaired": lambda: run(
+        module=Module(norm=True),
+        compression=events(refit="cut", recalibrate_batchnorm=True, method=lrc.ALDS("activation", "sum")),
+    ),
     "clipping": lambda: run(gradient_clip_val=0.1),
     "factors of other signs": other_signs,
     "averages of other bits": other_averages,

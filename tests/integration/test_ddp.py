@@ -34,6 +34,7 @@ TRAINED = {
     "bf16-true": "DDP, bf16-true",
     "Adam": "DDP, Adam",
     "batch norm": "DDP, batch norm",
+    "repaired": "DDP, refit and BatchNorm recalibrated on the batches of all processes",
     "clipping": "DDP, gradient clipping",
     "factors of other signs": "DDP with init_sync=False",
 }
