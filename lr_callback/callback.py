@@ -47,6 +47,7 @@ class LowRankCompression(CallbackBase):
         keep_ratio: fraction of all parameters (or of ``cost``) to keep, in (0, 1]; or one for each epoch in ``epochs``.
         epochs: at the start of which epoch, counted from 0; or several, ascending. Each later one multiplies the
             factors back and allocates anew.
+        ramp: reach ``keep_ratio`` step by step over several ``epochs``, see :func:`lr_callback.events.cubic_ramp`.
         method: how to choose ranks; by default ``ALDS()``.
         cost: ``parameters``, or ``multiply_adds`` as counted on the first training batch (for epoch 0 on the module's
             ``example_input_array``).
@@ -86,6 +87,7 @@ class LowRankCompression(CallbackBase):
         keep_ratio: float | list[float] = 0.5,
         epochs: int | list[int] = 1,
         *,
+        ramp: bool = False,
         method: Method | None = None,
         cost: str = "parameters",
         include: list[str] | None = None,
@@ -104,7 +106,9 @@ class LowRankCompression(CallbackBase):
         check_cost(cost)
         check_optimizer_state(optimizer_state)
         check_patterns(include=include, exclude=exclude)
-        self.events = read_events(keep_ratio, epochs)
+        self.ramp = ramp
+        check_flags(self, "ramp")
+        self.events = read_events(keep_ratio, epochs, ramp)
         self.cost = cost
         self.repairing = Repairing(refit, recalibrate_batchnorm, calibration_batches)
         self.scope = Scope(check_method(method), include, exclude, embeddings)

@@ -8,15 +8,17 @@ from numbers import Integral
 from lr_callback.analysis import check_keep_ratio
 
 
-def read_events(keep_ratio: object, epochs: object) -> dict[int, float]:
+def read_events(keep_ratio: object, epochs: object, ramp: bool = False) -> dict[int, float]:
     """Return epoch -> fraction to keep, ascending.
 
     Args:
         keep_ratio: a number in (0, 1], or a list of them, one for each epoch.
         epochs: a whole number from 0, or a list of different ones.
+        ramp: whether the one ratio is reached step by step over the epochs, see :func:`cubic_ramp`.
 
     Raises:
-        ValueError: If a ratio or an epoch is out of range, an epoch is repeated, or the lists differ in length.
+        ValueError: If a ratio or an epoch is out of range, an epoch is repeated, or the lists differ in length; or if
+            there is a ramp with a list of ratios, or with one epoch.
 
     Example::
 
@@ -26,6 +28,13 @@ def read_events(keep_ratio: object, epochs: object) -> dict[int, float]:
     listed = [_epoch(epoch) for epoch in (epochs if isinstance(epochs, (list, tuple, range)) else [epochs])]
     if not listed or len(set(listed)) < len(listed):
         raise ValueError(f"`epochs` must name at least one epoch and none twice, got {epochs!r}.")
+    if ramp:
+        if isinstance(keep_ratio, (list, tuple)) or len(listed) < 2:
+            raise ValueError(
+                "`ramp` leads to one `keep_ratio` over at least two `epochs`, got "
+                f"keep_ratio={keep_ratio!r} and epochs={epochs!r}."
+            )
+        return cubic_ramp(check_keep_ratio(keep_ratio), listed)
     ratios = list(keep_ratio) if isinstance(keep_ratio, (list, tuple)) else [keep_ratio] * len(listed)
     if len(ratios) != len(listed):
         raise ValueError(
@@ -33,6 +42,29 @@ def read_events(keep_ratio: object, epochs: object) -> dict[int, float]:
             f"got {len(ratios)}: {keep_ratio!r}."
         )
     return dict(sorted(zip(listed, map(check_keep_ratio, ratios), strict=True)))
+
+
+def cubic_ramp(keep_ratio: float, epochs: Iterable[int]) -> dict[int, float]:
+    """Return epoch -> fraction to keep, from near 1 to the one asked for, in large steps first and small ones last.
+
+    At the part ``t`` of the way, counted so that the last epoch has ``t = 1``, ``keep + (1 - keep) (1 - t)^3`` is kept.
+    Where epochs are not evenly spaced, the way is measured in epochs.
+
+    Args:
+        keep_ratio: fraction to keep in the end, in (0, 1].
+        epochs: at least two different ones.
+
+    Source: Zhu, Gupta, "To prune, or not to prune", arXiv 1710.01878, equation (1), of sparsity; here of what is kept.
+
+    Example::
+
+        >>> {epoch: round(kept, 3) for epoch, kept in cubic_ramp(0.3, [10, 20, 30]).items()}
+        {10: 0.507, 20: 0.326, 30: 0.3}
+    """
+    ordered = sorted(epochs)
+    step = (ordered[-1] - ordered[0]) / (len(ordered) - 1)
+    start, way = ordered[0] - step, ordered[-1] - ordered[0] + step
+    return {epoch: keep_ratio + (1 - keep_ratio) * (1 - (epoch - start) / way) ** 3 for epoch in ordered}
 
 
 def _epoch(epoch: object) -> int:
