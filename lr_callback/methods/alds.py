@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from math import isfinite
+from numbers import Real
 from typing import Literal
 
 from lr_callback.candidates import Frontier, LayerCandidates, frontier
@@ -10,12 +12,12 @@ from lr_callback.knapsack import smallest_sum
 from lr_callback.methods.base import Choice, Method, Solution, check_at_least_one
 from lr_callback.minimax import minimax
 
-Objective = Callable[[Mapping[str, Frontier], int], tuple[dict[str, int], float]]
-"""From the frontiers of all layers and a budget to the index of each layer's choice, and the gap to the optimum."""
+Objective = Callable[[Mapping[str, Frontier], int, float], tuple[dict[str, int], float]]
+"""From the frontiers of all layers, a budget and a power to the index of each layer's choice, and the gap."""
 
 OBJECTIVES: Mapping[str, Objective] = {
-    "minimax": lambda edges, budget: (minimax(edges, budget), 0.0),
-    "sum": smallest_sum,
+    "minimax": lambda edges, budget, _: (minimax(edges, budget), 0.0),
+    "sum": lambda edges, budget, power: smallest_sum(edges, budget, power=power),
 }
 """Ways to share a budget over frontiers, by name."""
 
@@ -30,11 +32,13 @@ class ALDS(Method):
             second moments of each slice's inputs (``activation``), by what the BatchNorm after the layer multiplies
             its outputs with (``batchnorm``), or by mean squared gradients (``fisher``).
         objective: ``minimax``: the largest error is smallest, then the next largest (leximin); ``sum``: the sum of
-            the squared errors is smallest.
+            the errors, to the power ``power``, is smallest.
         foldings: which to try of ``kernel_in_encoder``, ``depth_in_decoder``, ``height_in_decoder``,
             ``width_in_decoder``, ``kernel_in_decoder``; a layer takes those that its kernel has the axes for.
         max_slices: largest number of slices to try; by default all that divide the input channels.
         rank_multiple: rank times slices, the width between the two factors, must be a multiple of it.
+        power: of the errors in the sum, at least 1: squares by default; the higher it is, the less is a large error of
+            one layer made up for by small ones of others.
 
     Raises:
         ValueError: If an argument is not one of the above.
@@ -45,8 +49,8 @@ class ALDS(Method):
 
     Example::
 
-        >>> ALDS(error="operator", max_slices=8)
-        ALDS(error='operator', foldings=('kernel_in_encoder',), max_slices=8, objective='minimax', rank_multiple=1)
+        >>> ALDS(error="operator", max_slices=8)  # doctest: +ELLIPSIS
+        ALDS(error='operator', foldings=('kernel_in_encoder',), max_slices=8, objective='minimax', ...)
     """
 
     def __init__(
@@ -56,13 +60,16 @@ class ALDS(Method):
         foldings: Sequence[str] = ("kernel_in_encoder",),
         max_slices: int | None = None,
         rank_multiple: int = 1,
+        power: float = 2,
     ) -> None:
         super().__init__(error, foldings, max_slices)
         if objective not in OBJECTIVES:
             raise ValueError(f"`objective` must be one of {list(OBJECTIVES)}, got {objective!r}.")
         check_at_least_one("rank_multiple", rank_multiple)
+        _check_power(power, objective)
         self.objective = objective
         self.rank_multiple = rank_multiple
+        self.power = power
 
     @property
     def takes_any_rank(self) -> bool:
@@ -76,7 +83,7 @@ class ALDS(Method):
     def solve(self, layers: Mapping[str, LayerCandidates], budget: int) -> Solution:
         """Solve the global problem, and say how far from the optimum the solution can be."""
         edges = self._frontiers(layers)
-        chosen, gap = OBJECTIVES[self.objective](edges, budget)
+        chosen, gap = OBJECTIVES[self.objective](edges, budget, self.power)
         return Solution({name: edges[name].choices[index] for name, index in chosen.items()}, gap)
 
     def smallest_cost(self, layers: Mapping[str, LayerCandidates]) -> int:
@@ -85,6 +92,16 @@ class ALDS(Method):
 
     def _frontiers(self, layers: Mapping[str, LayerCandidates]) -> dict[str, Frontier]:
         return {name: frontier(layer, self.rank_multiple) for name, layer in layers.items()}
+
+
+def _check_power(power: object, objective: str) -> None:
+    if not isinstance(power, Real) or isinstance(power, bool) or not isfinite(power) or power < 1:
+        raise ValueError(f"`power` must be a number of at least 1, got {power!r}.")
+    if objective == "minimax" and power != 2:
+        raise ValueError(
+            "`power` is of the errors in a sum, and objective='minimax' adds none up: the largest error is the same "
+            f"whatever the power. Leave it out, or choose objective='sum'; got {power!r}."
+        )
 
 
 def check_method(method: Method | None) -> Method:

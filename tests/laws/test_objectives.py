@@ -1,4 +1,4 @@
-"""Law 3 for the sum of the squared errors: it is the smallest there is, or no further above it than its gap says."""
+"""Law 3 for the sum of the errors to a power: it is the smallest there is, or no further above it than its gap says."""
 
 from functools import cache
 from itertools import pairwise, product
@@ -48,10 +48,14 @@ def squares(edges: Frontiers, chosen: dict[str, int]) -> float:
     return fsum(edges[name].errors[index] ** 2 for name, index in chosen.items())
 
 
-def optimum(edges: Frontiers, budget: int) -> float:
+def powers(edges: Frontiers, chosen: dict[str, int], power: float) -> float:
+    return fsum(edges[name].errors[index] ** power for name, index in chosen.items())
+
+
+def optimum(edges: Frontiers, budget: int, power: float = 2) -> float:
     """Search every combination."""
     listed = product(*(zip(edge.costs, edge.errors, strict=True) for edge in edges.values()))
-    return min(fsum(e * e for _, e in one) for one in listed if sum(c for c, _ in one) <= budget)
+    return min(fsum(e**power for _, e in one) for one in listed if sum(c for c, _ in one) <= budget)
 
 
 @given(problems())
@@ -60,6 +64,23 @@ def test_the_sum_is_the_smallest_of_all_combinations(problem):
     chosen, gap = smallest_sum(edges, budget)
     assert gap == 0 and cost(edges, chosen) <= budget
     assert squares(edges, chosen) == pytest.approx(optimum(edges, budget), rel=1e-9, abs=0)
+
+
+@given(problems(), st.sampled_from([1, 1.5, 3, 4, 8]))
+def test_so_it_is_whatever_the_power(problem, power):
+    edges, budget = problem
+    chosen, gap = smallest_sum(edges, budget, power=power)
+    assert gap == 0 and cost(edges, chosen) <= budget
+    assert powers(edges, chosen, power) == pytest.approx(optimum(edges, budget, power), rel=1e-9, abs=0)
+
+
+@given(problems(), st.integers(1, 12), st.sampled_from([1, 4]))
+def test_with_too_little_work_the_gap_holds_whatever_the_power(problem, work, power):
+    edges, budget = problem
+    chosen, gap = smallest_sum(edges, budget, work, power)
+    found, best = powers(edges, chosen, power), optimum(edges, budget, power)
+    assert 0 <= gap <= 1 and cost(edges, chosen) <= budget
+    assert (1 - gap) * found <= best * (1 + 1e-9)
 
 
 @given(problems(), st.integers(1, 12))
