@@ -61,8 +61,8 @@ class LowRankCompression(CallbackBase):
             the inputs that the compressed network gives them (``cut``), or at once on those of the network before it
             (``dense``); None: not at all.
         recalibrate_batchnorm: measure the statistics of BatchNorm layers anew at each compression.
-        calibration_batches: number of training batches, on each process, that these and an error that is weighted by
-            activations take: from a copy of the training loader, with its augmentation.
+        calibration_batches: number of training batches, on each process, that these take, an error that is weighted by
+            activations, and the objective ``loss``: from a copy of the training loader, with its augmentation.
         show_table: print the table of all layers at each compression.
         snapshots: write weights-only checkpoints ``dense.ckpt`` (before the first compression), ``cut.ckpt`` (after the
             latest) and ``final.ckpt`` into ``compression`` in the log folder, or else in ``default_root_dir``; under
@@ -223,7 +223,7 @@ class LowRankCompression(CallbackBase):
                 self._snapshot(trainer, "dense")
             self._counting.observe_example(trainer, pl_module)
             calls = self.repairing.calls(trainer, pl_module, self.scope.method)
-            importance = importance_of(trainer, pl_module, self.scope.method, calls)
+            importance = importance_of(trainer, pl_module, self.scope, calls)
             analysis = self.scope.analyze(trainer, pl_module, self._counting.unit, importance)
             check_same_weights(trainer, pl_module)
             allocation = processes.first(lambda: analysis.allocate(keep_ratio))

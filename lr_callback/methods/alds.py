@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from math import isfinite
 from numbers import Real
+from statistics import median
 from typing import Literal
 
 from lr_callback.candidates import Frontier, LayerCandidates, frontier
@@ -18,8 +20,12 @@ Objective = Callable[[Mapping[str, Frontier], int, float], tuple[dict[str, int],
 OBJECTIVES: Mapping[str, Objective] = {
     "minimax": lambda edges, budget, _: (minimax(edges, budget), 0.0),
     "sum": lambda edges, budget, power: smallest_sum(edges, budget, power=power),
+    "loss": lambda edges, budget, power: smallest_sum(edges, budget, power=power),
 }
-"""Ways to share a budget over frontiers, by name."""
+"""Ways to share a budget over frontiers, by name; for ``loss`` the frontiers are weighed."""
+
+_SMALLEST = 1e-6
+"""Weight of a layer without any effect, relative to the largest: of two choices the better one still counts."""
 
 
 class ALDS(Method):
@@ -32,7 +38,8 @@ class ALDS(Method):
             second moments of each slice's inputs (``activation``), by what the BatchNorm after the layer multiplies
             its outputs with (``batchnorm``), or by mean squared gradients (``fisher``).
         objective: ``minimax``: the largest error is smallest, then the next largest (leximin); ``sum``: the sum of
-            the errors, to the power ``power``, is smallest.
+            the errors, to the power ``power``, is smallest; ``loss``: the same sum with a weight for each layer, by
+            what its error does to the outputs of the model (:mod:`lr_callback.effects`).
         foldings: which to try of ``kernel_in_encoder``, ``depth_in_decoder``, ``height_in_decoder``,
             ``width_in_decoder``, ``kernel_in_decoder``; a layer takes those that its kernel has the axes for.
         max_slices: largest number of slices to try; by default all that divide the input channels.
@@ -56,7 +63,7 @@ class ALDS(Method):
     def __init__(
         self,
         error: Literal["slice", "operator", "bound", "frobenius", "activation", "batchnorm", "fisher"] = "slice",
-        objective: Literal["minimax", "sum"] = "minimax",
+        objective: Literal["minimax", "sum", "loss"] = "minimax",
         foldings: Sequence[str] = ("kernel_in_encoder",),
         max_slices: int | None = None,
         rank_multiple: int = 1,
@@ -76,15 +83,21 @@ class ALDS(Method):
         """Whether there is no ``rank_multiple``."""
         return self.rank_multiple == 1
 
+    @property
+    def needs_effects(self) -> bool:
+        """Whether the objective is ``loss``."""
+        return self.objective == "loss"
+
     def choose(self, layers: Mapping[str, LayerCandidates], budget: int) -> dict[str, Choice]:
         """Solve the global problem over all candidates of all layers."""
         return dict(self.solve(layers, budget).choices)
 
     def solve(self, layers: Mapping[str, LayerCandidates], budget: int) -> Solution:
         """Solve the global problem, and say how far from the optimum the solution can be."""
-        edges = self._frontiers(layers)
-        chosen, gap = OBJECTIVES[self.objective](edges, budget, self.power)
-        return Solution({name: edges[name].choices[index] for name, index in chosen.items()}, gap)
+        edges, weights = self._frontiers(layers), _weights(layers) if self.needs_effects else {}
+        charged = {name: _weighed(edges[name], weight ** (1 / self.power)) for name, weight in weights.items()}
+        chosen, gap = OBJECTIVES[self.objective](charged or edges, budget, self.power)
+        return Solution({name: edges[name].choices[index] for name, index in chosen.items()}, gap, weights)
 
     def smallest_cost(self, layers: Mapping[str, LayerCandidates]) -> int:
         """Return the cost of every layer's cheapest choice."""
@@ -92,6 +105,20 @@ class ALDS(Method):
 
     def _frontiers(self, layers: Mapping[str, LayerCandidates]) -> dict[str, Frontier]:
         return {name: frontier(layer, self.rank_multiple) for name, layer in layers.items()}
+
+
+def _weights(layers: Mapping[str, LayerCandidates]) -> dict[str, float]:
+    """Return the weight of each layer: one that is not known is the median of the others, and none is zero."""
+    known = [layer.weight for layer in layers.values() if layer.weight is not None]
+    largest, middle = max(known, default=0.0), median(known) if known else 1.0
+    if largest == 0:
+        return dict.fromkeys(layers, 1.0)
+    given = {name: middle if layer.weight is None else layer.weight for name, layer in layers.items()}
+    return {name: max(weight, _SMALLEST * largest) for name, weight in given.items()}
+
+
+def _weighed(edge: Frontier, factor: float) -> Frontier:
+    return replace(edge, errors=[factor * error for error in edge.errors])
 
 
 def _check_power(power: object, objective: str) -> None:

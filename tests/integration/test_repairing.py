@@ -101,6 +101,24 @@ def test_the_network_right_after_the_cut_is_closer_to_that_before_with_a_refit(t
     assert all(torch.isfinite(value).all() for value in module.state_dict().values())
 
 
+@pytest.mark.situation("Repair", "layers weighed by what their errors do to the outputs", "works")
+def test_layers_are_weighed_by_their_effects_on_training_batches(tmp_path):
+    class Parts(Network):
+        """Calls its parts in the step, one after the other, and never itself."""
+
+        def training_step(self, batch, batch_idx):
+            return nn.functional.cross_entropy(self.head(torch.relu(self.body(batch[0])).flatten(1)), batch[1])
+
+    weights = []
+    for module in (Network(), Parts()):
+        for options in ({"method": lrc.ALDS("activation", "loss", power=4)}, {"method": lrc.ALDS(objective="loss")}):
+            _, _, callback = fit(tmp_path, module=copy.deepcopy(module), **options, recalibrate_batchnorm=True)
+            weights.append(callback.allocation.weights)
+            assert set(callback.allocation.layers) == set(weights[-1]) and min(weights[-1].values()) > 0
+            assert callback.allocation.method["objective"] == "loss"
+    assert all(sorted(one) == ["body.0", "body.4", "head"] and len(set(one.values())) == 3 for one in weights)
+
+
 def test_the_calibration_leaves_no_trace(tmp_path):
     """Batches, random numbers, metrics and logs of a run that measures and changes nothing are those of any run."""
 
