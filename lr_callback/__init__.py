@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from lr_callback.callback import LowRankCompression as LowRankCompression
     from lr_callback.collect import collect_moments as collect_moments
     from lr_callback.effects import measure_effects as measure_effects
+    from lr_callback.gains import batchnorm_importance as batchnorm_importance
     from lr_callback.loading import LowRankMixin as LowRankMixin
     from lr_callback.loading import load_from_checkpoint as load_from_checkpoint
     from lr_callback.refit import refit_ as refit_
@@ -76,6 +77,7 @@ __all__ = [
     "UniformRank",
     "allocate",
     "analyze",
+    "batchnorm_importance",
     "collect_moments",
     "densify_",
     "export",
@@ -90,6 +92,7 @@ __all__ = [
 
 _ON_FIRST_USE = {
     "collect_moments": "lr_callback.collect",
+    "batchnorm_importance": "lr_callback.gains",
     "measure_effects": "lr_callback.effects",
     "refit_": "lr_callback.refit",
     "recalibrate_batchnorm_": "lr_callback.repair",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lr_callback.collect import collect_moments
 from lr_callback.effects import measure_effects
+from lr_callback.gains import batchnorm_importance
 from lr_callback.host.calibration import calibration_calls
 from lr_callback.host.scope import Scope
 from lr_callback.host.strategies import processes_of
@@ -105,7 +106,7 @@ def _set(parameter: nn.Parameter, value: Tensor) -> None:
         parameter.copy_(value)
 
 
-_MEASURED = {"activation": collect_moments}
+_MEASURED = {"activation": collect_moments, "batchnorm": batchnorm_importance}
 """Errors that are weighted by what is seen on some calls -> what sees it."""
 
 

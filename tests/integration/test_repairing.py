@@ -119,6 +119,12 @@ def test_layers_are_weighed_by_their_effects_on_training_batches(tmp_path):
     assert all(sorted(one) == ["body.0", "body.4", "head"] and len(set(one.values())) == 3 for one in weights)
 
 
+@pytest.mark.situation("Repair", "errors weighted by what BatchNorm makes of them", "works")
+def test_outputs_are_weighed_by_the_batchnorm_after_them(tmp_path):
+    _, _, callback = fit(tmp_path, method=lrc.ALDS("batchnorm"))
+    assert callback.allocation.error == "batchnorm" and callback.allocation.factorized
+
+
 def test_the_calibration_leaves_no_trace(tmp_path):
     """Batches, random numbers, metrics and logs of a run that measures and changes nothing are those of any run."""
 
