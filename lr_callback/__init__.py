@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from lr_callback.callback import LowRankCompression as LowRankCompression
     from lr_callback.collect import collect_moments as collect_moments
     from lr_callback.effects import measure_effects as measure_effects
+    from lr_callback.fisher import fisher_importance as fisher_importance
     from lr_callback.gains import batchnorm_importance as batchnorm_importance
     from lr_callback.loading import LowRankMixin as LowRankMixin
     from lr_callback.loading import load_from_checkpoint as load_from_checkpoint
@@ -82,6 +83,7 @@ __all__ = [
     "densify_",
     "export",
     "factorize_",
+    "fisher_importance",
     "load_from_checkpoint",
     "measure_effects",
     "prepare",
@@ -93,6 +95,7 @@ __all__ = [
 _ON_FIRST_USE = {
     "collect_moments": "lr_callback.collect",
     "batchnorm_importance": "lr_callback.gains",
+    "fisher_importance": "lr_callback.fisher",
     "measure_effects": "lr_callback.effects",
     "refit_": "lr_callback.refit",
     "recalibrate_batchnorm_": "lr_callback.repair",

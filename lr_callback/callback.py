@@ -170,7 +170,7 @@ class LowRankCompression(CallbackBase):
         self._resuming.check(trainer)
         self._resuming.order_optimizers(trainer, pl_module)
         check_optimizers(trainer, self.optimizer_state)
-        self.scope.check_sparse(trainer, pl_module)
+        self.scope.check_optimizers(trainer, pl_module)
         align_averages(pl_module, self.averages(trainer, pl_module))
         if self.learning_rate_rewind:
             self._record = replace(self._record, start=start_of(trainer, self._record.start))

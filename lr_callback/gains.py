@@ -104,7 +104,8 @@ def _followed(
         inputs = arguments[0] if arguments else named["input"]
         kept, version, layer = given.get(id(inputs), (None, 0, None))
         # An id may be of a tensor that is gone, and what was changed in place is no layer's output any more.
-        if kept is not None and inputs is kept() and version == _version(inputs) and layer is not None:
+        is_kept = kept is not None and kept() is inputs
+        if is_kept and version == _version(inputs) and layer is not None:
             assert isinstance(norm, _BatchNorm)
             found[layer].append(_gain(norm, inputs))
 

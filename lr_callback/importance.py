@@ -144,7 +144,8 @@ def weighted_fold(
 WEIGHTED: Mapping[str, str] = {
     "activation": "the second moments of the layers' inputs, `collect_moments(model, batches)`",
     "batchnorm": "what the BatchNorm after each layer makes of its outputs, `batchnorm_importance(model, batches)`",
-    "fisher": "the mean squared gradients of the layers' weights, `fisher_importance(...)`",
+    "fisher": "the mean squared gradients of the layers' weights, `fisher_importance(model, batches, loss)` or "
+    "`fisher_importance(model, optimizers=...)`",
 }
 """Errors that are weighted by the layers' importance -> what it is made of, and how."""
 

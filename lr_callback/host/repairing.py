@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lr_callback.collect import collect_moments
 from lr_callback.effects import measure_effects
+from lr_callback.fisher import fisher_importance
 from lr_callback.gains import batchnorm_importance
 from lr_callback.host.calibration import calibration_calls
 from lr_callback.host.scope import Scope
@@ -20,6 +21,7 @@ from lr_callback.host.strategies import processes_of
 from lr_callback.importance import Importance
 from lr_callback.layers import dense_bias
 from lr_callback.methods import Method
+from lr_callback.optimizers import optimizers_in
 from lr_callback.probe import Probe
 from lr_callback.refit import refit_
 from lr_callback.repair import batchnorm_layers, recalibrate_batchnorm_
@@ -115,10 +117,14 @@ def importance_of(
 ) -> dict[str, Importance] | None:
     """Return the importance of the layers on some calls, for a method that weighs errors by it, or layers."""
     method, known = scope.method, None
-    options: dict[str, Any] = {"forward": Probe.repeat, "processes": processes_of(trainer)}
-    options |= {"include": scope.include, "exclude": scope.exclude}
+    options: dict[str, Any] = {"include": scope.include, "exclude": scope.exclude, "processes": processes_of(trainer)}
     if method.error in _MEASURED:
-        known = _MEASURED[method.error](pl_module, calls, **options)
+        known = _MEASURED[method.error](pl_module, calls, forward=Probe.repeat, **options)
+    if method.error == "fisher":
+        optimizers = [*trainer.optimizers, *optimizers_in(pl_module)]
+        known = fisher_importance(pl_module, optimizers=optimizers, **options)
     if not method.needs_effects:
         return known
-    return measure_effects(pl_module, calls, method, known, embeddings=scope.embeddings, **options)
+    return measure_effects(
+        pl_module, calls, method, known, forward=Probe.repeat, embeddings=scope.embeddings, **options
+    )
