@@ -35,6 +35,9 @@ TRAINED = {
     "Adam": "DDP, Adam",
     "batch norm": "DDP, batch norm",
     "clipping": "DDP, gradient clipping",
+    "weighed by effects": "DDP, errors weighted by activations, layers by their effects, repaired",
+    "weighed by BatchNorm": "DDP, errors weighted by BatchNorm",
+    "weighed by Adam": "DDP, errors weighted by mean squared gradients",
     "factors of other signs": "DDP with init_sync=False",
 }
 """Case -> the situation."""
