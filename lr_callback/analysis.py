@@ -151,8 +151,8 @@ def allocate(
         embeddings: whether ``nn.Embedding`` layers are factorized, too.
         example_input: a tensor, or a tuple of positional or dict of named arguments of ``model``. Multiply-adds are
             counted on it; of ``"parameters"`` those in layers that it does not use are left alone.
-        importance: layer name -> of its inputs and outputs, for an ``error`` that is weighted by it; a layer without
-            one is told of in a warning, and all of its inputs count the same.
+        importance: layer name -> of its inputs and outputs, for an ``error`` that is weighted by it, or of the layer,
+            for the objective ``loss``; of a layer without one, all inputs count the same, and a warning tells of it.
 
     Returns:
         The allocation; ``print`` shows it as a table, :func:`~lr_callback.surgery.factorize_` carries it out.

@@ -77,7 +77,8 @@ def measure_effects(
 
     Returns:
         The importance with the weights of the layers that were measured, which are the roots of their effects for one
-        unit of squared error. Layers that were not called have none; an allocation gives them the median.
+        unit of squared error. Layers that were not called have none, nor have those that are of a low rank already and
+        do not err; an allocation gives them the median.
 
     Time: one forward pass for each layer and batch, and one decomposition for each layer.
     Memory: ``share`` of the model beside it, and its outputs on one batch.
@@ -110,7 +111,8 @@ def measure_effects(
     if processes.rank == 0:
         _warn_of_unmeasured([name for name in whole.errors if name not in weights])
     measured = {name: replace(known.get(name, Importance()), weight=weight) for name, weight in weights.items()}
-    return {**known, **measured}
+    exact = {name: Importance() for name in costs if name not in whole.errors}
+    return {**exact, **known, **measured}
 
 
 def _check_share(share: object) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite, prod
+from math import inf, prod
+from numbers import Real
 from warnings import warn
 
 import torch
@@ -49,7 +50,7 @@ class Importance:
             _check("inputs", self.inputs, self.inputs.dim() == 2 or _is_square(self.inputs), "(g, s, s) or (g, s)")
         if self.outputs is not None:
             _check("outputs", self.outputs, self.outputs.dim() == 1, "(F,)")
-        if self.weight is not None and not (isfinite(self.weight) and self.weight >= 0):
+        if self.weight is not None and not (isinstance(self.weight, Real) and 0 <= float(self.weight) < inf):
             raise ValueError(f"`importance.weight` must be a finite number, at least 0, got {self.weight!r}.")
 
     @property

@@ -17,10 +17,15 @@ from lr_callback.minimax import minimax
 Objective = Callable[[Mapping[str, Frontier], int, float], tuple[dict[str, int], float]]
 """From the frontiers of all layers, a budget and a power to the index of each layer's choice, and the gap."""
 
+
+def _sum(edges: Mapping[str, Frontier], budget: int, power: float) -> tuple[dict[str, int], float]:
+    return smallest_sum(edges, budget, power=power)
+
+
 OBJECTIVES: Mapping[str, Objective] = {
     "minimax": lambda edges, budget, _: (minimax(edges, budget), 0.0),
-    "sum": lambda edges, budget, power: smallest_sum(edges, budget, power=power),
-    "loss": lambda edges, budget, power: smallest_sum(edges, budget, power=power),
+    "sum": _sum,
+    "loss": _sum,
 }
 """Ways to share a budget over frontiers, by name; for ``loss`` the frontiers are weighed."""
 

@@ -112,7 +112,7 @@ def test_layers_are_weighed_by_their_effects_on_training_batches(tmp_path):
     weights = []
     for module in (Network(), Parts()):
         for options in ({"method": lrc.ALDS("activation", "loss", power=4)}, {"method": lrc.ALDS(objective="loss")}):
-            _, _, callback = fit(tmp_path, module=copy.deepcopy(module), **options, recalibrate_batchnorm=True)
+            _, _, callback = fit(tmp_path, module=copy.deepcopy(module), refit="cut", **options)
             weights.append(callback.allocation.weights)
             assert set(callback.allocation.layers) == set(weights[-1]) and min(weights[-1].values()) > 0
             assert callback.allocation.method["objective"] == "loss"

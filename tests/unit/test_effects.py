@@ -143,9 +143,22 @@ def test_a_layer_without_any_effect_is_cut_first_and_no_further_than_it_must():
 def test_layers_that_are_too_small_or_left_out_have_none():
     model = network()
     model.append(nn.Linear(40, 1))
-    assert set(measure_effects(model, [images()])) == {"0", "5"}
-    assert set(measure_effects(model, [images()], exclude="5")) == {"0"}
-    assert set(measure_effects(model, [images()], include=["5", "6"])) == {"5"}
+    whole = measure_effects(model, [images()])
+    assert {name: one.weight is None for name, one in whole.items()} == {"0": False, "5": False, "6": True}
+    assert set(measure_effects(model, [images()], exclude="5")) == {"0", "6"}
+    assert measure_effects(model, [images()], include="5") == {"5": whole["5"]}
+
+
+def test_a_layer_that_cannot_be_as_small_is_as_small_as_it_can_be_and_one_that_does_not_err_has_none():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 30), nn.Linear(30, 30))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.outer(torch.randn(30), torch.randn(5)))
+    known = measure_effects(model, [torch.randn(50, 5)])
+    assert known["0"].weight > 0 and known["2"].weight > 0 and known["1"].weight is None
+    allocation = lrc.allocate(model, 0.7, method=lrc.ALDS(objective="loss"), importance=known)
+    assert allocation.weights["1"] == (known["0"].weight + known["2"].weight) / 2
+    assert allocation.layers["1"].rank == 1
 
 
 def test_several_processes_measure_as_one_with_all_batches(tmp_path):
@@ -175,7 +188,7 @@ def test_the_objective_without_weights_is_refused_and_weights_without_it():
         lrc.allocate(model, 0.5, importance=known)
     with pytest.raises(ValueError, match=r"error='activation' is weighted: `importance` must be .* got none"):
         measure_effects(model, [batch], lrc.ALDS("activation"))
-    for weight in (-1.0, float("nan"), float("inf")):
+    for weight in (-1.0, float("nan"), float("inf"), "1", torch.ones(1)):
         with pytest.raises(ValueError, match=r"`importance.weight` must be a finite number, at least 0, got"):
             Importance(weight=weight)
 
