@@ -68,8 +68,8 @@ def measure_effects(
         method: whose measure of errors and foldings are taken; None: :class:`~lr_callback.methods.ALDS`.
         importance: layer name -> of its inputs and outputs, if the error is weighted by it.
         share: the layer costs this part of the dense one while its effect is measured, in (0, 1); one slice.
-        forward: runs the model on a batch and returns its outputs: all floating tensors in them count. None: as for
-            :func:`~lr_callback.collect.collect_moments`.
+        forward: runs the model on a batch and returns its outputs: all floating tensors in them count, but for scalars.
+            None: as for :func:`~lr_callback.collect.collect_moments`.
         include: glob patterns of layer names; only these are measured. None: all.
         exclude: glob patterns of layer names that are left out.
         embeddings: whether ``nn.Embedding`` layers are measured, too.

@@ -52,7 +52,7 @@ Outputs = dict[int, Sums]
 
 
 def outputs_of(result: object) -> list[Tensor]:
-    """Return the floating tensors in what a run of a model returned, in any nesting.
+    """Return the floating tensors in what a run of a model returned, in any nesting; not scalars, as a loss is one.
 
     Raises:
         ValueError: If there are none.
@@ -64,11 +64,11 @@ def outputs_of(result: object) -> list[Tensor]:
         [(2, 3)]
     """
     leaves = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-    floating = [leaf.detach() for leaf in leaves if leaf.is_floating_point() and leaf.numel()]
+    floating = [leaf.detach() for leaf in leaves if leaf.is_floating_point() and leaf.dim() and leaf.numel()]
     if not floating:
         raise ValueError(
             f"Effects are those on the outputs of the model: the run of a batch must return them, got {len(leaves)} "
-            "tensor(s), none of floating numbers. Give a `forward` that returns what counts."
+            "tensor(s), none of floating numbers with an axis. Give a `forward` that returns what counts."
         )
     return floating
 

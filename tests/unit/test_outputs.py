@@ -27,10 +27,14 @@ def test_what_was_not_added_counts_as_zero_and_what_is_alike_as_no_variance():
 
 def test_outputs_are_the_floating_tensors_in_any_nesting():
     scores, boxes = torch.randn(2, 3, requires_grad=True), torch.randn(4, dtype=torch.float16)
-    found = outputs_of([{"scores": scores, "labels": torch.tensor([1])}, None, (boxes, torch.zeros(0))])
+    found = outputs_of(
+        [{"scores": scores, "labels": torch.tensor([1])}, torch.tensor(0.3), None, (boxes, torch.zeros(0))]
+    )
     assert [one.dtype for one in found] == [torch.float32, torch.float16] and not found[0].requires_grad
-    with pytest.raises(ValueError, match=r"got 1 tensor\(s\), none of floating numbers. Give a `forward`"):
+    with pytest.raises(ValueError, match=r"got 1 tensor\(s\), none of floating numbers with an axis. Give a `forw"):
         outputs_of({"labels": torch.tensor([1])})
+    with pytest.raises(ValueError, match=r"got 1 tensor\(s\), none of floating numbers with an axis"):
+        outputs_of(torch.tensor(0.3))
 
 
 def test_what_cannot_be_compared_is_refused():
