@@ -40,6 +40,9 @@ from lr_callback.surgery import factorize_ as factorize_
 if TYPE_CHECKING:
     from lr_callback.callback import LowRankCompression as LowRankCompression
     from lr_callback.collect import collect_moments as collect_moments
+    from lr_callback.effects import measure_effects as measure_effects
+    from lr_callback.fisher import fisher_importance as fisher_importance
+    from lr_callback.gains import batchnorm_importance as batchnorm_importance
     from lr_callback.loading import LowRankMixin as LowRankMixin
     from lr_callback.loading import load_from_checkpoint as load_from_checkpoint
     from lr_callback.refit import refit_ as refit_
@@ -75,11 +78,14 @@ __all__ = [
     "UniformRank",
     "allocate",
     "analyze",
+    "batchnorm_importance",
     "collect_moments",
     "densify_",
     "export",
     "factorize_",
+    "fisher_importance",
     "load_from_checkpoint",
+    "measure_effects",
     "prepare",
     "recalibrate_batchnorm_",
     "refit_",
@@ -88,6 +94,9 @@ __all__ = [
 
 _ON_FIRST_USE = {
     "collect_moments": "lr_callback.collect",
+    "batchnorm_importance": "lr_callback.gains",
+    "fisher_importance": "lr_callback.fisher",
+    "measure_effects": "lr_callback.effects",
     "refit_": "lr_callback.refit",
     "recalibrate_batchnorm_": "lr_callback.repair",
     "LowRankCompression": "lr_callback.callback",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ class Allocation:
         method: name and arguments of the method.
         gap: what the method's objective would be at its smallest is at least ``1 - gap`` times what it is here; 0 where
             it is exact, or the method has none.
+        weights: layer name -> what its error was multiplied with among the others; empty: all count the same.
     """
 
     layers: Mapping[str, Factorization | None]
@@ -79,6 +81,7 @@ class Allocation:
     error: str = "slice"
     method: Mapping[str, Any] = field(default_factory=dict)
     gap: float = 0.0
+    weights: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def worst_error(self) -> float:
@@ -177,8 +180,9 @@ _FIELDS: dict[str, Kind] = {
     "error": str,
     "method": dict,
     "gap": (int, float),
+    "weights": dict,
 }
-_LATER: dict[str, Any] = {"gap": 0.0}
+_LATER: dict[str, Any] = {"gap": 0.0, "weights": {}}
 """Fields that files of the same version may lack, and what they are then."""
 _LAYER_FIELDS: dict[str, Kind] = {
     "folding": str,
@@ -219,7 +223,9 @@ def _read(written: object) -> Allocation:
 
 def _check_ranges(parts: Mapping[str, Any]) -> None:
     """Refuse names, a unit, costs or a ratio that no allocation has."""
-    if not all(isinstance(name, str) for field_ in ("layers", "skipped", "shapes") for name in parts[field_]):
+    if not all(
+        isinstance(name, str) for field_ in ("layers", "skipped", "shapes", "weights") for name in parts[field_]
+    ):
         raise ValueError("Allocation: the names of layers must be strings; the file is damaged or foreign.")
     if not all(isinstance(reason, str) for reason in parts["skipped"].values()):
         raise ValueError("Allocation: `skipped` must give each reason as a string; the file is damaged or foreign.")
@@ -235,6 +241,8 @@ def _check_ranges(parts: Mapping[str, Any]) -> None:
         )
     if not 0 <= parts["gap"] <= 1:
         raise ValueError(f"Allocation: `gap` must be from 0 to 1, got {describe(parts['gap'])}.")
+    if not all(type(one) in (int, float) and 0 <= one < inf for one in parts["weights"].values()):
+        raise ValueError(f"Allocation: `weights` must be finite numbers from 0, got {describe(parts['weights'])}.")
     if parts["budget"] < 0:
         raise ValueError(f"Allocation: `budget` must not be negative, got {parts['budget']}.")
 

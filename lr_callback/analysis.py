@@ -8,7 +8,6 @@ from functools import cached_property
 from math import floor
 from numbers import Real
 from typing import Any
-from warnings import warn
 
 from torch import nn
 
@@ -17,7 +16,7 @@ from lr_callback.candidates import LayerCandidates
 from lr_callback.costs import LayerCost, check_cost
 from lr_callback.find import Found, find_layers
 from lr_callback.folding import Geometry
-from lr_callback.importance import Importance, checked_importance
+from lr_callback.importance import Importance, checked_importance, warn_of_unknown
 from lr_callback.layerwise import Progress, candidates_of
 from lr_callback.methods import Choice, Method, check_method
 from lr_callback.observe import Observation, observe
@@ -92,6 +91,7 @@ class Analysis:
             error=self.method.error,
             method=self.method.to_dict(),
             gap=solution.gap,
+            weights=dict(solution.weights),
         )
 
     def _out_of_reach(self, keep_ratio: float, budget: int) -> str:
@@ -147,8 +147,8 @@ def allocate(
         embeddings: whether ``nn.Embedding`` layers are factorized, too.
         example_input: a tensor, or a tuple of positional or dict of named arguments of ``model``. Multiply-adds are
             counted on it; of ``"parameters"`` those in layers that it does not use are left alone.
-        importance: layer name -> of its inputs and outputs, for an ``error`` that is weighted by it; a layer without
-            one is told of in a warning, and all of its inputs count the same.
+        importance: layer name -> of its inputs and outputs, for an ``error`` that is weighted by it, or of the layer,
+            for the objective ``loss``; of a layer without one, all inputs count the same, and a warning tells of it.
 
     Returns:
         The allocation; ``print`` shows it as a table, :func:`~lr_callback.surgery.factorize_` carries it out.
@@ -212,7 +212,7 @@ def analyze(
     method, processes = check_method(method), processes or Processes()
 
     def prices() -> tuple[Found, dict[str, LayerCost]]:
-        checked_importance(method.error, importance)
+        checked_importance(method.error, importance, method.needs_effects)
         found = find_layers(model, include, exclude)
         leave_out_unused(found, used)
         return found, layer_costs(found, observation, embeddings=embeddings)
@@ -221,21 +221,11 @@ def analyze(
     owners = dict(zip(costs, processes.owners(_work(cost.geometry, method) for cost in costs.values()), strict=True))
     own = {name: found.layers[name] for name, owner in owners.items() if owner == processes.rank}
     known = importance or {}
-    if known and processes.rank == 0:
-        _warn_of_unknown([name for name in costs if name not in known])
+    if processes.rank == 0:
+        warn_of_unknown(list(costs), known)
     parts = processes.gather(lambda: candidates_of(own, costs, method, progress, known), long=True)
     layers = {name: parts[owner][name] for name, owner in owners.items()}
     return _analysis(model, method, observation, found, costs, layers)
-
-
-def _warn_of_unknown(names: Sequence[str]) -> None:
-    """Warn of layers whose importance is not known, as of one that was not called while it was measured."""
-    if names:
-        warn(
-            f"The importance of {len(names)} layer(s) is not known, as if they were never called: all of their inputs "
-            f"and outputs count the same. They are {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}.",
-            stacklevel=4,
-        )
 
 
 def _work(geometry: Geometry, method: Method) -> float:

@@ -62,8 +62,8 @@ class LowRankCompression(CallbackBase):
             the inputs that the compressed network gives them (``cut``), or at once on those of the network before it
             (``dense``); None: not at all.
         recalibrate_batchnorm: measure the statistics of BatchNorm layers anew at each compression.
-        calibration_batches: number of training batches, on each process, that these and an error that is weighted by
-            activations take: from a copy of the training loader, with its augmentation.
+        calibration_batches: number of training batches, on each process, that these take, an error that is weighted by
+            activations, and the objective ``loss``: from a copy of the training loader, with its augmentation.
         show_table: print the table of all layers at each compression.
         snapshots: write weights-only checkpoints ``dense.ckpt`` (before the first compression), ``cut.ckpt`` (after the
             latest) and ``final.ckpt`` into ``compression`` in the log folder, or else in ``default_root_dir``; under
@@ -174,7 +174,7 @@ class LowRankCompression(CallbackBase):
         self._resuming.check(trainer)
         self._resuming.order_optimizers(trainer, pl_module)
         check_optimizers(trainer, self.optimizer_state)
-        self.scope.check_sparse(trainer, pl_module)
+        self.scope.check_optimizers(trainer, pl_module)
         align_averages(pl_module, self.averages(trainer, pl_module))
         if self.learning_rate_rewind:
             self._record = replace(self._record, start=start_of(trainer, self._record.start))
@@ -227,7 +227,7 @@ class LowRankCompression(CallbackBase):
                 self._snapshot(trainer, "dense")
             self._counting.observe_example(trainer, pl_module)
             calls = self.repairing.calls(trainer, pl_module, self.scope.method)
-            importance = importance_of(trainer, pl_module, self.scope.method, calls)
+            importance = importance_of(trainer, pl_module, self.scope, calls)
             analysis = self.scope.analyze(trainer, pl_module, self._counting.unit, importance)
             check_same_weights(trainer, pl_module)
             allocation = processes.first(lambda: analysis.allocate(keep_ratio))

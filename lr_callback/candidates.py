@@ -51,11 +51,13 @@ class LayerCandidates:
         candidates: in the order of preference where cost and error are equal.
         norm: Frobenius norm of the dense weight, for what needs to know how large a relative error is; 1 where no
             weight has been looked at.
+        weight: of the layer's error, to a power, among those of others; None: not known.
     """
 
     dense_cost: int
     candidates: tuple[Candidate, ...]
     norm: float = 1.0
+    weight: float | None = None
 
 
 @dataclass(frozen=True)

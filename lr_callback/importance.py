@@ -7,9 +7,11 @@ comes may be cut for nothing. Weights ``d`` of the outputs scale the rows, ``dia
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import inf, prod
+from numbers import Real
+from warnings import warn
 
 import torch
 from torch import Tensor
@@ -19,13 +21,15 @@ from lr_callback.folding import Geometry, decoder_axes, fold
 
 @dataclass(frozen=True)
 class Importance:
-    """What is known about one layer's inputs and outputs.
+    """What is known about one layer's inputs and outputs, and about the layer among others.
 
     Args:
         inputs: second moments ``(g, s, s)``, float64, of what each group's weight is multiplied with: ``s`` is
             ``C / g * prod(kernel)``, or ``C / g``, the same then at each kernel position, and none between positions;
             or ``(g, s)``, their diagonals. None: all inputs count the same.
         outputs: weights ``(F,)`` of the squared error of each output, at least 0. None: all outputs count the same.
+        weight: of the layer's error, to the power of the objective, among those of the other layers; at least 0. None:
+            not known.
 
     Raises:
         ValueError: If a shape, or a value (NaN, infinity, a negative mean square), cannot be that.
@@ -38,6 +42,7 @@ class Importance:
 
     inputs: Tensor | None = None
     outputs: Tensor | None = None
+    weight: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse what no inputs or outputs can have given."""
@@ -45,6 +50,13 @@ class Importance:
             _check("inputs", self.inputs, self.inputs.dim() == 2 or _is_square(self.inputs), "(g, s, s) or (g, s)")
         if self.outputs is not None:
             _check("outputs", self.outputs, self.outputs.dim() == 1, "(F,)")
+        if self.weight is not None and not (isinstance(self.weight, Real) and 0 <= float(self.weight) < inf):
+            raise ValueError(f"`importance.weight` must be a finite number, at least 0, got {self.weight!r}.")
+
+    @property
+    def is_of_weight(self) -> bool:
+        """Whether an error of the weight alone takes it: nothing is known about inputs and outputs."""
+        return self.inputs is None and self.outputs is None
 
     def check_fits(self, geometry: Geometry) -> None:
         """Refuse what is of a layer of other sizes.
@@ -133,25 +145,51 @@ def weighted_fold(
 WEIGHTED: Mapping[str, str] = {
     "activation": "the second moments of the layers' inputs, `collect_moments(model, batches)`",
     "batchnorm": "what the BatchNorm after each layer makes of its outputs, `batchnorm_importance(model, batches)`",
-    "fisher": "the mean squared gradients of the layers' weights, `fisher_importance(...)`",
+    "fisher": "the mean squared gradients of the layers' weights, `fisher_importance(model, batches, loss)` or "
+    "`fisher_importance(model, optimizers=...)`",
 }
 """Errors that are weighted by the layers' importance -> what it is made of, and how."""
 
 
-def checked_importance(error: str, importance: Mapping[str, Importance] | None) -> Mapping[str, Importance]:
+def checked_importance(
+    error: str, importance: Mapping[str, Importance] | None, effects: bool | None = None
+) -> Mapping[str, Importance]:
     """Return the importance of layers for an error, nothing for one that is of the weights alone.
 
+    Args:
+        error: that is weighted, or not.
+        importance: layer name -> of its inputs and outputs.
+        effects: whether layers are to have weights of their own; None: they may.
+
     Raises:
-        ValueError: If the error is weighted and there is none, or the other way round.
+        ValueError: If the error is weighted and there is none, or the other way round; or if no layer has a weight
+            where they are to.
     """
-    if (error in WEIGHTED) == bool(importance):
-        return importance or {}
-    if error in WEIGHTED:
+    known = importance or {}
+    if error in WEIGHTED and not known:
         raise ValueError(f"error={error!r} is weighted: `importance` must be {WEIGHTED[error]}, got none.")
+    if effects and all(one.weight is None for one in known.values()):
+        raise ValueError(
+            "objective='loss' weighs each layer's error by its effect: `importance` must have the layers' weights, "
+            "`measure_effects(model, batches, method, importance)`, got none."
+        )
+    if error in WEIGHTED or not known or (effects is not False and all(one.is_of_weight for one in known.values())):
+        return known
     raise ValueError(
         f"`importance` is for the errors {', '.join(WEIGHTED)}; error={error!r} is of the weights alone. Leave it out, "
         "or choose one of these errors."
     )
+
+
+def warn_of_unknown(names: Sequence[str], importance: Mapping[str, Importance]) -> None:
+    """Warn of layers whose importance is not known, as of one that was not called while it was measured."""
+    unknown = [name for name in names if name not in importance]
+    if importance and unknown:
+        warn(
+            f"The importance of {len(unknown)} layer(s) is not known, as if they were never called: all of their "
+            f"inputs and outputs count the same. They are {', '.join(unknown[:5])}{', ...' if unknown[5:] else ''}.",
+            stacklevel=4,
+        )
 
 
 def _is_square(moments: Tensor) -> bool:

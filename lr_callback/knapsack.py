@@ -1,4 +1,4 @@
-"""Knapsack: share one budget so that the sum of the squared errors is smallest, exactly.
+"""Knapsack: share one budget so that the sum of the errors, squared or to another power, is smallest, exactly.
 
 One choice of each layer, a budget for all: the multiple-choice knapsack problem. A price for a unit of cost gives a
 lower bound of the sum, and for every choice its *excess*, how much more it is charged than the layer's best at that
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import fsum, inf
+from math import frexp, fsum, inf
 
 import torch
 from torch import Tensor
@@ -33,14 +33,17 @@ _ROUNDING = 1e-12
 """Of a sum and what is paid for it: what floating point cannot tell apart."""
 
 
-def smallest_sum(frontiers: Mapping[str, Frontier], budget: int, work: int = _WORK) -> tuple[dict[str, int], float]:
-    """Allocate a budget over layers so that the sum of their squared errors is smallest.
+def smallest_sum(
+    frontiers: Mapping[str, Frontier], budget: int, work: int = _WORK, power: float = 2
+) -> tuple[dict[str, int], float]:
+    """Allocate a budget over layers so that the sum of their errors, to a power, is smallest.
 
     Args:
         frontiers: layer name -> its choices, cost ascending and error descending; errors may be of any size.
         budget: what all layers together may cost; at least the sum of their cheapest choices.
         work: combinations to look at for each layer. It is not reached on networks known; where it is, the most
             promising ones are looked at.
+        power: that each error is raised to, at least 1.
 
     Returns:
         Layer name -> index of its choice, and the gap: the smallest sum possible is at least ``1 - gap`` times the sum
@@ -57,7 +60,7 @@ def smallest_sum(frontiers: Mapping[str, Frontier], budget: int, work: int = _WO
         >>> smallest_sum({"one": one, "two": two}, budget=5)
         ({'one': 1, 'two': 1}, 0.0)
     """
-    curves = {name: Curve(edge.costs, [error * error for error in edge.errors]) for name, edge in frontiers.items()}
+    curves = _curves(frontiers, power)
     chosen, price = _greedy(curves, budget)
     if price == 0:
         return chosen, 0.0
@@ -71,6 +74,15 @@ def smallest_sum(frontiers: Mapping[str, Frontier], budget: int, work: int = _WO
         chosen, best = {name: found[name] for name in frontiers}, _sum(curves, found)
     left = best - bound - proven
     return chosen, 0.0 if left <= 2 * rounding else min(1.0, left / best)
+
+
+def _curves(frontiers: Mapping[str, Frontier], power: float) -> dict[str, Curve]:
+    """Return the powers of the errors, all divided by one power of two: high powers of large ones must be finite."""
+    largest = max((edge.errors[0] for edge in frontiers.values()), default=0.0)
+    unit = 2.0 ** frexp(largest)[1]
+    return {
+        name: Curve(edge.costs, [(error / unit) ** power for error in edge.errors]) for name, edge in frontiers.items()
+    }
 
 
 def _closest(

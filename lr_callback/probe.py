@@ -61,6 +61,7 @@ class Probe:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
+        self._names: dict[nn.Module, str] = {}
         self._calls: list[_Call] = []
         self._handles: list[RemovableHandle] = []
         self._inside: list[bool] = []
@@ -77,7 +78,8 @@ class Probe:
 
     def start(self) -> None:
         """Watch the calls of all modules."""
-        for module in self._model.modules():
+        for name, module in self._model.named_modules():
+            self._names[module] = name
             self._handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
             self._handles.append(module.register_forward_hook(self._leave, always_call=True))
 
@@ -102,11 +104,14 @@ class Probe:
     def _leave(self, module: nn.Module, arguments: object, outputs: object) -> None:
         self._inside.pop()
 
-    def repeat(self) -> None:
-        """Make the recorded calls again."""
+    def repeat(self) -> list[object]:
+        """Make the recorded calls again, of what stands in the places of the modules now; return what they give."""
+        results: list[object] = []
         for call in self._calls:
+            module = self._model.get_submodule(self._names[call.module])
             with torch.autocast(call.device, dtype=call.autocast, enabled=call.autocast is not None):
-                call.module(*call.arguments, **call.named)
+                results.append(module(*call.arguments, **call.named))
+        return results
 
     def observe(self) -> Observation:
         """Count the multiply-adds of the recorded calls, and see how each layer is called in them."""
@@ -119,7 +124,7 @@ class Probe:
             return 1000 * median(_times(self.repeat))
 
 
-def _times(run: Callable[[], None]) -> list[float]:
+def _times(run: Callable[[], object]) -> list[float]:
     """Return the seconds of repeated runs."""
     times: list[float] = []
     while len(times) < _LEAST_RUNS or sum(times) < _LEAST_SECONDS:

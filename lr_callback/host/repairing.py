@@ -5,18 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from lr_callback.collect import collect_moments
+from lr_callback.effects import measure_effects
+from lr_callback.fisher import fisher_importance
+from lr_callback.gains import batchnorm_importance
 from lr_callback.host.calibration import calibration_calls
+from lr_callback.host.scope import Scope
 from lr_callback.host.strategies import processes_of
 from lr_callback.importance import Importance
 from lr_callback.layers import dense_bias
 from lr_callback.methods import Method
+from lr_callback.optimizers import optimizers_in
 from lr_callback.probe import Probe
 from lr_callback.refit import refit_
 from lr_callback.repair import batchnorm_layers, recalibrate_batchnorm_
@@ -58,7 +63,7 @@ class Repairing:
         Raises:
             MisconfigurationException: If they cannot be had.
         """
-        if not (self.refit or self.batchnorm or method.error == "activation"):
+        if not (self.refit or self.batchnorm or method.needs_effects or method.error in _MEASURED):
             return []
         return processes_of(trainer).agree(lambda: calibration_calls(trainer, pl_module, self.batches), long=True)
 
@@ -103,10 +108,23 @@ def _set(parameter: nn.Parameter, value: Tensor) -> None:
         parameter.copy_(value)
 
 
+_MEASURED = {"activation": collect_moments, "batchnorm": batchnorm_importance}
+"""Errors that are weighted by what is seen on some calls -> what sees it."""
+
+
 def importance_of(
-    trainer: Trainer, pl_module: LightningModule, method: Method, calls: list[Probe]
+    trainer: Trainer, pl_module: LightningModule, scope: Scope, calls: list[Probe]
 ) -> dict[str, Importance] | None:
-    """Return the importance of the layers' inputs on some calls, for a method that weighs errors by it."""
-    if method.error != "activation":
-        return None
-    return collect_moments(pl_module, calls, forward=Probe.repeat, processes=processes_of(trainer))
+    """Return the importance of the layers on some calls, for a method that weighs errors by it, or layers."""
+    method, known = scope.method, None
+    options: dict[str, Any] = {"include": scope.include, "exclude": scope.exclude, "processes": processes_of(trainer)}
+    if method.error in _MEASURED:
+        known = _MEASURED[method.error](pl_module, calls, forward=Probe.repeat, **options)
+    if method.error == "fisher":
+        optimizers = [*trainer.optimizers, *optimizers_in(pl_module)]
+        known = fisher_importance(pl_module, optimizers=optimizers, **options)
+    if not method.needs_effects:
+        return known
+    return measure_effects(
+        pl_module, calls, method, known, forward=Probe.repeat, embeddings=scope.embeddings, **options
+    )

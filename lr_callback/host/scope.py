@@ -13,11 +13,12 @@ from torch.optim import SparseAdam
 
 from lr_callback.analysis import Analysis, analyze, survey
 from lr_callback.find import find_layers
+from lr_callback.fisher import WITHOUT
 from lr_callback.host.strategies import processes_of
 from lr_callback.importance import Importance
 from lr_callback.methods import Method
 from lr_callback.observe import Observation
-from lr_callback.optimizers import with_inner
+from lr_callback.optimizers import optimizers_in, with_inner
 from lr_callback.report import analysis_progress
 
 
@@ -52,12 +53,23 @@ class Scope:
         for keep_ratio in ratios:
             prices.allocate(keep_ratio)
 
-    def check_sparse(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse embeddings whose optimizer would stop at the gradient of a decoder, before the training.
+    def check_optimizers(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse optimizers that would stop a compression, before the training.
 
         Raises:
-            MisconfigurationException: If one that may be factorized is trained by ``SparseAdam``.
+            MisconfigurationException: If an embedding that may be factorized is trained by ``SparseAdam``, which would
+                stop at the gradient of its decoder; or if errors are weighted by what no optimizer keeps.
         """
+        every = with_inner([*trainer.optimizers, *optimizers_in(pl_module)])
+        if self.method.error == "fisher" and all(type(one) in WITHOUT for one in every):
+            raise MisconfigurationException(
+                "LowRankCompression: error='fisher' weighs layers by the mean squared gradients that Adam, AdamW or "
+                f"RMSprop keep, and {', '.join(type(one).__name__ for one in every) or 'no optimizer'} keeps none. "
+                "Train with one of these, or choose error='activation'."
+            )
+        self._check_sparse(trainer, pl_module)
+
+    def _check_sparse(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.embeddings:
             return
         sparse = [one for one in with_inner(trainer.optimizers) if isinstance(one, SparseAdam)]

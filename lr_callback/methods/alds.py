@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from math import isfinite
+from numbers import Real
+from statistics import median
 from typing import Literal
 
 from lr_callback.candidates import Frontier, LayerCandidates, frontier
@@ -10,14 +14,23 @@ from lr_callback.knapsack import smallest_sum
 from lr_callback.methods.base import Choice, Method, Solution, check_at_least_one
 from lr_callback.minimax import minimax
 
-Objective = Callable[[Mapping[str, Frontier], int], tuple[dict[str, int], float]]
-"""From the frontiers of all layers and a budget to the index of each layer's choice, and the gap to the optimum."""
+Objective = Callable[[Mapping[str, Frontier], int, float], tuple[dict[str, int], float]]
+"""From the frontiers of all layers, a budget and a power to the index of each layer's choice, and the gap."""
+
+
+def _sum(edges: Mapping[str, Frontier], budget: int, power: float) -> tuple[dict[str, int], float]:
+    return smallest_sum(edges, budget, power=power)
+
 
 OBJECTIVES: Mapping[str, Objective] = {
-    "minimax": lambda edges, budget: (minimax(edges, budget), 0.0),
-    "sum": smallest_sum,
+    "minimax": lambda edges, budget, _: (minimax(edges, budget), 0.0),
+    "sum": _sum,
+    "loss": _sum,
 }
-"""Ways to share a budget over frontiers, by name."""
+"""Ways to share a budget over frontiers, by name; for ``loss`` the frontiers are weighed."""
+
+_SMALLEST = 1e-6
+"""Weight of a layer without any effect, relative to the largest: of two choices the better one still counts."""
 
 
 class ALDS(Method):
@@ -30,11 +43,14 @@ class ALDS(Method):
             second moments of each slice's inputs (``activation``), by what the BatchNorm after the layer multiplies
             its outputs with (``batchnorm``), or by mean squared gradients (``fisher``).
         objective: ``minimax``: the largest error is smallest, then the next largest (leximin); ``sum``: the sum of
-            the squared errors is smallest.
+            the errors, to the power ``power``, is smallest; ``loss``: the same sum with a weight for each layer, by
+            what its error does to the outputs of the model (:mod:`lr_callback.effects`).
         foldings: which to try of ``kernel_in_encoder``, ``depth_in_decoder``, ``height_in_decoder``,
             ``width_in_decoder``, ``kernel_in_decoder``; a layer takes those that its kernel has the axes for.
         max_slices: largest number of slices to try; by default all that divide the input channels.
         rank_multiple: rank times slices, the width between the two factors, must be a multiple of it.
+        power: of the errors in the sum, at least 1: squares by default; the higher it is, the less is a large error of
+            one layer made up for by small ones of others.
 
     Raises:
         ValueError: If an argument is not one of the above.
@@ -45,29 +61,37 @@ class ALDS(Method):
 
     Example::
 
-        >>> ALDS(error="operator", max_slices=8)
-        ALDS(error='operator', foldings=('kernel_in_encoder',), max_slices=8, objective='minimax', rank_multiple=1)
+        >>> ALDS(error="operator", max_slices=8)  # doctest: +ELLIPSIS
+        ALDS(error='operator', foldings=('kernel_in_encoder',), max_slices=8, objective='minimax', ...)
     """
 
     def __init__(
         self,
         error: Literal["slice", "operator", "bound", "frobenius", "activation", "batchnorm", "fisher"] = "slice",
-        objective: Literal["minimax", "sum"] = "minimax",
+        objective: Literal["minimax", "sum", "loss"] = "minimax",
         foldings: Sequence[str] = ("kernel_in_encoder",),
         max_slices: int | None = None,
         rank_multiple: int = 1,
+        power: float = 2,
     ) -> None:
         super().__init__(error, foldings, max_slices)
         if objective not in OBJECTIVES:
             raise ValueError(f"`objective` must be one of {list(OBJECTIVES)}, got {objective!r}.")
         check_at_least_one("rank_multiple", rank_multiple)
+        _check_power(power, objective)
         self.objective = objective
         self.rank_multiple = rank_multiple
+        self.power = power
 
     @property
     def takes_any_rank(self) -> bool:
         """Whether there is no ``rank_multiple``."""
         return self.rank_multiple == 1
+
+    @property
+    def needs_effects(self) -> bool:
+        """Whether the objective is ``loss``."""
+        return self.objective == "loss"
 
     def choose(self, layers: Mapping[str, LayerCandidates], budget: int) -> dict[str, Choice]:
         """Solve the global problem over all candidates of all layers."""
@@ -75,9 +99,10 @@ class ALDS(Method):
 
     def solve(self, layers: Mapping[str, LayerCandidates], budget: int) -> Solution:
         """Solve the global problem, and say how far from the optimum the solution can be."""
-        edges = self._frontiers(layers)
-        chosen, gap = OBJECTIVES[self.objective](edges, budget)
-        return Solution({name: edges[name].choices[index] for name, index in chosen.items()}, gap)
+        edges, weights = self._frontiers(layers), _weights(layers) if self.needs_effects else {}
+        charged = {name: _weighed(edges[name], weight ** (1 / self.power)) for name, weight in weights.items()}
+        chosen, gap = OBJECTIVES[self.objective](charged or edges, budget, self.power)
+        return Solution({name: edges[name].choices[index] for name, index in chosen.items()}, gap, weights)
 
     def smallest_cost(self, layers: Mapping[str, LayerCandidates]) -> int:
         """Return the cost of every layer's cheapest choice."""
@@ -85,6 +110,30 @@ class ALDS(Method):
 
     def _frontiers(self, layers: Mapping[str, LayerCandidates]) -> dict[str, Frontier]:
         return {name: frontier(layer, self.rank_multiple) for name, layer in layers.items()}
+
+
+def _weights(layers: Mapping[str, LayerCandidates]) -> dict[str, float]:
+    """Return the weight of each layer: one that is not known is the median of the others, and none is zero."""
+    known = [layer.weight for layer in layers.values() if layer.weight is not None]
+    largest, middle = max(known, default=0.0), median(known) if known else 1.0
+    if largest == 0:
+        return dict.fromkeys(layers, 1.0)
+    given = {name: middle if layer.weight is None else layer.weight for name, layer in layers.items()}
+    return {name: max(weight, _SMALLEST * largest) for name, weight in given.items()}
+
+
+def _weighed(edge: Frontier, factor: float) -> Frontier:
+    return replace(edge, errors=[factor * error for error in edge.errors])
+
+
+def _check_power(power: object, objective: str) -> None:
+    if not isinstance(power, Real) or isinstance(power, bool) or not isfinite(power) or power < 1:
+        raise ValueError(f"`power` must be a number of at least 1, got {power!r}.")
+    if objective == "minimax" and power != 2:
+        raise ValueError(
+            "`power` is of the errors in a sum, and objective='minimax' adds none up: the largest error is the same "
+            f"whatever the power. Leave it out, or choose objective='sum'; got {power!r}."
+        )
 
 
 def check_method(method: Method | None) -> Method:

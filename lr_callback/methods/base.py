@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -33,10 +33,12 @@ class Solution:
         choices: layer name -> its choice.
         gap: what the objective would be at its smallest is at least ``1 - gap`` times what it is; 0: it is exact, or
             the method has no objective.
+        weights: layer name -> what its error was multiplied with among the others; empty: all count the same.
     """
 
     choices: Mapping[str, Choice]
     gap: float = 0.0
+    weights: Mapping[str, float] = field(default_factory=dict)
 
 
 class Method(ABC):
@@ -63,6 +65,11 @@ class Method(ABC):
         """Whether every candidate may be chosen at every rank; then the hopeless ones need no error."""
         return True
 
+    @property
+    def needs_effects(self) -> bool:
+        """Whether it must know what the layers' errors do to the outputs of the model."""
+        return False
+
     def slice_counts(self, geometry: Geometry) -> list[int]:
         """Return the numbers of slices that it tries of a layer, ascending."""
         return geometry.slice_counts(self.max_slices)
@@ -87,7 +94,8 @@ class Method(ABC):
             return relative_errors(matrix, self.error, last, workers, prices, moments)
 
         norm = float(torch.linalg.vector_norm(weight, dtype=torch.float64))
-        return replace(layer_candidates(cost, self.foldings, self.slice_counts(cost.geometry), curves), norm=norm)
+        found = layer_candidates(cost, self.foldings, self.slice_counts(cost.geometry), curves)
+        return replace(found, norm=norm, weight=known.weight)
 
     def priced(self, cost: LayerCost) -> LayerCandidates:
         """Return the candidates of one layer with their costs right and errors that only fall, none computed."""

@@ -233,6 +233,14 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
         compression=events(refit="cut", recalibrate_batchnorm=True, method=lrc.ALDS("activation", "sum")),
     ),
     "clipping": lambda: run(gradient_clip_val=0.1),
+    "weighed by effects": lambda: run(
+        module=Module(norm=True),
+        compression=events(method=lrc.ALDS("activation", "loss", power=4), refit="cut", recalibrate_batchnorm=True),
+    ),
+    "weighed by BatchNorm": lambda: run(
+        module=Module(norm=True), compression=events(method=lrc.ALDS("batchnorm", "loss"))
+    ),
+    "weighed by Adam": lambda: run(module=Module(adam=True), compression=events(method=lrc.ALDS("fisher", "sum"))),
     "factors of other signs": other_signs,
     "averages of other bits": other_averages,
     "averages on one rank": lambda: failure(lambda: run(compression=OnOneRank(0.5, 1, show_table=False))),

@@ -36,6 +36,9 @@ TRAINED = {
     "batch norm": "DDP, batch norm",
     "repaired": "DDP, refit and BatchNorm recalibrated on the batches of all processes",
     "clipping": "DDP, gradient clipping",
+    "weighed by effects": "DDP, errors weighted by activations, layers by their effects, repaired",
+    "weighed by BatchNorm": "DDP, errors weighted by BatchNorm",
+    "weighed by Adam": "DDP, errors weighted by mean squared gradients",
     "factors of other signs": "DDP with init_sync=False",
 }
 """Case -> the situation."""

@@ -101,6 +101,81 @@ def test_the_network_right_after_the_cut_is_closer_to_that_before_with_a_refit(t
     assert all(torch.isfinite(value).all() for value in module.state_dict().values())
 
 
+@pytest.mark.situation("Repair", "layers weighed by what their errors do to the outputs", "works")
+def test_layers_are_weighed_by_their_effects_on_training_batches(tmp_path):
+    class Parts(Network):
+        """Calls its parts in the step, one after the other, and never itself."""
+
+        def training_step(self, batch, batch_idx):
+            return nn.functional.cross_entropy(self.head(torch.relu(self.body(batch[0])).flatten(1)), batch[1])
+
+    weights = []
+    for module in (Network(), Parts()):
+        for options in ({"method": lrc.ALDS("activation", "loss", power=4)}, {"method": lrc.ALDS(objective="loss")}):
+            _, _, callback = fit(tmp_path, module=copy.deepcopy(module), refit="cut", **options)
+            weights.append(callback.allocation.weights)
+            assert set(callback.allocation.layers) == set(weights[-1]) and min(weights[-1].values()) > 0
+            assert callback.allocation.method["objective"] == "loss"
+    assert all(sorted(one) == ["body.0", "body.4", "head"] and len(set(one.values())) == 3 for one in weights)
+
+
+@pytest.mark.situation("Repair", "errors weighted by what BatchNorm makes of them", "works")
+def test_outputs_are_weighed_by_the_batchnorm_after_them(tmp_path):
+    _, _, callback = fit(tmp_path, method=lrc.ALDS("batchnorm"))
+    assert callback.allocation.error == "batchnorm" and callback.allocation.factorized
+
+
+class WithAdam(Network):
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+
+@pytest.mark.situation("Repair", "errors weighted by the mean squared gradients that Adam keeps", "works")
+def test_the_state_of_adam_weighs_the_layers_and_afterwards_that_of_the_factors(tmp_path):
+    seen = []
+
+    class Twice(lrc.LowRankCompression):
+        def compress(self, trainer, pl_module, keep_ratio):
+            seen.append(lrc.fisher_importance(pl_module, optimizers=trainer.optimizers))
+            return super().compress(trainer, pl_module, keep_ratio)
+
+    callback = Twice([0.6, 0.4], [1, 2], method=lrc.ALDS("fisher"), show_table=False)
+    trainer = Trainer(
+        max_epochs=3,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[callback],
+    )
+    module = WithAdam()
+    trainer.fit(module, DataLoader(Augmented(), batch_size=32))
+    assert [sorted(one) for one in seen] == [["body.0", "body.4", "head"]] * 2
+    assert callback.allocation.error == "fisher" and callback.allocation.keep_ratio == 0.4
+    assert all(torch.isfinite(value).all() for value in module.state_dict().values())
+
+
+@pytest.mark.situation("Repair", "errors weighted by mean squared gradients, and no optimizer keeps any", "refused")
+def test_without_mean_squares_errors_cannot_be_weighted_by_them(tmp_path):
+    with pytest.raises(
+        MisconfigurationException, match=r"error='fisher' .* Adam, AdamW or RMSprop keep, and SGD keeps"
+    ):
+        fit(tmp_path, method=lrc.ALDS("fisher"))
+
+    trainer = Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[lrc.LowRankCompression(0.5, 0, method=lrc.ALDS("fisher"))],
+    )
+    with pytest.raises(ValueError, match=r"no layer has mean squared .*\(AdamW\): .* from their first step on"):
+        trainer.fit(WithAdam(), DataLoader(Augmented(), batch_size=32))
+
+
 def test_the_calibration_leaves_no_trace(tmp_path):
     """Batches, random numbers, metrics and logs of a run that measures and changes nothing are those of any run."""
 

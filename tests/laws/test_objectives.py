@@ -1,5 +1,6 @@
-"""Law 3 for the sum of the squared errors: it is the smallest there is, or no further above it than its gap says."""
+"""Law 3 for the sum of the errors to a power: it is the smallest there is, or no further above it than its gap says."""
 
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise, product
 from math import fsum
@@ -11,8 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lr_callback as lrc
-from lr_callback.candidates import Frontier
+from lr_callback.candidates import Candidate, Frontier, LayerCandidates
 from lr_callback.knapsack import smallest_sum
+from lr_callback.methods import cost_of
 from lr_callback.minimax import minimax
 
 Frontiers = dict[str, Frontier]
@@ -48,10 +50,22 @@ def squares(edges: Frontiers, chosen: dict[str, int]) -> float:
     return fsum(edges[name].errors[index] ** 2 for name, index in chosen.items())
 
 
-def optimum(edges: Frontiers, budget: int) -> float:
+def powers(edges: Frontiers, chosen: dict[str, int], power: float) -> float:
+    return fsum(edges[name].errors[index] ** power for name, index in chosen.items())
+
+
+def candidates(edge: Frontier, weight: float) -> LayerCandidates:
+    """Return candidates, one of each rank, with the choices of a frontier."""
+    made = []
+    for cost, error in list(zip(edge.costs, edge.errors, strict=True))[:-1]:
+        made.append(Candidate("kernel_in_encoder", 1, 1, torch.tensor([9e9, error], dtype=torch.float64), 0, cost))
+    return LayerCandidates(edge.costs[-1], tuple(made), weight=weight)
+
+
+def optimum(edges: Frontiers, budget: int, power: float = 2) -> float:
     """Search every combination."""
     listed = product(*(zip(edge.costs, edge.errors, strict=True) for edge in edges.values()))
-    return min(fsum(e * e for _, e in one) for one in listed if sum(c for c, _ in one) <= budget)
+    return min(fsum(e**power for _, e in one) for one in listed if sum(c for c, _ in one) <= budget)
 
 
 @given(problems())
@@ -60,6 +74,38 @@ def test_the_sum_is_the_smallest_of_all_combinations(problem):
     chosen, gap = smallest_sum(edges, budget)
     assert gap == 0 and cost(edges, chosen) <= budget
     assert squares(edges, chosen) == pytest.approx(optimum(edges, budget), rel=1e-9, abs=0)
+
+
+@given(problems(), st.sampled_from([1, 1.5, 3, 4, 8]))
+def test_so_it_is_whatever_the_power(problem, power):
+    edges, budget = problem
+    chosen, gap = smallest_sum(edges, budget, power=power)
+    assert gap == 0 and cost(edges, chosen) <= budget
+    assert powers(edges, chosen, power) == pytest.approx(optimum(edges, budget, power), rel=1e-9, abs=0)
+
+
+@given(problems(), st.integers(1, 12), st.sampled_from([1, 4]))
+def test_with_too_little_work_the_gap_holds_whatever_the_power(problem, work, power):
+    edges, budget = problem
+    chosen, gap = smallest_sum(edges, budget, work, power)
+    found, best = powers(edges, chosen, power), optimum(edges, budget, power)
+    assert 0 <= gap <= 1 and cost(edges, chosen) <= budget
+    assert (1 - gap) * found <= best * (1 + 1e-9)
+
+
+@given(problems(most_layers=4), st.sampled_from([1, 2, 4]), st.data())
+def test_weighed_by_effects_it_is_the_smallest_sum_of_weighed_powers(problem, power, data):
+    edges, budget = problem
+    weights = {name: data.draw(st.floats(1e-3, 1e3)) for name in edges}
+    layers = {name: candidates(edge, weights[name]) for name, edge in edges.items()}
+    solution = lrc.ALDS("frobenius", "loss", power=power).solve(layers, budget)
+    chosen = {name: edges[name].costs.index(cost_of(layers[name], one)) for name, one in solution.choices.items()}
+    assert solution.gap == 0 and cost(edges, chosen) <= budget and solution.weights == weights
+    found = fsum(weights[name] * edges[name].errors[index] ** power for name, index in chosen.items())
+    raised = {
+        name: replace(e, errors=[weights[name] ** (1 / power) * x for x in e.errors]) for name, e in edges.items()
+    }
+    assert found == pytest.approx(optimum(raised, budget, power), rel=1e-9, abs=0)
 
 
 @given(problems(), st.integers(1, 12))

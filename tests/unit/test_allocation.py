@@ -120,6 +120,18 @@ def test_the_summary_tells_a_gap_and_says_nothing_where_there_is_none():
     assert "objective" not in str(example())
 
 
+def test_weights_are_written_and_a_file_from_before_there_were_any_has_none():
+    allocation = example(weights={"conv": 2.5, "stem": 0.5})
+    assert Allocation.from_json(allocation.to_json()) == allocation
+    assert Allocation.from_dict(damaged("weights", drop=True)) == example(weights={})
+
+
+@pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf"), "1", True])
+def test_weights_that_none_can_be_are_refused(value):
+    with pytest.raises(ValueError, match=r"Allocation: `weights` must be finite numbers from 0, got dict"):
+        Allocation.from_dict(damaged("weights", value={"conv": value}))
+
+
 def test_entries_that_a_later_version_may_add_are_passed_over():
     assert Allocation.from_dict({**example().to_dict(), "remark": "by hand"}) == example()
 

@@ -101,6 +101,24 @@ def test_the_size_of_the_errors_does_not_matter(scale):
     assert smallest_sum(scaled, budget_at(edges, 0.4)) == smallest_sum(edges, budget_at(edges, 0.4))
 
 
+@pytest.mark.parametrize("scale", [1e-150, 1e150])
+def test_nor_does_it_for_a_high_power(scale):
+    edges = network(6, 30)
+    scaled = {name: Frontier(e.costs, [scale * x for x in e.errors], e.choices) for name, e in edges.items()}
+    budget = budget_at(edges, 0.4)
+    assert smallest_sum(scaled, budget, power=4) == smallest_sum(edges, budget, power=4)
+
+
+def test_a_higher_power_spares_the_worst_layer():
+    # One unit is left: on the layer with the most squares to save, or on the one with the largest error.
+    edges = {
+        "worst": Frontier([1, 2], [1.0, 0.9], [None] * 2),
+        "other": Frontier([1, 2], [0.7, 0.4], [None] * 2),
+    }
+    assert smallest_sum(edges, 3) == ({"worst": 0, "other": 1}, 0.0)
+    assert smallest_sum(edges, 3, power=4) == ({"worst": 1, "other": 0}, 0.0)
+
+
 def test_the_number_of_threads_changes_nothing():
     edges, before = network(30, 200), torch.get_num_threads()
     try:

@@ -94,6 +94,15 @@ def test_repeat_makes_the_same_calls_with_the_same_arguments():
         handle.remove()
 
 
+def test_repeat_calls_what_stands_in_the_place_now_and_returns_what_it_gives():
+    host = Host()
+    probe = recorded(host)
+    results = probe.repeat()
+    assert len(results) == 2 and results[0].shape == (3, 6) and results[1].shape == (3, 2)
+    host.head = nn.Linear(6, 9)
+    assert probe.repeat()[1].shape == (3, 9)
+
+
 def test_after_an_error_in_a_call_the_next_outermost_call_is_still_seen():
     host = Host()
     probe = Probe(host)

@@ -113,11 +113,25 @@ def test_the_sum_is_the_same_whether_errors_are_given_up_or_not(error, crew):
         assert sums[0] == pytest.approx(sums[1], rel=1e-5)
 
 
+@pytest.mark.parametrize("power", [1, 2, 4])
+def test_the_sum_to_a_power_is_below_that_of_other_powers(power, crew):
+    layers = analysed(ALDS("frobenius"), crew)
+    for budget in budgets(ALDS(), layers, 5):
+        sums = {
+            one: sum(
+                error_of(choice) ** power
+                for choice in ALDS("frobenius", "sum", power=one).choose(layers, budget).values()
+            )
+            for one in (1, 2, 4)
+        }
+        assert sums[power] <= min(sums.values()) * (1 + 1e-9)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"error": "l2"}, r"`error` must be one of \['slice', 'operator', .*\], got 'l2'"),
-        ({"objective": "greedy"}, r"`objective` must be one of \['minimax', 'sum'.*\], got 'greedy'"),
+        ({"objective": "greedy"}, r"`objective` must be one of \['minimax', 'sum', 'loss'\], got 'greedy'"),
         ({"foldings": ["kernel_in_encoder", "flat"]}, r"`folding` must be one of .*, got 'flat'"),
         ({"foldings": []}, r"`foldings` must be a non-empty list of names, got \[\]"),
         ({"foldings": "kernel_in_encoder"}, r"`foldings` must be a non-empty list of names, got 'kernel_in_encoder'"),
@@ -125,6 +139,12 @@ def test_the_sum_is_the_same_whether_errors_are_given_up_or_not(error, crew):
         ({"max_slices": 2.0}, "`max_slices` must be a whole number of at least 1, got 2.0"),
         ({"rank_multiple": -1}, "`rank_multiple` must be a whole number of at least 1, got -1"),
         ({"rank_multiple": "8"}, "`rank_multiple` must be a whole number of at least 1, got '8'"),
+        ({"objective": "sum", "power": 0.5}, "`power` must be a number of at least 1, got 0.5"),
+        ({"objective": "sum", "power": float("inf")}, "`power` must be a number of at least 1, got inf"),
+        ({"objective": "sum", "power": float("nan")}, "`power` must be a number of at least 1, got nan"),
+        ({"objective": "sum", "power": "4"}, "`power` must be a number of at least 1, got '4'"),
+        ({"objective": "sum", "power": True}, "`power` must be a number of at least 1, got True"),
+        ({"power": 4}, "`power` is of the errors in a sum, and objective='minimax' adds none up.*got 4"),
     ],
     ids=str,
 )
