@@ -6,7 +6,9 @@ how much of the layer's squared error arrives. Variances are over all entries of
 alike, as to the scores of all classes, is no change.
 
 The weight of a layer is ``sqrt(w)``, half way between ``w``, the effect of layers that are cut alone, and no weight at
-all: what was measured to be best for residual networks, whose layers are cut together.
+all: what was measured to be best for residual networks, whose layers are cut together, in a sum of fourth powers
+(``power=4``). Of ResNet20 with a fifth of its parameters, refitted, 60.4 % of the test images are right then, 59.3 %
+without weights and 38.7 % with ``w`` itself; in a sum of squares weights gain nothing (55.8 % and 57.7 %).
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ class ALDS(Method):
             its outputs with (``batchnorm``), or by mean squared gradients (``fisher``).
         objective: ``minimax``: the largest error is smallest, then the next largest (leximin); ``sum``: the sum of
             the errors, to the power ``power``, is smallest; ``loss``: the same sum with a weight for each layer, by
-            what its error does to the outputs of the model (:mod:`lr_callback.effects`).
+            what its error does to the outputs of the model (:mod:`lr_callback.effects`); meant for ``power=4``.
         foldings: which to try of ``kernel_in_encoder``, ``depth_in_decoder``, ``height_in_decoder``,
             ``width_in_decoder``, ``kernel_in_decoder``; a layer takes those that its kernel has the axes for.
         max_slices: largest number of slices to try; by default all that divide the input channels.
