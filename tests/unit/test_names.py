@@ -126,6 +126,34 @@ def test_names_may_be_missing_that_are_tied_to_one_that_is_there(cut, dropped, h
     assert model.again is model.body
 
 
+class OneBias(nn.Module):
+    """One bias of its own, of a layer with two names, of a layer that stays dense and of a LayerNorm."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.layer, self.other, self.norm = nn.Linear(32, 32), nn.Linear(32, 32), nn.LayerNorm(32)
+        self.again, self.bias = self.layer, self.layer.bias
+        self.other.bias = self.norm.bias = self.bias
+        nn.init.normal_(self.bias)
+
+
+@pytest.mark.situation("Checkpoints", "a bias that is tied to another parameter, of a factorized layer", "works")
+@pytest.mark.parametrize("written", [(), ("layer",), ("layer", "other")])
+@pytest.mark.parametrize("own", [(), ("layer",), ("layer", "other")])
+@pytest.mark.parametrize("kept", ["", "bias", "again.", "norm.bias"])
+def test_a_tied_bias_comes_back_whatever_the_structure_of_its_layers(written, own, kept):
+    source, model = OneBias(1), OneBias(2)
+    for one, names in ((source, written), (model, own)):
+        if names:
+            assert lrc.factorize_(one, lrc.allocate(one, 0.8, include=names)).factorized == names
+    wanted = source.state_dict()
+    file = {name: one for name, one in wanted.items() if not name.endswith("bias") or name.startswith(kept)}
+    lrc.restore_(model, {f"network.{name}": value for name, value in file.items()})
+    assert same(model.state_dict(), wanted)
+    assert model.layer.bias is model.bias is model.other.bias is model.norm.bias
+
+
 def test_names_may_not_be_missing_where_the_model_has_tensors_of_their_own():
     source, model = Tied(1), Tied(2)
     model.head.weight = nn.Parameter(torch.zeros(50, 32))
