@@ -100,13 +100,26 @@ def weight_trap(weight: Tensor) -> str | None:
         return f"its weight is of dtype {weight.dtype}, not floating point of 16, 32 or 64 bits"
     if weight.numel() == 0:
         return f"its weight is empty, of shape {tuple(weight.shape)}"
-    if any(stride == 0 and size > 1 for stride, size in zip(weight.stride(), weight.shape, strict=True)):
+    if is_expanded(weight):
         return "its weight is expanded: several of its entries are one number in memory"
     if getattr(
         weight, "_post_accumulate_grad_hooks", None
     ):  # an optimizer's step, perhaps: the factors would not train
         return "its weight has hooks on its accumulated gradient, which its factors would not have; remove them first"
     return None
+
+
+def is_expanded(value: Tensor) -> bool:
+    """Return whether several entries of a tensor are one number in memory, so that torch does not write them.
+
+    Example::
+
+        >>> is_expanded(torch.ones(4, 1).expand(4, 4)), is_expanded(torch.ones(4, 1))
+        (True, False)
+    """
+    if value.layout != torch.strided:
+        return False
+    return any(stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape, strict=True))
 
 
 def factor_trap(layer: FactorizedLayer) -> str | None:
