@@ -24,7 +24,7 @@ from lr_callback.layer_types import layer_cost, layer_type
 from lr_callback.layers import FactorizedLayer, dense_bias
 from lr_callback.layers.base import any_weight
 from lr_callback.names import ENTRIES, naming
-from lr_callback.source import check_values, is_extra, load, state_dict_of, warn_of_broken
+from lr_callback.source import check_tied, check_values, is_extra, load, state_dict_of, warn_of_broken
 from lr_callback.surgery import factorize_, replace_layers
 from lr_callback.values import check_has_values, check_writable, keep_values, load_values
 
@@ -70,6 +70,7 @@ def restore_(model: nn.Module, source: Allocation | Mapping[str, Any] | str | Pa
     own = {**factors, **model.state_dict(keep_vars=True)}
     check_values(own, state)
     check_weights(model, state)
+    check_tied(filter(None, names.groups(state)), own, state)
     warn_of_broken({name for name, value in own.items() if isinstance(value, nn.Parameter)}, state)
     versions = names.of_modules(getattr(loaded.get("state_dict", loaded), "_metadata", None) or {})
     _load(model, state, versions)

@@ -7,7 +7,7 @@ anything about the tensors: each entry is matched with the model's name for it.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -86,6 +86,14 @@ class Naming:
             there = [name for forms in group for name in forms if name in state]
             lacking = [forms for forms in group if there and state.keys().isdisjoint(forms)]
             state.update({_form_in(state, forms): state[there[0]] for forms in lacking})
+
+    def groups(self, state: Collection[str]) -> Iterator[list[str]]:
+        """Yield which entries are of one tensor in the model."""
+        for group in self.tied:
+            yield [name for forms in group for name in forms if name in state]
+        for names in self.shared:
+            for inner in ENTRIES:
+                yield [f"{name}.{inner}" for name in names if f"{name}.{inner}" in state]
 
     def of_modules(self, given: Mapping[str, Value]) -> dict[str, Value]:
         """Return what is noted of modules, under the model's names for them."""

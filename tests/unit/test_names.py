@@ -1,5 +1,7 @@
 """Names: the same weights under other names come back, and weights that only share a name do not."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -161,6 +163,40 @@ def test_names_may_not_be_missing_where_the_model_has_tensors_of_their_own():
     with pytest.raises(ValueError, match=r"head\.weight: shape \(50, 32\) in the model, nothing in the file"):
         lrc.restore_(model, file)
     assert not model.head.weight.any()
+
+
+@pytest.mark.situation("Bad input", "a file with two different values for what is one tensor in the model", "refused")
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("embedding.weight", "head.weight"),
+        ("body.{}bias", "again.{}bias"),
+        ("body.{}weight", "again.{}weight"),
+        ("one.weight", "other.weight"),
+    ],
+)
+def test_two_values_for_one_tensor_are_refused_by_name(first, second, cut):
+    source, model = Tied(1), Tied(2)
+    if cut:
+        assert lrc.factorize_(source, lrc.allocate(source, 0.8)).factorized == ("body",)
+    first, second = (name.format("decoder." if cut else "") for name in (first, second))
+    file, before = source.state_dict(), copy.deepcopy(model.state_dict())
+    file[second] = file[first] + torch.eye(*file[first].shape) if file[first].dim() > 1 else file[first] + 1
+    with pytest.raises(ValueError, match=rf"{first} and {second} must be equal, they are one tensor.*Nothing was ch"):
+        lrc.restore_(model, file)
+    assert same(model.state_dict(), before)
+
+
+@pytest.mark.filterwarnings("ignore:`source`. every weight should be finite")
+def test_two_values_that_are_one_in_the_model_are_no_two():
+    source, model = Tied(1), Tied(2).to(torch.bfloat16)
+    file = copy.deepcopy(source.state_dict())
+    file["head.weight"][0, 0] = file["embedding.weight"][0, 0] = float("nan")
+    file["head.weight"] = file["head.weight"].to(torch.bfloat16)
+    lrc.restore_(model, file)
+    assert model.head.weight is model.embedding.weight
+    assert torch.equal(model.head.weight[1:], file["head.weight"][1:])
 
 
 def test_what_has_no_memory_of_its_own_is_tied_to_nothing():
