@@ -13,7 +13,6 @@ from torch import Tensor
 from lr_callback.allocation import Allocation
 from lr_callback.safetensors_file import is_safetensors, read_safetensors
 
-
 _SIGNED = (torch.int8, torch.int16, torch.int32, torch.int64)
 _WHOLE = (torch.bool, *_SIGNED, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 

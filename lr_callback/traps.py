@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from lr_callback.layer_types import layer_type
 from lr_callback.layers import FactorizedLayer
 
 COMPUTED = "its weight is computed from other parameters (weight_norm, pruning or another parametrization)"
@@ -71,9 +72,24 @@ def layer_trap(layer: nn.Module) -> str | None:
     more = [name for name in own if name not in ("weight", "bias")]
     if more:
         return f"it holds more than a weight and a bias: {', '.join(more)}"
+    reason = _bias_trap(layer, layer)
+    if reason is not None:
+        return reason
     if any(_is_own(hook) for hooks in _STATE_HOOKS for hook in getattr(layer, hooks).values()):
         return "it has hooks on its state dict, which would not find its weight there any more"
     return None
+
+
+def _bias_trap(layer: nn.Module, holder: nn.Module) -> str | None:
+    """Return why the bias of a dense or factorized layer cannot come along, None if it can, or there is none."""
+    kind, bias = layer_type(layer), getattr(holder, "bias", None)
+    if kind is None or bias is None:
+        return None
+    out_channels = kind.geometry(layer).out_channels
+    if isinstance(bias, nn.Parameter) and tuple(bias.shape) == (out_channels,):
+        return None
+    shape = f" of shape {tuple(bias.shape)}" if isinstance(bias, Tensor) else ""
+    return f"its bias is a {type(bias).__name__}{shape}, not an nn.Parameter of shape ({out_channels},)"
 
 
 def _is_own(hook: object) -> bool:
@@ -140,4 +156,4 @@ def factor_trap(layer: FactorizedLayer) -> str | None:
         reason = weight_trap(weight)
         if reason is not None:
             return f"{name}: {reason}"
-    return None
+    return _bias_trap(layer, layer.decoder)
