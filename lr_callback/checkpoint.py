@@ -45,8 +45,9 @@ def restore_(model: nn.Module, source: Allocation | Mapping[str, Any] | str | Pa
     Raises:
         FileNotFoundError: If the path does not exist.
         TypeError: If the source is of another type.
-        ValueError: If the source is not one of these, is damaged, is of another model, or has values that the model's
-            dtype does not reach; or if a tensor of the model cannot be written. Nothing was changed.
+        ValueError: If the source is not one of these, is damaged, is of another model, has values that the model's
+            dtype does not reach or has only as others, or two that differ for one tensor of the model; or if a tensor
+            of the model cannot be written. Nothing was changed.
 
     Example::
 

@@ -69,9 +69,10 @@ def layer_trap(layer: nn.Module) -> str | None:
     if "forward" in vars(layer):
         return "its forward was replaced on the object itself, and would be lost"
     own = {**layer._parameters, **layer._buffers, **layer._modules}
-    more = [name for name in own if name not in ("weight", "bias")]
+    known = ("weight",) if isinstance(layer, nn.Embedding) else ("weight", "bias")
+    more = [name for name in own if name not in known]
     if more:
-        return f"it holds more than a weight and a bias: {', '.join(more)}"
+        return f"it holds more than a {' and a '.join(known)}: {', '.join(more)}"
     reason = _bias_trap(layer, layer)
     if reason is not None:
         return reason

@@ -145,6 +145,12 @@ def test_a_bias_that_is_not_a_parameter_of_each_output_is_a_reason(reasons, make
     assert repr(other) == repr(model)
 
 
+def test_a_bias_on_an_embedding_which_does_not_add_it_is_a_reason(reasons):
+    table = nn.Embedding(64, 32)
+    table.bias = nn.Parameter(torch.ones(32))
+    assert reasons(table)["0"] == "it holds more than a weight: bias"
+
+
 @pytest.mark.parametrize(("bias", "found"), BIASES, ids=["buffer", "one entry", "no axis", "number"])
 def test_so_it_is_in_a_factorized_layer(bias, found):
     model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
