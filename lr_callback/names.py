@@ -24,6 +24,9 @@ Layers = Mapping[nn.Module, Sequence[str]]
 ENTRIES = ("weight", "bias", "encoder.weight", "decoder.weight", "decoder.bias")
 """Names of what a dense or a factorized layer holds."""
 
+EXTRA = "_extra_state"
+"""Name of what a module's ``get_extra_state`` made; that of two modules may be one object, and is not tied for it."""
+
 Forms = tuple[str, ...]
 """Names of one entry: its own, or those of a layer's bias in a dense and in a factorized file."""
 
@@ -163,7 +166,7 @@ def _tied(model: nn.Module, layers: Layers, apart: Collection[str]) -> list[Sequ
     forms = {name: both for both in biases for name in both}
     groups: dict[Hashable, list[str]] = {}
     for name, value in model.state_dict(keep_vars=True).items():
-        if name not in apart:
+        if name not in apart and name.rpartition(".")[2] != EXTRA:
             groups.setdefault(_identity(value), []).append(name)
     return [[forms.get(name, (name,)) for name in names] for names in groups.values() if len(names) > 1]
 

@@ -199,6 +199,29 @@ def test_two_values_that_are_one_in_the_model_are_no_two():
     assert torch.equal(model.head.weight[1:], file["head.weight"][1:])
 
 
+class Extra(nn.Module):
+    def __init__(self, extra):
+        super().__init__()
+        self.extra = extra
+
+    def get_extra_state(self):
+        return self.extra
+
+    def set_extra_state(self, state):
+        self.extra = state
+
+
+@pytest.mark.parametrize("values", [(1, 2, 3), (torch.zeros(2), torch.ones(2), torch.zeros(3))], ids=["int", "tensor"])
+def test_extra_states_that_are_one_object_are_not_tied(values):
+    now, one, other = values
+    model = nn.Sequential(Extra(now), Extra(now))
+    lrc.restore_(model, {"0._extra_state": one, "1._extra_state": other})
+    assert model[0].extra is one
+    assert model[1].extra is other
+    with pytest.raises(ValueError, match=r'Missing key.*"1\._extra_state"'):
+        lrc.restore_(model, {"0._extra_state": one})
+
+
 def test_what_has_no_memory_of_its_own_is_tied_to_nothing():
     model = nn.ParameterList([torch.zeros(0), torch.zeros(0), torch.zeros(2).to_sparse()])
     assert naming(model, {}, ["0"]).entries({"0": 1}) == {"0": 1}
