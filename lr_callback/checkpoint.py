@@ -7,14 +7,12 @@ model has a factorized one means dense. So files that hold weights alone are eno
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -26,8 +24,9 @@ from lr_callback.layer_types import layer_cost, layer_type
 from lr_callback.layers import FactorizedLayer, dense_bias
 from lr_callback.layers.base import any_weight
 from lr_callback.names import ENTRIES, naming
-from lr_callback.source import check_values, is_extra, load, state_dict_of, warn_of_broken
+from lr_callback.source import check_tied, check_values, is_extra, load, state_dict_of, warn_of_broken
 from lr_callback.surgery import factorize_, replace_layers
+from lr_callback.values import check_has_values, check_writable, keep_values, load_values
 
 
 def restore_(model: nn.Module, source: Allocation | Mapping[str, Any] | str | Path) -> None:
@@ -46,8 +45,9 @@ def restore_(model: nn.Module, source: Allocation | Mapping[str, Any] | str | Pa
     Raises:
         FileNotFoundError: If the path does not exist.
         TypeError: If the source is of another type.
-        ValueError: If the source is not one of these, is damaged, is of another model, or has values that the model's
-            dtype does not reach. Nothing was changed.
+        ValueError: If the source is not one of these, is damaged, is of another model, has values that the model's
+            dtype does not reach or has only as others, or two that differ for one tensor of the model; or if a tensor
+            of the model cannot be written. Nothing was changed.
 
     Example::
 
@@ -64,16 +64,17 @@ def restore_(model: nn.Module, source: Allocation | Mapping[str, Any] | str | Pa
         factorize_(model, _renamed(model, loaded))
         return
     entries, layers = state_dict_of(loaded), _names_of_layers(model)
-    _check_has_values(model)
+    check_has_values(model)
     names = naming(model, layers, entries)
     state = names.entries(entries)
     factors = {f"{name}.{one}": any_weight(layer) for layer in layers for name in layers[layer] for one in ENTRIES}
     own = {**factors, **model.state_dict(keep_vars=True)}
     check_values(own, state)
     check_weights(model, state)
+    check_tied(filter(None, names.groups(state)), own, state)
     warn_of_broken({name for name, value in own.items() if isinstance(value, nn.Parameter)}, state)
     versions = names.of_modules(getattr(loaded.get("state_dict", loaded), "_metadata", None) or {})
-    _load(model, state, _with_versions(model, state, versions))
+    _load(model, state, versions)
 
 
 def _renamed(model: nn.Module, allocation: Allocation) -> Allocation:
@@ -82,46 +83,14 @@ def _renamed(model: nn.Module, allocation: Allocation) -> Allocation:
     return replace(allocation, layers=names.of_modules(allocation.layers), shapes=names.of_modules(allocation.shapes))
 
 
-def _check_has_values(model: nn.Module) -> None:
-    """Refuse a model on the meta device: what is loaded into it would be lost."""
-    named = [*model.named_parameters(), *model.named_buffers()]
-    empty = [name for name, value in named if value.device.type == "meta"]
-    if empty:
-        raise ValueError(
-            f"`model`: its weights must be on a device that holds values, found {len(empty)} on the meta device, the "
-            f"first is {empty[0]}; call `model.to_empty(device=...)` first. Nothing was changed."
-        )
-
-
-def _load(model: nn.Module, state: Mapping[str, Tensor], versioned: Mapping[str, Tensor]) -> None:
+def _load(model: nn.Module, state: Mapping[str, Tensor], versions: Mapping[str, object]) -> None:
     """Swap the layers and load the weights; put back both if a module does not take its part."""
-    held = [value for value in (*model.parameters(), *model.buffers()) if not is_lazy(value)]
-    kept = [value.detach().clone() for value in held]
     with ExitStack() as undo:
-        undo.callback(_put_back, held, kept)
+        named = keep_values(model, undo)
         adapt_structure(model, state, undo=undo)
-        try:
-            model.load_state_dict(versioned)
-        except RuntimeError as error:
-            raise ValueError(f"`source`: the model does not take it: {error} Nothing was changed.") from error
+        check_writable(model, named)
+        load_values(model, state, versions)
         undo.pop_all()
-
-
-@torch.no_grad()
-def _put_back(held: Sequence[Tensor], kept: Sequence[Tensor]) -> None:
-    for value, former in zip(held, kept, strict=True):
-        value.copy_(former)
-
-
-def _with_versions(model: nn.Module, state: Mapping[str, Tensor], given: Mapping[str, object]) -> Mapping[str, Tensor]:
-    """Give a state dict the versions of its modules: those of the source where it has them, or else the model's.
-
-    Some modules load nothing without their version (torchvision's MNASNet). A plain dict of tensors has none; its names
-    and shapes are those of the model as it is now.
-    """
-    versioned = OrderedDict(state)
-    vars(versioned)["_metadata"] = {**vars(model.state_dict())["_metadata"], **given}
-    return versioned
 
 
 def _names_of_layers(model: nn.Module) -> dict[nn.Module, list[str]]:

@@ -7,7 +7,7 @@ anything about the tensors: each entry is matched with the model's name for it.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -24,6 +24,12 @@ Layers = Mapping[nn.Module, Sequence[str]]
 ENTRIES = ("weight", "bias", "encoder.weight", "decoder.weight", "decoder.bias")
 """Names of what a dense or a factorized layer holds."""
 
+EXTRA = "_extra_state"
+"""Name of what a module's ``get_extra_state`` made; that of two modules may be one object, and is not tied for it."""
+
+Forms = tuple[str, ...]
+"""Names of one entry: its own, or those of a layer's bias in a dense and in a factorized file."""
+
 
 @dataclass(frozen=True)
 class Naming:
@@ -32,13 +38,13 @@ class Naming:
     Args:
         prefix: of the model's names in the state dict, with a dot; nothing if there is none.
         modules: name of each module, with a dot and without what ``torch.compile`` puts into it -> the model's name.
-        tied: groups of names that are of one tensor in the model.
+        tied: groups of what is one tensor in the model, each by its name; a layer's bias by two, dense and factorized.
         shared: groups of names that are of one layer in the model, which may have another structure in the state dict.
     """
 
     prefix: str
     modules: Mapping[str, str]
-    tied: Sequence[Sequence[str]]
+    tied: Sequence[Sequence[Forms]]
     shared: Sequence[Sequence[str]]
 
     def own(self, name: str) -> str | None:
@@ -67,9 +73,11 @@ class Naming:
                     "one name of the other, a file has either. Take one of them out. Nothing was changed."
                 )
         state = {own: given[name] for own, name in meant.items()}
-        for group in self.tied:
-            there = [name for name in group if name in state]
-            state.update({name: state[there[0]] for name in group if there and name not in state})
+        self._fill(state)
+        return state
+
+    def _fill(self, state: dict[str, Value]) -> None:
+        """Give entries of one layer or of one tensor all of their names."""
         for names in self.shared:
             held = {
                 name: {one: state[f"{name}.{one}"] for one in ENTRIES if f"{name}.{one}" in state} for name in names
@@ -77,7 +85,18 @@ class Naming:
             first = next((entries for entries in held.values() if entries), {})
             missing = (name for name in names if not held[name])
             state.update({f"{name}.{inner}": value for name in missing for inner, value in first.items()})
-        return state
+        for group in self.tied:
+            there = [name for forms in group for name in forms if name in state]
+            lacking = [forms for forms in group if there and state.keys().isdisjoint(forms)]
+            state.update({_form_in(state, forms): state[there[0]] for forms in lacking})
+
+    def groups(self, state: Collection[str]) -> Iterator[list[str]]:
+        """Yield which entries are of one tensor in the model."""
+        for group in self.tied:
+            yield [name for forms in group for name in forms if name in state]
+        for names in self.shared:
+            for inner in ENTRIES:
+                yield [f"{name}.{inner}" for name in names if f"{name}.{inner}" in state]
 
     def of_modules(self, given: Mapping[str, Value]) -> dict[str, Value]:
         """Return what is noted of modules, under the model's names for them."""
@@ -100,7 +119,8 @@ def naming(model: nn.Module, layers: Layers, given: Collection[str]) -> Naming:
         {'_orig_mod.0.weight': 1}
     """
     shared = [layer for layer in layers.values() if len(layer) > 1]
-    tied = _tied(model, {f"{name}.{inner}" for layer in shared for name in layer for inner in ENTRIES})
+    weights = [one for one in ENTRIES if one.endswith("weight")]
+    tied = _tied(model, layers, {f"{name}.{one}" for layer in shared for name in layer for one in weights})
     names = [f"{name}." if name else "" for name, _ in model.named_modules(remove_duplicate=False)]
     prefix = _prefix(_possible_names(model, layers, tied), frozenset(map(readable, given)))
     return Naming(prefix, {readable(name): name for name in names}, tied, shared)
@@ -124,7 +144,7 @@ def _prefix(wanted: Sequence[Collection[str]], given: Collection[str]) -> str:
     return fitting[0] if len(fitting) == 1 else ""
 
 
-def _possible_names(model: nn.Module, layers: Layers, tied: Iterable[Sequence[str]]) -> list[Collection[str]]:
+def _possible_names(model: nn.Module, layers: Layers, tied: Iterable[Sequence[Forms]]) -> list[Collection[str]]:
     """Return, for each tensor of a model, the names that it may have in dense and in factorized files."""
     entries: dict[str, tuple[str, ...]] = {name: (name,) for name in model.state_dict()}
     for layer, names in layers.items():
@@ -134,19 +154,30 @@ def _possible_names(model: nn.Module, layers: Layers, tied: Iterable[Sequence[st
             forms = (inner, f"{'encoder' if inner == 'weight' else 'decoder'}.{inner}")
             entries[f"{names[0]}.{inner}"] = tuple(f"{name}.{form}" for name in names for form in forms)
     for group in tied:
-        there = [name for name in group if name in entries]
+        there = [name for name, *_ in group if name in entries]
         if there:
             entries[there[0]] = tuple(one for name in there for one in entries.pop(name))
     return [frozenset(map(readable, names)) for names in entries.values()]
 
 
-def _tied(model: nn.Module, apart: Collection[str]) -> list[Sequence[str]]:
-    """Return groups of names that are of one tensor, but for some."""
+def _tied(model: nn.Module, layers: Layers, apart: Collection[str]) -> list[Sequence[Forms]]:
+    """Return groups of what is one tensor, but for some names, whose layers come back as a whole."""
+    biases = (_forms_of_bias(name) for names in layers.values() for name in names)
+    forms = {name: both for both in biases for name in both}
     groups: dict[Hashable, list[str]] = {}
     for name, value in model.state_dict(keep_vars=True).items():
-        if name not in apart:
+        if name not in apart and name.rpartition(".")[2] != EXTRA:
             groups.setdefault(_identity(value), []).append(name)
-    return [names for names in groups.values() if len(names) > 1]
+    return [[forms.get(name, (name,)) for name in names] for names in groups.values() if len(names) > 1]
+
+
+def _forms_of_bias(layer: str) -> Forms:
+    return f"{layer}.bias", f"{layer}.decoder.bias"
+
+
+def _form_in(state: Collection[str], forms: Forms) -> str:
+    """Return the name of an entry in the structure that a state dict has for its layer."""
+    return forms[-1] if f"{forms[-1].removesuffix('decoder.bias')}encoder.weight" in state else forms[0]
 
 
 def _identity(value: object) -> Hashable:

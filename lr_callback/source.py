@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,9 @@ from torch import Tensor
 
 from lr_callback.allocation import Allocation
 from lr_callback.safetensors_file import is_safetensors, read_safetensors
+
+_SIGNED = (torch.int8, torch.int16, torch.int32, torch.int64)
+_WHOLE = (torch.bool, *_SIGNED, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
 
 def load(source: Allocation | Mapping[str, Any] | str | Path) -> Allocation | Mapping[str, Any]:
@@ -107,8 +110,8 @@ def check_values(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None
         state: that is to be loaded.
 
     Raises:
-        ValueError: If a value is not a plain tensor with values, is not floating point where the model's is, or is
-            finite and beyond the largest number of the model's dtype.
+        ValueError: If a value is not a plain tensor with values, is not floating point where the model's is, is finite
+            and beyond the largest number of the model's dtype, or is another number in the model's whole ones.
     """
     for name, value in state.items():
         reason = None if is_extra(name) else _misfit(own.get(name), value)
@@ -120,11 +123,29 @@ def _misfit(own: Tensor | None, value: Tensor) -> str | None:
     """Return what a value must be and is not, None if it is; what the model lacks is refused later, by its name."""
     if value.layout != torch.strided or value.is_quantized or value.is_nested or value.device.type == "meta":
         return f"a plain tensor with values, found layout {value.layout} on {value.device}, dtype {value.dtype}"
-    if (own is None or own.is_floating_point()) and not value.is_floating_point():
+    if own is None:
+        return None
+    if own.is_floating_point() and not value.is_floating_point():
         return f"floating point, found {value.dtype}"
-    if own is not None and value.is_complex() and not own.is_complex():
+    if value.is_complex() and not own.is_complex():
         return f"real, found {value.dtype}"
-    return None if own is None else _out_of_range(own.dtype, value)
+    return _not_whole(own.dtype, value) if own.dtype in _WHOLE else _out_of_range(own.dtype, value)
+
+
+def _not_whole(dtype: torch.dtype, value: Tensor) -> str | None:
+    """Return that numbers would be others in the model's dtype of whole numbers, None if they would not."""
+    if value.dtype == dtype:
+        return None
+    given = _readable(value)
+    made = given.to(dtype)
+    # A negative number and the one that it becomes without a sign may be the same bits, and so come back.
+    lost = (made.to(given.dtype) != given) | ((made.double() < 0) != (given.double() < 0))
+    if not lost.any():
+        return None
+    return (
+        f"of numbers that {dtype} has, which the model has there, found {given[lost][0].item():g}, which would be "
+        f"{made[lost][0].item():g}; give the model the dtype of the file there, {value.dtype}"
+    )
 
 
 def _out_of_range(dtype: torch.dtype, value: Tensor) -> str | None:
@@ -139,6 +160,34 @@ def _out_of_range(dtype: torch.dtype, value: Tensor) -> str | None:
         f"within the range of {dtype}, which the model has there, found {float(lost[0]):g}, which would be infinite; "
         f"give the model the dtype of the file, `model.to({value.dtype})`"
     )
+
+
+def check_tied(groups: Iterable[Sequence[str]], own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Refuse several values for one tensor: all but the last would be lost.
+
+    Args:
+        groups: names of one tensor in the model.
+        own: name -> what the model has there, or has in another structure.
+        state: that is to be loaded, of the model's shapes.
+
+    Raises:
+        ValueError: If two values of a group are different in the model's dtype.
+    """
+    for first, *others in groups:
+        for name in others:
+            if not _is_alike(state[first], state[name], own[first].dtype):
+                raise ValueError(
+                    f"`source`: {first} and {name} must be equal, they are one tensor in the model, found two that "
+                    "differ; one would be lost. Give the model two tensors, or take one out of the file. "
+                    "Nothing was changed."
+                )
+
+
+def _is_alike(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
+    if one is other:
+        return True
+    left, right = (_readable(value.to(one.device, dtype)) for value in (one, other))
+    return torch.equal(left, right) or bool(((left == right) | (left.isnan() & right.isnan())).all())
 
 
 def warn_of_broken(weights: Collection[str], state: Mapping[str, Tensor]) -> None:

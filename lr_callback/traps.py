@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from lr_callback.layer_types import layer_type
 from lr_callback.layers import FactorizedLayer
 
 COMPUTED = "its weight is computed from other parameters (weight_norm, pruning or another parametrization)"
@@ -68,12 +69,28 @@ def layer_trap(layer: nn.Module) -> str | None:
     if "forward" in vars(layer):
         return "its forward was replaced on the object itself, and would be lost"
     own = {**layer._parameters, **layer._buffers, **layer._modules}
-    more = [name for name in own if name not in ("weight", "bias")]
+    known = ("weight",) if isinstance(layer, nn.Embedding) else ("weight", "bias")
+    more = [name for name in own if name not in known]
     if more:
-        return f"it holds more than a weight and a bias: {', '.join(more)}"
+        return f"it holds more than a {' and a '.join(known)}: {', '.join(more)}"
+    reason = _bias_trap(layer, layer)
+    if reason is not None:
+        return reason
     if any(_is_own(hook) for hooks in _STATE_HOOKS for hook in getattr(layer, hooks).values()):
         return "it has hooks on its state dict, which would not find its weight there any more"
     return None
+
+
+def _bias_trap(layer: nn.Module, holder: nn.Module) -> str | None:
+    """Return why the bias of a dense or factorized layer cannot come along, None if it can, or there is none."""
+    kind, bias = layer_type(layer), getattr(holder, "bias", None)
+    if kind is None or bias is None:
+        return None
+    out_channels = kind.geometry(layer).out_channels
+    if isinstance(bias, nn.Parameter) and tuple(bias.shape) == (out_channels,):
+        return None
+    shape = f" of shape {tuple(bias.shape)}" if isinstance(bias, Tensor) else ""
+    return f"its bias is a {type(bias).__name__}{shape}, not an nn.Parameter of shape ({out_channels},)"
 
 
 def _is_own(hook: object) -> bool:
@@ -100,13 +117,26 @@ def weight_trap(weight: Tensor) -> str | None:
         return f"its weight is of dtype {weight.dtype}, not floating point of 16, 32 or 64 bits"
     if weight.numel() == 0:
         return f"its weight is empty, of shape {tuple(weight.shape)}"
-    if any(stride == 0 and size > 1 for stride, size in zip(weight.stride(), weight.shape, strict=True)):
+    if is_expanded(weight):
         return "its weight is expanded: several of its entries are one number in memory"
     if getattr(
         weight, "_post_accumulate_grad_hooks", None
     ):  # an optimizer's step, perhaps: the factors would not train
         return "its weight has hooks on its accumulated gradient, which its factors would not have; remove them first"
     return None
+
+
+def is_expanded(value: Tensor) -> bool:
+    """Return whether several entries of a tensor are one number in memory, so that torch does not write them.
+
+    Example::
+
+        >>> is_expanded(torch.ones(4, 1).expand(4, 4)), is_expanded(torch.ones(4, 1))
+        (True, False)
+    """
+    if value.layout != torch.strided:
+        return False
+    return any(stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape, strict=True))
 
 
 def factor_trap(layer: FactorizedLayer) -> str | None:
@@ -127,4 +157,4 @@ def factor_trap(layer: FactorizedLayer) -> str | None:
         reason = weight_trap(weight)
         if reason is not None:
             return f"{name}: {reason}"
-    return None
+    return _bias_trap(layer, layer.decoder)

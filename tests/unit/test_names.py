@@ -1,5 +1,7 @@
 """Names: the same weights under other names come back, and weights that only share a name do not."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -126,6 +128,34 @@ def test_names_may_be_missing_that_are_tied_to_one_that_is_there(cut, dropped, h
     assert model.again is model.body
 
 
+class OneBias(nn.Module):
+    """One bias of its own, of a layer with two names, of a layer that stays dense and of a LayerNorm."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.layer, self.other, self.norm = nn.Linear(32, 32), nn.Linear(32, 32), nn.LayerNorm(32)
+        self.again, self.bias = self.layer, self.layer.bias
+        self.other.bias = self.norm.bias = self.bias
+        nn.init.normal_(self.bias)
+
+
+@pytest.mark.situation("Checkpoints", "a bias that is tied to another parameter, of a factorized layer", "works")
+@pytest.mark.parametrize("written", [(), ("layer",), ("layer", "other")])
+@pytest.mark.parametrize("own", [(), ("layer",), ("layer", "other")])
+@pytest.mark.parametrize("kept", ["", "bias", "again.", "norm.bias"])
+def test_a_tied_bias_comes_back_whatever_the_structure_of_its_layers(written, own, kept):
+    source, model = OneBias(1), OneBias(2)
+    for one, names in ((source, written), (model, own)):
+        if names:
+            assert lrc.factorize_(one, lrc.allocate(one, 0.8, include=names)).factorized == names
+    wanted = source.state_dict()
+    file = {name: one for name, one in wanted.items() if not name.endswith("bias") or name.startswith(kept)}
+    lrc.restore_(model, {f"network.{name}": value for name, value in file.items()})
+    assert same(model.state_dict(), wanted)
+    assert model.layer.bias is model.bias is model.other.bias is model.norm.bias
+
+
 def test_names_may_not_be_missing_where_the_model_has_tensors_of_their_own():
     source, model = Tied(1), Tied(2)
     model.head.weight = nn.Parameter(torch.zeros(50, 32))
@@ -133,6 +163,63 @@ def test_names_may_not_be_missing_where_the_model_has_tensors_of_their_own():
     with pytest.raises(ValueError, match=r"head\.weight: shape \(50, 32\) in the model, nothing in the file"):
         lrc.restore_(model, file)
     assert not model.head.weight.any()
+
+
+@pytest.mark.situation("Bad input", "a file with two different values for what is one tensor in the model", "refused")
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("embedding.weight", "head.weight"),
+        ("body.{}bias", "again.{}bias"),
+        ("body.{}weight", "again.{}weight"),
+        ("one.weight", "other.weight"),
+    ],
+)
+def test_two_values_for_one_tensor_are_refused_by_name(first, second, cut):
+    source, model = Tied(1), Tied(2)
+    if cut:
+        assert lrc.factorize_(source, lrc.allocate(source, 0.8)).factorized == ("body",)
+    first, second = (name.format("decoder." if cut else "") for name in (first, second))
+    file, before = source.state_dict(), copy.deepcopy(model.state_dict())
+    file[second] = file[first] + torch.eye(*file[first].shape) if file[first].dim() > 1 else file[first] + 1
+    with pytest.raises(ValueError, match=rf"{first} and {second} must be equal, they are one tensor.*Nothing was ch"):
+        lrc.restore_(model, file)
+    assert same(model.state_dict(), before)
+
+
+@pytest.mark.filterwarnings("ignore:`source`. every weight should be finite")
+def test_two_values_that_are_one_in_the_model_are_no_two():
+    source, model = Tied(1), Tied(2).to(torch.bfloat16)
+    file = copy.deepcopy(source.state_dict())
+    file["head.weight"][0, 0] = file["embedding.weight"][0, 0] = float("nan")
+    file["head.weight"] = file["head.weight"].to(torch.bfloat16)
+    lrc.restore_(model, file)
+    assert model.head.weight is model.embedding.weight
+    assert torch.equal(model.head.weight[1:], file["head.weight"][1:])
+
+
+class Extra(nn.Module):
+    def __init__(self, extra):
+        super().__init__()
+        self.extra = extra
+
+    def get_extra_state(self):
+        return self.extra
+
+    def set_extra_state(self, state):
+        self.extra = state
+
+
+@pytest.mark.parametrize("values", [(1, 2, 3), (torch.zeros(2), torch.ones(2), torch.zeros(3))], ids=["int", "tensor"])
+def test_extra_states_that_are_one_object_are_not_tied(values):
+    now, one, other = values
+    model = nn.Sequential(Extra(now), Extra(now))
+    lrc.restore_(model, {"0._extra_state": one, "1._extra_state": other})
+    assert model[0].extra is one
+    assert model[1].extra is other
+    with pytest.raises(ValueError, match=r'Missing key.*"1\._extra_state"'):
+        lrc.restore_(model, {"0._extra_state": one})
 
 
 def test_what_has_no_memory_of_its_own_is_tied_to_nothing():

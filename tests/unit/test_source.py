@@ -142,3 +142,60 @@ def test_a_buffer_may_be_infinite():
         one.register_buffer("mask", torch.full((4, 4), float("-inf")).triu(1))
     lrc.restore_(model, source.state_dict())
     assert torch.equal(model.mask, source.mask)
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_whole_numbers_that_the_model_lacks_are_told_by_name(cut):
+    model, other = nn.Sequential(nn.Linear(32, 32)), nn.Sequential(nn.Linear(32, 32), nn.BatchNorm1d(32))
+    if cut:
+        lrc.factorize_(other, lrc.allocate(other, 0.5))
+    with pytest.raises(ValueError, match=r"1\.num_batches_tracked: nothing in the model, shape \(\) in the file"):
+        lrc.restore_(model, other.state_dict())
+
+
+def holding(value, dtype):
+    model = nn.Sequential(nn.Linear(4, 4))
+    model.register_buffer("held", torch.as_tensor(value, dtype=dtype))
+    return model
+
+
+@pytest.mark.situation("Bad input", "a file with numbers that the model's whole ones do not have", "refused")
+@pytest.mark.parametrize(
+    ("value", "written", "own", "found"),
+    [
+        (2.7, torch.float32, torch.int64, r"2\.7, which would be 2"),
+        (300, torch.int64, torch.int8, "300, which would be 44"),
+        ([1, 0.5], torch.float16, torch.int8, r"0\.5, which would be 0"),
+        (float("nan"), torch.float64, torch.int32, "nan"),
+        (-1, torch.int8, torch.uint8, "-1, which would be 255"),
+        ([[255]], torch.uint8, torch.int8, "255, which would be -1"),
+        (2, torch.uint8, torch.bool, "2, which would be 1"),
+        (2**53 + 1, torch.int64, torch.int32, "9.0072e"),
+        (65535, torch.uint16, torch.int16, "65535, which would be -1"),
+        (-2, torch.int64, torch.uint64, "-2, which would be 1.8"),
+    ],
+)
+def test_numbers_that_would_become_other_whole_ones_are_refused_by_name(value, written, own, found):
+    model = holding(torch.zeros(torch.as_tensor(value).shape), own)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=rf"held must be of numbers that {own} has, .*found {found}.*{written}\. Noth"):
+        lrc.restore_(model, holding(value, written).state_dict())
+    assert all(torch.equal(one, before[key]) for key, one in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("value", "written", "own"),
+    [
+        ([3.0, -128.0], torch.float32, torch.int8),
+        (2**53 + 1, torch.int64, torch.int64),
+        ([0, 1], torch.uint8, torch.bool),
+        ([True, False], torch.bool, torch.int64),
+        ([], torch.float32, torch.int64),
+        (2**32 - 1, torch.uint32, torch.uint64),
+    ],
+)
+def test_the_same_numbers_may_be_of_another_dtype(value, written, own):
+    model = holding(torch.zeros(torch.as_tensor(value).shape), own)
+    lrc.restore_(model, holding(value, written).state_dict())
+    assert model.held.dtype == own
+    assert torch.equal(model.held, torch.as_tensor(value, dtype=own))

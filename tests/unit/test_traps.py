@@ -1,5 +1,7 @@
 """Traps: what looks like a layer and is more, or less, is left alone for a reason that is told."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -110,6 +112,52 @@ def changed(change):
 )
 def test_what_a_factorized_layer_could_not_take_over_is_a_reason(reasons, change, reason):
     assert reason in reasons(changed(change))["0"]
+
+
+def with_bias(layer, bias):
+    del layer.bias
+    if isinstance(bias, torch.Tensor) and not isinstance(bias, nn.Parameter):
+        layer.register_buffer("bias", bias)
+    else:
+        layer.bias = bias
+    return layer
+
+
+BIASES = [
+    (torch.zeros(32), r"a Tensor of shape (32,)"),
+    (nn.Parameter(torch.zeros(1)), "a Parameter of shape (1,)"),
+    (nn.Parameter(torch.zeros(())), "a Parameter of shape ()"),
+    (0.5, "a float"),
+]
+
+
+@pytest.mark.situation("Module tricks", "a bias that is a buffer, a number, or one for all outputs", "works")
+@pytest.mark.parametrize(("bias", "found"), BIASES, ids=["buffer", "one entry", "no axis", "number"])
+@pytest.mark.parametrize("make", [lambda: nn.Linear(32, 32), lambda: nn.Conv2d(32, 32, 1)], ids=["linear", "conv"])
+def test_a_bias_that_is_not_a_parameter_of_each_output_is_a_reason(reasons, make, bias, found):
+    layer = with_bias(make(), bias)
+    assert reasons(layer)["0"] == f"its bias is {found}, not an nn.Parameter of shape (32,)"
+    model, other = (nn.Sequential(nn.Linear(32, 32), copy.deepcopy(layer)) for _ in range(2))
+    allocation = lrc.allocate(model, 0.8)
+    assert found in allocation.skipped["1"]
+    assert lrc.factorize_(model, allocation).factorized == ("0",)
+    lrc.restore_(other, model.state_dict())
+    assert repr(other) == repr(model)
+
+
+def test_a_bias_on_an_embedding_which_does_not_add_it_is_a_reason(reasons):
+    table = nn.Embedding(64, 32)
+    table.bias = nn.Parameter(torch.ones(32))
+    assert reasons(table)["0"] == "it holds more than a weight: bias"
+
+
+@pytest.mark.parametrize(("bias", "found"), BIASES, ids=["buffer", "one entry", "no axis", "number"])
+def test_so_it_is_in_a_factorized_layer(bias, found):
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    lrc.factorize_(model, lrc.allocate(model, 0.5))
+    with_bias(model[0].decoder, bias)
+    assert find_layers(model).skipped == {"0": f"its bias is {found}, not an nn.Parameter of shape (32,)"}
+    lrc.restore_(model, model.state_dict())
 
 
 def test_a_hook_that_is_removed_is_no_reason_any_more():

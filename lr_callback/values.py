@@ -1,0 +1,138 @@
+"""Values: a state dict loaded into a model that has its structure, all of it or nothing.
+
+torch loads one entry after the other, and goes on past those that a module does not take. So what can be seen before is
+refused before, and for all else the values of the model are noted and put back.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from lr_callback.traps import is_expanded
+
+
+def check_has_values(model: nn.Module) -> None:
+    """Refuse a model on the meta device: what is loaded into it would be lost.
+
+    Raises:
+        ValueError: If a parameter or buffer has no values.
+    """
+    named = [*model.named_parameters(), *model.named_buffers()]
+    empty = [name for name, value in named if value.device.type == "meta"]
+    if empty:
+        raise ValueError(
+            f"`model`: its weights must be on a device that holds values, found {len(empty)} on the meta device, the "
+            f"first is {empty[0]}; call `model.to_empty(device=...)` first. Nothing was changed."
+        )
+
+
+def keep_values(model: nn.Module, undo: ExitStack) -> dict[str, Tensor]:
+    """Note the values and the extra state of a model.
+
+    Args:
+        model: dense or factorized.
+        undo: given what puts them back; a tensor or module that does not take its own is left out.
+
+    Returns:
+        Name -> parameter or buffer.
+
+    Example::
+
+        >>> model = nn.Linear(1, 1)
+        >>> with ExitStack() as undo:
+        ...     _ = keep_values(model, undo)
+        ...     _ = nn.init.constant_(model.weight, 7.0)
+        >>> bool(model.weight == 7)
+        False
+    """
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    held = [value for value in named.values() if not is_lazy(value)]
+    undo.callback(_put_back, held, [value.detach().clone() for value in held])
+    extra = [one for one in model.modules() if type(one).get_extra_state is not nn.Module.get_extra_state]
+    undo.callback(_put_back_extra, extra, [_copied(one.get_extra_state()) for one in extra])
+    return named
+
+
+def check_writable(model: nn.Module, named: Mapping[str, Tensor]) -> None:
+    """Refuse a model with an entry that torch would stop at.
+
+    Args:
+        model: of the structure of what is to be loaded.
+        named: what :func:`keep_values` returned before the model had that structure; what is no entry now may be so.
+
+    Raises:
+        ValueError: If an entry is expanded, or of inference mode.
+    """
+    entries = set(map(id, model.state_dict(keep_vars=True).values()))
+    for name, value in named.items():
+        reason = _unwritable(value) if id(value) in entries else None
+        if reason is not None:
+            raise ValueError(
+                f"`model`: {name} must be a tensor that can be written, found {reason}. Nothing was changed."
+            )
+
+
+def load_values(model: nn.Module, state: Mapping[str, Tensor], versions: Mapping[str, object]) -> None:
+    """Load a state dict into a model; the caller undoes it if it raises.
+
+    Args:
+        model: of the structure of the state dict.
+        state: name -> value, for all names of the model.
+        versions: of its modules, as ``state_dict()`` notes them in ``_metadata``; those that lack are the model's.
+
+    Raises:
+        ValueError: If a module does not take its part.
+    """
+    try:
+        model.load_state_dict(_with_versions(model, state, versions))
+    except RuntimeError as error:
+        raise ValueError(f"`source`: the model does not take it: {error} Nothing was changed.") from error
+
+
+def _unwritable(value: Tensor) -> str | None:
+    """Return why nothing can be loaded into a tensor, and what to do, None if it can."""
+    if is_lazy(value):
+        return None
+    if value.is_inference() and not torch.is_inference_mode_enabled():
+        return "one made under `torch.inference_mode()`; make the model outside of it, or restore inside it"
+    if is_expanded(value):
+        return "an expanded one, several entries of which are one number in memory; put a `.clone()` in its place"
+    return None
+
+
+def _with_versions(model: nn.Module, state: Mapping[str, Tensor], given: Mapping[str, object]) -> Mapping[str, Tensor]:
+    """Give a state dict the versions of its modules: those of the source where it has them, or else the model's.
+
+    Some modules load nothing without their version (torchvision's MNASNet). A plain dict of tensors has none; its names
+    and shapes are those of the model as it is now.
+    """
+    versioned = OrderedDict(state)
+    vars(versioned)["_metadata"] = {**vars(model.state_dict())["_metadata"], **given}
+    return versioned
+
+
+def _copied(extra: object) -> object:
+    """Return a copy that later changes do not reach, the object itself where it has none."""
+    with suppress(Exception):
+        return copy.deepcopy(extra)
+    return extra
+
+
+@torch.no_grad()
+def _put_back(held: Sequence[Tensor], kept: Sequence[Tensor]) -> None:
+    for value, former in zip(held, kept, strict=True):
+        with suppress(Exception):  # what cannot be written now could not before, and is as it was
+            value.copy_(former)
+
+
+def _put_back_extra(modules: Sequence[nn.Module], kept: Sequence[object]) -> None:
+    for module, former in zip(modules, kept, strict=True):
+        with suppress(Exception):  # it may be the module that refused what was loaded
+            module.set_extra_state(former)

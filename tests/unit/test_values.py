@@ -1,0 +1,97 @@
+"""Values: a model that refuses a file, or that a file is refused for, has the values it had."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import lr_callback as lrc
+
+
+def network(change=lambda model: None, seed=0):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(32, 32), nn.BatchNorm1d(32), nn.Linear(32, 32), nn.LayerNorm(32))
+    change(model)
+    return model
+
+
+def written(seed=1):
+    """Return a file of which every layer is factorized and every value another."""
+    model = network(seed=seed)
+    for value in (*model.parameters(), *model.buffers()):
+        value.data += 1
+    assert lrc.factorize_(model, lrc.allocate(model, 0.5)).factorized
+    return model.state_dict()
+
+
+def expanded(*shape):
+    return torch.zeros(*(1 for _ in shape)).expand(*shape)
+
+
+def made_under_inference_mode(model):
+    with torch.inference_mode():
+        model[2] = nn.Linear(32, 32)
+
+
+CHANGES = {
+    "expanded weight": (lambda one: setattr(one[3], "weight", nn.Parameter(expanded(32))), r"3\.weight", "expanded"),
+    "expanded bias": (lambda one: setattr(one[2], "bias", nn.Parameter(expanded(32))), r"2\.bias", "expanded"),
+    "expanded buffer": (lambda one: setattr(one[1], "running_mean", expanded(32)), r"1\.running_mean", "expanded"),
+    "inference": (made_under_inference_mode, r"2\.bias", r"made under `torch\.inference_mode\(\)`"),
+}
+
+
+@pytest.mark.situation("Bad input", "a model whose weights cannot be written: expanded, of inference mode", "refused")
+@pytest.mark.parametrize(("change", "name", "found"), CHANGES.values(), ids=CHANGES)
+def test_a_model_that_cannot_be_written_is_refused_by_name_and_stays_as_it_is(change, name, found):
+    model = network(change)
+    before, layers = copy.deepcopy(model.state_dict()), list(model)
+    message = rf"`model`: {name} must be a tensor that can be written, found .*{found}.*; .*Nothing was changed"
+    with pytest.raises(ValueError, match=message):
+        lrc.restore_(model, written())
+    assert list(model) == layers
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_inside_inference_mode_its_weights_can_be_written():
+    model = network(made_under_inference_mode)
+    with torch.inference_mode():
+        lrc.restore_(model, written())
+    assert all(torch.equal(value, written()[name]) for name, value in model.state_dict().items())
+
+
+class Counting(nn.Module):
+    """A module with extra state, which it changes and gives out itself, and a buffer that no file has."""
+
+    def __init__(self, calls, extra=None):
+        super().__init__()
+        self.counted, self.extra = {"calls": calls}, extra
+        self.register_buffer("unsaved", expanded(3), persistent=False)
+        self.register_buffer("saved", torch.full((3,), float(calls)))
+
+    def get_extra_state(self):
+        return self.counted if self.extra is None else {**self.counted, "more": self.extra}
+
+    def set_extra_state(self, state):
+        self.counted["calls"] = state["calls"]
+
+
+class Refusing(nn.Module):
+    def get_extra_state(self):
+        return 0
+
+    def set_extra_state(self, state):
+        raise AssertionError("not taken")
+
+
+@pytest.mark.parametrize("extra", [None, (one for one in ())], ids=["plain", "without a copy"])
+def test_what_a_later_module_refuses_is_put_back_past_what_cannot_be_written(extra):
+    model = nn.Sequential(nn.Linear(2, 2), Counting(3, extra), nn.LayerNorm(2), Refusing())
+    source = nn.Sequential(nn.Linear(2, 2), Counting(7), nn.LayerNorm(2), Refusing())
+    weight = model[0].weight.clone()
+    with pytest.raises(AssertionError, match="not taken"):
+        lrc.restore_(model, source.state_dict())
+    assert model[1].saved.tolist() == [3, 3, 3]
+    assert torch.equal(model[0].weight, weight)
+    assert extra is not None or model[1].counted == {"calls": 3}
