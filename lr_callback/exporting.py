@@ -92,8 +92,8 @@ def export(
         FileNotFoundError: If the folder does not exist.
         IsADirectoryError: If the path is a folder.
         ModuleNotFoundError: If the format needs a package that is not installed.
-        ValueError: If the format is unknown or the path has the suffix of another, there is no example, its tensors
-            have different numbers of rows, torch cannot follow the model, a file of the format cannot give what the
+        ValueError: If the format is unknown or the path has the suffix of another, there is no example, the model does
+            not take it, its tensors have different numbers of rows, torch cannot follow the model, a file of the format cannot give what the
             model gives, the allocation is of another model, or the file gives other outputs.
 
     Example::
@@ -180,11 +180,17 @@ def _calls(model: nn.Module, example: Example | None, dynamic_batch: bool) -> li
     """Return what a model gives for the example, and for other numbers of rows where the file is to take them.
 
     Raises:
-        ValueError: If the model itself does not take another number of rows.
+        ValueError: If the model itself does not take the example, or another number of rows.
     """
     if example is None:
         return []
-    calls = [(example, example.call(model))]
+    try:
+        calls = [(example, example.call(model))]
+    except Exception as error:  # whatever the model raises
+        raise ValueError(
+            f"`example_input`: {type(model).__name__} must take it, found that {_rows(example)} make a "
+            f"{type(error).__name__}: {_short(error)}; give a batch as the model is called with. Nothing was written."
+        ) from error
     for rows in {1, (example.rows or 1) + 1} - {example.rows} if dynamic_batch else ():
         other = example.with_rows(rows)
         try:

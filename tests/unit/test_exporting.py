@@ -188,6 +188,7 @@ def test_interrupt_leaves_the_former_file(tmp_path):
         ("model.pt2", {"example_input": None}, ValueError, "`example_input`: the format torch-export .* got none"),
         ("model.pt2", {"example_input": "text"}, ValueError, "`example_input` must be a tensor, .* got str"),
         ("model.pt2", {"example_input": (torch.ones(2, 3), torch.ones(3))}, ValueError, r"same number of rows.*\(3,\)"),
+        ("model.pt2", {"example_input": torch.ones(2, 5)}, ValueError, r"Sequential must take it, .*\(2, 5\) make a R"),
         ("model.pt2", {"example_input": torch.ones(0, 3)}, ValueError, r"at least one, .*\(0, 3\)"),
     ],
 )
