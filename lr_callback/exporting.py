@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_leaves_with_path
 
 from lr_callback.allocation import Allocation
-from lr_callback.example import Example, largest_difference
+from lr_callback.example import Example, classes_around, largest_difference
 from lr_callback.formats import FORMATS, Order, check_format
 from lr_callback.layer_types import saved_cost
 from lr_callback.layers import FactorizedLayer
@@ -35,6 +35,7 @@ class Exported:
         file_bytes: its size.
         saved_bytes: how much less its weights take than those of the model with all layers dense.
         difference: the largest of the file's outputs to the model's, relative to the largest output.
+        imports: modules with classes of the outputs, which must be imported before the file is read.
     """
 
     format: str
@@ -42,6 +43,7 @@ class Exported:
     file_bytes: int
     saved_bytes: int
     difference: float
+    imports: tuple[str, ...] = ()
 
     @property
     def dense_bytes(self) -> int:
@@ -51,7 +53,8 @@ class Exported:
     @property
     def reload(self) -> str:
         """One line that makes a model of the file again."""
-        return FORMATS[self.format].reload.format(path=repr(str(self.path)))
+        first = f"import {', '.join(self.imports)}; " if self.imports else ""
+        return first + FORMATS[self.format].reload.format(path=repr(str(self.path)))
 
     def __str__(self) -> str:
         """Return the table, and the line that reads the file."""
@@ -121,7 +124,8 @@ def export(
             _check_outputs(format, [outputs for _, outputs in calls])
             FORMATS[format].write(Order(model, example, dynamic_batch, notes), part)
             difference = _checked(format, part, calls, _tolerance(model, example))
-        done = Exported(format, path, part.stat().st_size, _saved_bytes(model), difference)
+        imports = _imports(calls) if FORMATS[format].keeps_classes else ()
+        done = Exported(format, path, part.stat().st_size, _saved_bytes(model), difference, imports)
         part.replace(path)
     return done
 
@@ -202,6 +206,11 @@ def _calls(model: nn.Module, example: Example | None, dynamic_batch: bool) -> li
                 "Nothing was written."
             ) from error
     return calls
+
+
+def _imports(calls: Sequence[tuple[Example, object]]) -> tuple[str, ...]:
+    kinds = classes_around([(example.arguments, example.named, outputs) for example, outputs in calls])
+    return tuple(sorted({kind.__module__ for kind in kinds}))
 
 
 def _check_outputs(format: str, outputs: Sequence[object]) -> None:

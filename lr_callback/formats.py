@@ -57,6 +57,7 @@ class Format:
             and is compared with the state dict of the model when it is written.
         outputs: types of what its files can give, in tuples, lists and dicts.
         needs_suffix: whether what reads its files asks for the suffix.
+        keeps_classes: whether its files name the classes of outputs, which must be there when they are read.
     """
 
     suffix: str
@@ -66,6 +67,7 @@ class Format:
     open: Callable[[Path], Callable[[Example], object]] | None
     outputs: tuple[type, ...] = (torch.Tensor,)
     needs_suffix: bool = False
+    keeps_classes: bool = False
 
 
 def exported_program(order: Order) -> ExportedProgram:
@@ -106,7 +108,11 @@ def _write_program(order: Order, path: Path) -> None:
     with warnings.catch_warnings():
         # Of weights in channels_last; what the file gives is compared with the model all the same.
         warnings.filterwarnings("ignore", message="No complete tensor found in the group")
-        torch.export.save(exported_program(order), path)
+        program = exported_program(order)
+        try:
+            torch.export.save(program, path)
+        except NotImplementedError as error:  # of an output's class that torch knows, and not how to write
+            raise ValueError(_refusal("torch.export.save", order, error)) from error
 
 
 def _open_program(path: Path) -> Callable[[Example], object]:
@@ -208,6 +214,7 @@ FORMATS: Mapping[str, Format] = {
         _open_program,
         (torch.Tensor, bool, int, float, NoneType),
         needs_suffix=True,
+        keeps_classes=True,
     ),
     "onnx": Format(
         ".onnx",

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections import namedtuple
 
 import pytest
 import torch
@@ -292,3 +293,10 @@ def test_outputs_beside_tensors_are_given_where_the_format_has_a_place(tmp_path,
     model = Giving(lambda outputs: {"features": outputs, "beside": beside})
     done = lrc.export(model, tmp_path / f"model.{suffix}", example_input=torch.randn(2, 16))
     assert done.difference < 1e-5
+
+
+def test_an_output_class_that_torch_cannot_write_is_refused(tmp_path):
+    pair = namedtuple("pair", "one two")
+    with pytest.raises(ValueError, match=r"torch.export.save must .*_register_namedtuple.*Nothing was written"):
+        lrc.export(Giving(lambda outputs: pair(outputs, outputs)), tmp_path / "a.pt2", example_input=torch.randn(2, 16))
+    assert not list(tmp_path.iterdir())
