@@ -16,7 +16,7 @@ from lr_callback.example import Example, classes_around, largest_difference
 from lr_callback.formats import FORMATS, Order, check_format
 from lr_callback.layer_types import saved_cost
 from lr_callback.layers import FactorizedLayer
-from lr_callback.observe import untouched
+from lr_callback.observe import kept_buffers, untouched
 from lr_callback.table import align
 
 _TOLERANCES = {torch.float64: 1e-8, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -96,8 +96,9 @@ def export(
         IsADirectoryError: If the path is a folder.
         ModuleNotFoundError: If the format needs a package that is not installed.
         ValueError: If the format is unknown or the path has the suffix of another, there is no example, the model does
-            not take it, its tensors have different numbers of rows, torch cannot follow the model, a file of the format cannot give what the
-            model gives, the allocation is of another model, or the file gives other outputs.
+            not take it, its tensors have different numbers of rows, torch cannot follow the model, a file of the
+            format cannot give what the model gives, the allocation is of another model, or the file gives other
+            outputs.
 
     Example::
 
@@ -120,7 +121,8 @@ def export(
     with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder, untouched(model):
         part = Path(folder) / path.name
         with torch.compiler.set_stance("force_eager"):
-            calls = _calls(model, example, dynamic_batch)
+            with kept_buffers(model):  # the file is to begin where the model did
+                calls = _calls(model, example, dynamic_batch)
             _check_outputs(format, [outputs for _, outputs in calls])
             FORMATS[format].write(Order(model, example, dynamic_batch, notes), part)
             difference = _checked(format, part, calls, _tolerance(model, example))

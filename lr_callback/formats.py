@@ -18,6 +18,7 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 
 from lr_callback.example import Example
+from lr_callback.observe import kept_buffers
 from lr_callback.safetensors_file import read_safetensors, same_tensors, write_safetensors
 
 if TYPE_CHECKING:
@@ -169,7 +170,8 @@ def _write_torchscript(order: Order, path: Path) -> None:
         with _quiet_jit(order.model):
             given = {"example_inputs": example.arguments} if example.arguments else {}
             named = {"example_kwarg_inputs": example.named} if example.named else {}
-            made = trace(order.model, check_trace=False, strict=False, **given, **named)
+            with kept_buffers(order.model):  # which the file is to hold, and tracing runs the model
+                made = trace(order.model, check_trace=False, strict=False, **given, **named)
             torch.jit.save(made, path)
     except Exception as error:  # torch raises several types for what it cannot trace
         raise ValueError(_refusal("torch.jit.trace", order, error)) from error

@@ -300,3 +300,26 @@ def test_an_output_class_that_torch_cannot_write_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"torch.export.save must .*_register_namedtuple.*Nothing was written"):
         lrc.export(Giving(lambda outputs: pair(outputs, outputs)), tmp_path / "a.pt2", example_input=torch.randn(2, 16))
     assert not list(tmp_path.iterdir())
+
+
+class Stepping(nn.Module):
+    """Gives what depends on how often it was called."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, features):
+        self.calls += 1
+        return self.layer(features) * self.calls
+
+
+@pytest.mark.situation("Out of the door", "a model that counts its calls in a buffer", "works")
+@pytest.mark.parametrize("suffix", ["pt2", "ts"])
+def test_file_begins_where_a_model_that_counts_its_calls_does(tmp_path, suffix):
+    model, file = Stepping(), tmp_path / f"model.{suffix}"
+    lrc.export(model, file, example_input=torch.randn(2, 16))
+    assert model.calls == 0
+    inputs = torch.randn(3, 16)
+    assert largest_difference(outputs(model, inputs), run(file, inputs)) < 1e-5
