@@ -17,7 +17,6 @@ from lr_callback.find import find_layers, replaceable_in
 from lr_callback.layer_types import layer_type, saved_cost
 from lr_callback.layers import FactorizedLayer
 
-
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)
 _KEPT = frozenset({torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *_FLOATING})
 """Dtypes of buffers that a model writes; torch cannot copy or compare all others."""
