@@ -84,6 +84,24 @@ class Example:
         return axes
 
 
+def classes_around(values: object) -> set[type]:
+    """Return the classes, besides those of Python and torch, whose objects hold the tensors among values.
+
+    Example::
+
+        >>> classes_around([torch.zeros(1), {"one": (torch.ones(1), None)}])
+        set()
+    """
+    kinds: set[type] = set()
+
+    def note(value: object) -> bool:
+        kinds.add(type(value))
+        return False
+
+    kinds -= {type(leaf) for leaf in tree_leaves(values, is_leaf=note)}
+    return {kind for kind in kinds if kind.__module__.partition(".")[0] not in ("builtins", "collections", "torch")}
+
+
 def largest_difference(expected: object, found: object) -> float | None:
     """Return the largest difference of two outputs, each tensor's relative to its largest value.
 

@@ -21,6 +21,7 @@ from lr_callback.example import Example
 from lr_callback.exporting import Exported, export
 from lr_callback.find import factorized_in
 from lr_callback.formats import FORMATS
+from lr_callback.safetensors_file import is_safetensors, read_notes
 from lr_callback.source import load
 from lr_callback.stages import call_of_step
 
@@ -138,8 +139,9 @@ def _export(chosen: Namespace) -> Exported:
             "not say how its model is made, and there is no configuration of its run in the folders above; got none. "
             "Or give the configuration: --config config.yaml."
         )
-    restore_(chosen.model, checkpoint)
     output = Path(chosen.output or checkpoint.with_suffix(FORMATS[chosen.format].suffix))
+    _check_output(output, checkpoint)
+    restore_(chosen.model, checkpoint)
     named = chosen.format or next((name for name, row in FORMATS.items() if row.suffix == output.suffix), None)
     model, example = _call(chosen, needs_example=named is not None and FORMATS[named].open is not None)
     return export(
@@ -148,8 +150,17 @@ def _export(chosen: Namespace) -> Exported:
         format=chosen.format,
         example_input=None if example is None else (example.named or example.arguments),
         dynamic_batch=chosen.dynamic_batch,
-        allocation=_allocation(_loaded(checkpoint), model),
+        allocation=_allocation(checkpoint, model),
     )
+
+
+def _check_output(output: Path, checkpoint: Path) -> None:
+    """Refuse to write over what is read: of a training checkpoint more than the weights would be lost."""
+    if output.exists() and checkpoint.exists() and output.samefile(checkpoint):
+        raise ValueError(
+            f"--output must be another file than the checkpoint, found that {output} is --checkpoint {checkpoint}; "
+            "give another name. Nothing was written."
+        )
 
 
 def _call(chosen: Namespace, needs_example: bool) -> tuple[nn.Module, Example | None]:
@@ -177,14 +188,21 @@ def _random(shape: str) -> Tensor:
     return torch.randn([int(size) for size in sizes], generator=torch.Generator().manual_seed(0))
 
 
-def _allocation(loaded: Mapping[str, Any], model: nn.Module) -> Allocation | None:
-    """Return the allocation that the callback wrote into a checkpoint, in the names of what is exported."""
-    states = loaded.get("callbacks", {}).values()
+def _written(checkpoint: Path) -> Allocation | None:
+    """Return the allocation that the callback wrote into a checkpoint, or `export` into a header."""
+    if is_safetensors(checkpoint):
+        text = read_notes(checkpoint).get("allocation")
+        return None if text is None else Allocation.from_json(text)
+    states = _loaded(checkpoint).get("callbacks", {}).values()
     written = [one["allocation"] for one in states if isinstance(one, Mapping) and one.get("allocation")]
-    own = factorized_in(model)
-    if not written or not own:
+    return Allocation.from_dict(written[-1]) if written else None
+
+
+def _allocation(checkpoint: Path, model: nn.Module) -> Allocation | None:
+    """Return the allocation in a checkpoint, in the names of what is exported; None if it is not that of the model."""
+    allocation, own = _written(checkpoint), factorized_in(model)
+    if allocation is None or not own:
         return None
-    allocation = Allocation.from_dict(written[-1])
     prefix = next((name[: -len(own[0])] for name in allocation.factorized if name.endswith(own[0])), "")
     if {prefix + name for name in own} != set(allocation.factorized):
         return None

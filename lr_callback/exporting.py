@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_leaves_with_path
 
 from lr_callback.allocation import Allocation
-from lr_callback.example import Example, largest_difference
+from lr_callback.example import Example, classes_around, largest_difference
 from lr_callback.formats import FORMATS, Order, check_format
 from lr_callback.layer_types import saved_cost
 from lr_callback.layers import FactorizedLayer
-from lr_callback.observe import untouched
+from lr_callback.observe import kept_buffers, untouched
 from lr_callback.table import align
 
 _TOLERANCES = {torch.float64: 1e-8, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -35,6 +35,7 @@ class Exported:
         file_bytes: its size.
         saved_bytes: how much less its weights take than those of the model with all layers dense.
         difference: the largest of the file's outputs to the model's, relative to the largest output.
+        imports: modules with classes of the outputs, which must be imported before the file is read.
     """
 
     format: str
@@ -42,6 +43,7 @@ class Exported:
     file_bytes: int
     saved_bytes: int
     difference: float
+    imports: tuple[str, ...] = ()
 
     @property
     def dense_bytes(self) -> int:
@@ -51,7 +53,8 @@ class Exported:
     @property
     def reload(self) -> str:
         """One line that makes a model of the file again."""
-        return FORMATS[self.format].reload.format(path=repr(str(self.path)))
+        first = f"import {', '.join(self.imports)}; " if self.imports else ""
+        return first + FORMATS[self.format].reload.format(path=repr(str(self.path)))
 
     def __str__(self) -> str:
         """Return the table, and the line that reads the file."""
@@ -92,9 +95,10 @@ def export(
         FileNotFoundError: If the folder does not exist.
         IsADirectoryError: If the path is a folder.
         ModuleNotFoundError: If the format needs a package that is not installed.
-        ValueError: If the format is unknown or the path has the suffix of another, there is no example, its tensors
-            have different numbers of rows, torch cannot follow the model, a file of the format cannot give what the
-            model gives, the allocation is of another model, or the file gives other outputs.
+        ValueError: If the format is unknown or the path has the suffix of another, there is no example, the model does
+            not take it, its tensors have different numbers of rows, torch cannot follow the model, a file of the
+            format cannot give what the model gives, the allocation is of another model, or the file gives other
+            outputs.
 
     Example::
 
@@ -117,11 +121,13 @@ def export(
     with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder, untouched(model):
         part = Path(folder) / path.name
         with torch.compiler.set_stance("force_eager"):
-            calls = _calls(model, example, dynamic_batch)
+            with kept_buffers(model):  # the file is to begin where the model did
+                calls = _calls(model, example, dynamic_batch)
             _check_outputs(format, [outputs for _, outputs in calls])
             FORMATS[format].write(Order(model, example, dynamic_batch, notes), part)
             difference = _checked(format, part, calls, _tolerance(model, example))
-        done = Exported(format, path, part.stat().st_size, _saved_bytes(model), difference)
+        imports = _imports(calls) if FORMATS[format].keeps_classes else ()
+        done = Exported(format, path, part.stat().st_size, _saved_bytes(model), difference, imports)
         part.replace(path)
     return done
 
@@ -180,11 +186,17 @@ def _calls(model: nn.Module, example: Example | None, dynamic_batch: bool) -> li
     """Return what a model gives for the example, and for other numbers of rows where the file is to take them.
 
     Raises:
-        ValueError: If the model itself does not take another number of rows.
+        ValueError: If the model itself does not take the example, or another number of rows.
     """
     if example is None:
         return []
-    calls = [(example, example.call(model))]
+    try:
+        calls = [(example, example.call(model))]
+    except Exception as error:  # whatever the model raises
+        raise ValueError(
+            f"`example_input`: {type(model).__name__} must take it, found that {_rows(example)} make a "
+            f"{type(error).__name__}: {_short(error)}; give a batch as the model is called with. Nothing was written."
+        ) from error
     for rows in {1, (example.rows or 1) + 1} - {example.rows} if dynamic_batch else ():
         other = example.with_rows(rows)
         try:
@@ -196,6 +208,11 @@ def _calls(model: nn.Module, example: Example | None, dynamic_batch: bool) -> li
                 "Nothing was written."
             ) from error
     return calls
+
+
+def _imports(calls: Sequence[tuple[Example, object]]) -> tuple[str, ...]:
+    kinds = classes_around([(example.arguments, example.named, outputs) for example, outputs in calls])
+    return tuple(sorted({kind.__module__ for kind in kinds}))
 
 
 def _check_outputs(format: str, outputs: Sequence[object]) -> None:

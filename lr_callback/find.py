@@ -67,22 +67,28 @@ def find_layers(
 
 def _weighted(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | None]]:
     """Yield the layers with a weight of their own: name, layer, why nothing around it lets it be replaced."""
-    reason: str | None = None
-    prefix = ""
+    inside = _insides(model)
     hidden: set[nn.Module] = set()
     for name, layer in model.named_modules():
-        if reason is not None and not name.startswith(prefix):
-            reason = None
-        inside = reason
-        if reason is None:
-            reason, prefix = around(layer), f"{name}." if name else ""
         if layer in hidden:
             continue
         parts = _parts(layer)
         hidden |= parts
         own = any(parameter is not None and _is_matrix(parameter) for parameter in layer._parameters.values())
         if parts or own or holds_weight(layer):
-            yield name, layer, inside
+            yield name, layer, inside.get(layer)
+
+
+def _insides(model: nn.Module) -> dict[nn.Module, str]:
+    """Return the modules that something around them keeps in place, under whichever of their names, and why."""
+    inside: dict[nn.Module, str] = {}
+    for module in model.modules():
+        reason = None if module in inside else around(module)
+        if reason is not None:
+            for part in module.modules():
+                if part is not module:
+                    inside.setdefault(part, reason)
+    return inside
 
 
 def _parts(layer: nn.Module) -> set[nn.Module]:

@@ -18,6 +18,7 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 
 from lr_callback.example import Example
+from lr_callback.observe import kept_buffers
 from lr_callback.safetensors_file import read_safetensors, same_tensors, write_safetensors
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class Format:
             and is compared with the state dict of the model when it is written.
         outputs: types of what its files can give, in tuples, lists and dicts.
         needs_suffix: whether what reads its files asks for the suffix.
+        keeps_classes: whether its files name the classes of outputs, which must be there when they are read.
     """
 
     suffix: str
@@ -66,6 +68,7 @@ class Format:
     open: Callable[[Path], Callable[[Example], object]] | None
     outputs: tuple[type, ...] = (torch.Tensor,)
     needs_suffix: bool = False
+    keeps_classes: bool = False
 
 
 def exported_program(order: Order) -> ExportedProgram:
@@ -106,7 +109,11 @@ def _write_program(order: Order, path: Path) -> None:
     with warnings.catch_warnings():
         # Of weights in channels_last; what the file gives is compared with the model all the same.
         warnings.filterwarnings("ignore", message="No complete tensor found in the group")
-        torch.export.save(exported_program(order), path)
+        program = exported_program(order)
+        try:
+            torch.export.save(program, path)
+        except NotImplementedError as error:  # of an output's class that torch knows, and not how to write
+            raise ValueError(_refusal("torch.export.save", order, error)) from error
 
 
 def _open_program(path: Path) -> Callable[[Example], object]:
@@ -163,7 +170,8 @@ def _write_torchscript(order: Order, path: Path) -> None:
         with _quiet_jit(order.model):
             given = {"example_inputs": example.arguments} if example.arguments else {}
             named = {"example_kwarg_inputs": example.named} if example.named else {}
-            made = trace(order.model, check_trace=False, strict=False, **given, **named)
+            with kept_buffers(order.model):  # which the file is to hold, and tracing runs the model
+                made = trace(order.model, check_trace=False, strict=False, **given, **named)
             torch.jit.save(made, path)
     except Exception as error:  # torch raises several types for what it cannot trace
         raise ValueError(_refusal("torch.jit.trace", order, error)) from error
@@ -208,6 +216,7 @@ FORMATS: Mapping[str, Format] = {
         _open_program,
         (torch.Tensor, bool, int, float, NoneType),
         needs_suffix=True,
+        keeps_classes=True,
     ),
     "onnx": Format(
         ".onnx",

@@ -32,7 +32,7 @@ class FactorizedConvolution(FactorizedLayer):
     Attributes:
         dense_class: the dense type.
         axes: number of kernel axes.
-        decoder_axes: those that the decoder has.
+        in_decoder: whether the decoder has the axis, for each.
     """
 
     dense_class: ClassVar[Callable[..., _ConvNd]]
@@ -63,7 +63,7 @@ class FactorizedConvolution(FactorizedLayer):
     @classmethod
     def own_attributes(cls) -> set[str]:
         """Return the names of what a layer of this type is given when it is made."""
-        return {*super().own_attributes(), "decoder_axes"}
+        return {*super().own_attributes(), "in_decoder"}
 
     @classmethod
     def geometry(cls, layer: nn.Module) -> Geometry:
@@ -119,7 +119,7 @@ class FactorizedConvolution(FactorizedLayer):
     def _factors(self, dense: nn.Module, rank: int) -> tuple[nn.Module, nn.Module]:
         width, own = self.groups * self.num_slices * rank, decoder_axes(self.folding, self.axes)
         other = tuple(axis for axis in range(self.axes) if axis not in own)
-        self.decoder_axes = list(own)
+        self.in_decoder = [axis in own for axis in range(self.axes)]  # not the axes: TorchScript takes no empty list
         encoder = self._convolution(dense, (self.in_channels, width), other, self.groups * self.num_slices, bias=False)
         has_bias = dense_bias(dense) is not None
         return encoder, self._convolution(dense, (width, self.out_channels), own, self.groups, has_bias)
@@ -266,8 +266,9 @@ class _FactorizedTransposed(FactorizedConvolution):
         wanted = output_size[-axes:]  # torch takes the sizes of batch and channels before them, too
         inner = list(wanted)
         if len(wanted) == axes:  # torch refuses any other number
-            for axis in self.decoder_axes:
-                inner[axis] = input.shape[axis - axes]
+            for axis, held in enumerate(self.in_decoder):
+                if held:
+                    inner[axis] = input.shape[axis - axes]
         sized: Tensor = self.decoder(self.encoder(input, inner), wanted)
         return sized
 

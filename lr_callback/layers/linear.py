@@ -130,7 +130,8 @@ class FactorizedConv1D(_FactorizedMap):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the encoder, then the decoder; the argument is named as in transformers."""
-        return super().forward(x)
+        outputs: Tensor = self.decoder(self.encoder(x))  # TorchScript knows no super()
+        return outputs
 
     def dense_skeleton(self) -> nn.Module:
         """Return a Conv1D of the same sizes; only this needs transformers."""

@@ -141,6 +141,43 @@ def test_configuration_that_stands_elsewhere(digits, command, tmp_path):
         outputs(tmp_path / "alone.pt2", images(3))
 
 
+def allocation_in(file):
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as opened:
+        return lrc.Allocation.from_json(opened.metadata()["allocation"])
+
+
+def test_allocation_in_a_header_is_carried_over(digits, command, tmp_path):
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    command("export", "--checkpoint", digits, "--output", first)
+    config = ["--config", digits.parents[1] / "config.yaml"]
+    command("export", "--checkpoint", first, *config, "--output", second)
+    assert allocation_in(second) == allocation_in(first)
+    network = ["--model", "lr_callback.recipes.CifarResNet", "--model.depth", 8, "--model.in_channels", 1]
+    command("export", "--checkpoint", first, *network, "--output", second)
+    assert all(name.startswith(("conv1", "layer", "linear")) for name in allocation_in(second).layers)
+
+
+@pytest.mark.situation("Out of the door", "an export over its own checkpoint", "refused")
+def test_the_checkpoint_itself_is_not_written_over(digits, command, refusal, tmp_path):
+    run, weights, link = tmp_path / "run.ckpt", tmp_path / "weights.safetensors", tmp_path / "link.ckpt"
+    shutil.copy(digits, run)
+    config = ["--config", digits.parents[1] / "config.yaml"]
+    command("export", "--checkpoint", run, *config, "--output", weights)
+    link.symlink_to(run)
+    before = {file: file.read_bytes() for file in (run, weights)}
+    for options in (
+        ["--checkpoint", weights, "--format", "safetensors"],
+        ["--checkpoint", run, "--format", "onnx", "--output", "run.ckpt"],
+        ["--checkpoint", link, "--format", "onnx", "--output", run],
+        ["--checkpoint", run, "--format", "onnx", "--output", link],
+    ):
+        assert "--output must be another file than the checkpoint" in refusal(*options, *config)
+    assert before == {file: file.read_bytes() for file in before}
+    assert link.is_symlink()
+
+
 class Saving(LightningModule):
     """Saves its arguments, and knows an example of its input."""
 
@@ -230,6 +267,10 @@ def test_refused_with_one_message(saved, refusal, monkeypatch, tmp_path):
         ([*parts, "--model", "torch.nn.Identity"], "names or shapes differ"),
         ([*given, *model, "--model.width", 16, "--format", "onnx"], r"first: the factors .*Nothing was changed"),
         ([*given, *model, "--input_shape", "2,x", "--format", "onnx"], "--input_shape must be whole numbers, .*2,x"),
+        (
+            [*given, *model, "--input_shape", "2,7", "--format", "onnx"],
+            r"Saving must take it, .*\(2, 7\) make a R",
+        ),
     ]:
         assert re.search(text, refusal(*arguments)), arguments
 

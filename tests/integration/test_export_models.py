@@ -1,6 +1,8 @@
 """Real networks out of the door: same outputs, and smaller by what the table of the allocation says."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -120,3 +122,25 @@ def test_other_dtypes_layouts_and_signatures(case, format, tmp_path):
         saved = lrc.export(model, file, example_input=inputs).saved_bytes
         assert file.stat().st_size > 0
         assert saved % next(model.parameters()).element_size() == 0
+
+
+CONFIGURATION = {"vocab_size": 50, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 256}
+
+
+@pytest.mark.situation("Out of the door", "outputs in a class of transformers, read by another process", "works")
+@pytest.mark.parametrize("as_class", [True, False])
+def test_line_that_reads_the_file_imports_what_it_needs(tmp_path, as_class):
+    transformers = pytest.importorskip("transformers")
+    options = transformers.BertConfig(num_hidden_layers=1, return_dict=as_class, **CONFIGURATION)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.BertModel(options)
+    lrc.factorize_(model, lrc.allocate(model, 0.8))
+    tokens = torch.arange(6).reshape(2, 3)
+    done = lrc.export(model, tmp_path / "bert.pt2", example_input={"input_ids": tokens})
+    assert done.imports == (("transformers.modeling_outputs",) if as_class else ())
+    code = f"import torch; {done.reload}; torch.save(model(input_ids=torch.arange(6).reshape(2, 3))[0], 'out.pt')"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, check=True)
+    with torch.no_grad():
+        expected = model.eval()(input_ids=tokens)[0]
+    assert largest_difference(expected, torch.load(tmp_path / "out.pt")) < 1e-5

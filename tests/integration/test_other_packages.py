@@ -61,6 +61,30 @@ def test_adapters_of_peft_are_left_alone_and_merge_as_before(named, options):
     assert list(find_layers(merged).layers) == ["first", "second"]
 
 
+class Projecting(nn.Module):
+    """Names a layer itself before an adapter goes around it."""
+
+    def __init__(self, peft):
+        super().__init__()
+        network = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32))
+        self.projection = network[0]
+        self.network = peft.get_peft_model(network, peft.LoraConfig(target_modules=["0"], r=4))
+
+
+@pytest.mark.situation("Module tricks", "adapters of peft: LoRA, DoRA", "works")
+def test_an_adapted_layer_with_an_earlier_name_of_its_own_is_left_alone():
+    peft = package("peft")
+    torch.manual_seed(0)
+    model = Projecting(peft)
+    nn.init.normal_(model.network.base_model.model[0].lora_B["default"].weight)
+    found = find_layers(model)
+    assert list(found.layers) == ["network.base_model.model.2"]
+    assert "inside an adapter of peft" in found.skipped["projection"]
+    lrc.factorize_(model, lrc.allocate(model, 0.8))
+    outputs = model.network(inputs := torch.randn(3, 32))
+    assert torch.allclose(model.network.merge_and_unload()(inputs), outputs, atol=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.situation("Bad input", "scripted and traced modules", "refused")
 @pytest.mark.parametrize("whole", [True, False])

@@ -1,10 +1,12 @@
 """The arguments of a call, with other numbers of rows; the difference of two outputs."""
 
+from collections import OrderedDict, namedtuple
+
 import pytest
 import torch
 from torch import nn
 
-from lr_callback.example import Example, largest_difference
+from lr_callback.example import Example, classes_around, largest_difference
 
 
 class Two(nn.Module):
@@ -71,3 +73,9 @@ def test_equal_outputs():
     assert largest_difference((torch.tensor([1, 2]), torch.tensor([torch.inf, 1.0])), [
         torch.tensor([1, 2]), torch.tensor([torch.inf, 1.0])]) == 0.0  # fmt: skip
     assert largest_difference(torch.zeros(0), torch.zeros(0)) == 0.0
+
+
+def test_classes_around_tensors_are_found_in_any_nesting():
+    pair = namedtuple("pair", "one two")
+    assert classes_around({"outputs": [pair(torch.zeros(1), None)]}) == {pair}
+    assert classes_around(OrderedDict(one=(torch.zeros(1), torch.Size([1])))) == set()

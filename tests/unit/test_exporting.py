@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections import namedtuple
 
 import pytest
 import torch
@@ -188,6 +189,7 @@ def test_interrupt_leaves_the_former_file(tmp_path):
         ("model.pt2", {"example_input": None}, ValueError, "`example_input`: the format torch-export .* got none"),
         ("model.pt2", {"example_input": "text"}, ValueError, "`example_input` must be a tensor, .* got str"),
         ("model.pt2", {"example_input": (torch.ones(2, 3), torch.ones(3))}, ValueError, r"same number of rows.*\(3,\)"),
+        ("model.pt2", {"example_input": torch.ones(2, 5)}, ValueError, r"Sequential must take it, .*\(2, 5\) make a R"),
         ("model.pt2", {"example_input": torch.ones(0, 3)}, ValueError, r"at least one, .*\(0, 3\)"),
     ],
 )
@@ -291,3 +293,33 @@ def test_outputs_beside_tensors_are_given_where_the_format_has_a_place(tmp_path,
     model = Giving(lambda outputs: {"features": outputs, "beside": beside})
     done = lrc.export(model, tmp_path / f"model.{suffix}", example_input=torch.randn(2, 16))
     assert done.difference < 1e-5
+
+
+def test_an_output_class_that_torch_cannot_write_is_refused(tmp_path):
+    pair = namedtuple("pair", "one two")
+    with pytest.raises(ValueError, match=r"torch.export.save must .*_register_namedtuple.*Nothing was written"):
+        lrc.export(Giving(lambda outputs: pair(outputs, outputs)), tmp_path / "a.pt2", example_input=torch.randn(2, 16))
+    assert not list(tmp_path.iterdir())
+
+
+class Stepping(nn.Module):
+    """Gives what depends on how often it was called."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, features):
+        self.calls += 1
+        return self.layer(features) * self.calls
+
+
+@pytest.mark.situation("Out of the door", "a model that counts its calls in a buffer", "works")
+@pytest.mark.parametrize("suffix", ["pt2", "ts"])
+def test_file_begins_where_a_model_that_counts_its_calls_does(tmp_path, suffix):
+    model, file = Stepping(), tmp_path / f"model.{suffix}"
+    lrc.export(model, file, example_input=torch.randn(2, 16))
+    assert model.calls == 0
+    inputs = torch.randn(3, 16)
+    assert largest_difference(outputs(model, inputs), run(file, inputs)) < 1e-5

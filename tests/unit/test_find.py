@@ -114,6 +114,19 @@ def test_all_of_nn_multiheadattention_is_left_alone_and_what_follows_it_is_not()
     }
 
 
+@pytest.mark.parametrize("first", ["around", "alone"])
+def test_a_layer_is_left_alone_if_one_of_its_names_is_inside_of_what_reads_it(first):
+    attention, model = nn.MultiheadAttention(8, 2), nn.Module()
+    attention.out_proj = nn.Linear(8, 8)
+    parts = {"around": attention, "alone": attention.out_proj}
+    for name in sorted(parts, key=lambda name: name != first):
+        setattr(model, name, parts[name])
+    name = "around.out_proj" if first == "around" else "alone"
+    found = find_layers(model)
+    assert found.layers == {}
+    assert found.skipped[name] == "read directly by nn.MultiheadAttention"
+
+
 @pytest.mark.parametrize("layer", [nn.Linear(4, 4), nn.Conv2d(4, 4, 3)])
 def test_a_model_that_is_itself_a_layer_says_what_to_do(layer):
     assert "put it into an nn.Sequential" in find_layers(layer).skipped[""]

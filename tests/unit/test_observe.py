@@ -122,3 +122,59 @@ def test_the_products_of_a_transformer_are_counted_in_eval_mode_too():
 def test_an_observation_travels_as_json():
     observation = observe(network(), torch.zeros(2, 3, 8, 8))
     assert Observation.from_dict(json.loads(json.dumps(observation.to_dict()))) == observation
+
+
+class Counting(nn.Module):
+    """Writes buffers in eval mode: in place, by assignment, under two names, and a cache that grows."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(32, 32)
+        for name in ("calls", "sum", "table"):
+            self.register_buffer(name, torch.zeros(1))
+        self.register_buffer("same", self.calls)
+        self.rows = 1
+
+    def forward(self, features):
+        self.calls += 1
+        self.sum = self.sum + features.sum()
+        if len(features) > self.rows:
+            self.rows, self.table = len(features), torch.zeros(len(features))
+        return self.layer(features) + self.table.unsqueeze(1)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        observe,
+        lambda model, inputs: lrc.allocate(model, 0.6, example_input=inputs),
+    ],
+    ids=["observe", "allocate"],
+)
+def test_buffers_that_a_forward_writes_are_given_back(run):
+    model = Counting()
+    held = {name: getattr(model, name) for name in ("calls", "sum", "same")}
+    run(model, torch.ones(3, 32))
+    assert all(getattr(model, name) is buffer for name, buffer in held.items())
+    assert not any(buffer.any() for buffer in held.values())
+    assert len(model.table) == model.rows == 3
+    model(torch.ones(3, 32))
+
+
+def test_buffers_are_given_back_after_an_error_too():
+    model = Counting()
+    with pytest.raises(RuntimeError, match="shapes"):
+        observe(model, torch.ones(1, 7))
+    assert not model.calls.any() and not model.sum.any()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.* is deprecated:FutureWarning")
+def test_buffers_inside_of_torchscript_are_given_back():
+    scripted = torch.jit.script(nn.BatchNorm1d(32))
+    scripted.eval()
+    model = nn.Sequential(nn.Linear(32, 32), scripted)
+    with untouched(model):
+        scripted.train()
+        model(torch.randn(4, 32))
+    assert scripted.num_batches_tracked == 0
+    assert not scripted.running_mean.any()

@@ -113,13 +113,16 @@ def test_factors_of_other_groups_are_refused_with_both_shapes():
     assert type(model[0]) is nn.ConvTranspose2d
 
 
+@pytest.mark.parametrize("folding", ["kernel_in_encoder", "width_in_decoder", "kernel_in_decoder"])
 @pytest.mark.parametrize("kind", [nn.Conv1d, nn.ConvTranspose2d], ids=lambda kind: kind.__name__)
 @pytest.mark.filterwarnings("ignore:.torch.jit.* is deprecated:FutureWarning")
-def test_factorized_convolutions_are_scripted(kind):
+def test_factorized_convolutions_are_scripted(kind, folding):
     dense = kind(4, 6, 3, stride=2, groups=2)
-    layer = filled(getattr(lrc, f"Factorized{kind.__name__}")(dense, 2, 1, "width_in_decoder"))
-    inputs = torch.randn(2, 4, *[7] * layer.axes)
-    assert torch.equal(torch.jit.script(layer)(inputs), layer(inputs))
+    layer = filled(getattr(lrc, f"Factorized{kind.__name__}")(dense, 2, 1, folding))
+    inputs, scripted = torch.randn(2, 4, *[7] * layer.axes), torch.jit.script(layer)
+    assert torch.equal(scripted(inputs), layer(inputs))
+    if layer.transposed:
+        assert torch.equal(scripted(inputs, [16, 15]), layer(inputs, [16, 15]))
 
 
 @pytest.mark.parametrize(

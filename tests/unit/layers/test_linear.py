@@ -117,3 +117,15 @@ def test_all_types_of_other_packages_are_of_the_classes_that_they_are_taken_for(
         *SUBCLASSES,
         "transformers.pytorch_utils.Conv1D",
     }
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.* is deprecated:FutureWarning")
+def test_factorized_conv1d_of_transformers_is_scripted():
+    pytest.importorskip("transformers")
+    from transformers.pytorch_utils import Conv1D
+
+    model = nn.Sequential(Conv1D(32, 32))
+    lrc.factorize_(model, lrc.allocate(model, 0.5))
+    assert type(model[0]) is lrc.FactorizedConv1D
+    inputs = torch.randn(2, 3, 32)
+    assert torch.allclose(torch.jit.script(model)(inputs), model(inputs))
