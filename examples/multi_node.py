@@ -17,6 +17,7 @@ import argparse
 import os
 import tempfile
 
+import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -58,6 +59,8 @@ def main(accelerator: str, epochs: int, folder: str) -> None:
     if host.is_global_zero:
         print(f"{host.world_size} processes: {dense:,} -> {parameters(model):,} parameters")
     host.test(model, data, ckpt_path=host.checkpoint_callback.last_model_path)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # its threads must not outlive the interpreter
 
 
 if __name__ == "__main__":

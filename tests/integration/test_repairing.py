@@ -69,11 +69,12 @@ class Compared(lrc.LowRankCompression):
         return report
 
 
-def fit(tmp_path, module=None, loader=None, epochs=2, ckpt_path=None, **options):
+def fit(tmp_path, module=None, loader=None, epochs=2, ckpt_path=None, limit=None, **options):
     torch.manual_seed(1)
     callback = Compared(0.5, epochs=1, show_table=False, **options)
     trainer = Trainer(
         max_epochs=epochs,
+        limit_train_batches=limit,
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,
@@ -273,7 +274,6 @@ def test_a_failure_in_the_repair_leaves_the_run_as_it_was(tmp_path):
 
 
 @pytest.mark.situation("Repair", "automatic_optimization=False", "refused")
-@pytest.mark.situation("Repair", "a training loader that can be gone through once", "refused")
 def test_what_cannot_be_calibrated_is_refused_with_the_way_out(tmp_path):
     class Manual(Network):
         def __init__(self):
@@ -294,6 +294,24 @@ def test_what_cannot_be_calibrated_is_refused_with_the_way_out(tmp_path):
 
     with pytest.raises(MisconfigurationException, match=r"of 3 batch.es. none called a module with parameters"):
         fit(tmp_path, module=Silent(), refit="cut")
+
+
+@pytest.mark.situation("Repair", "a training loader that can be gone through once", "refused")
+def test_a_loader_that_can_be_gone_through_once_is_refused(tmp_path):
+    class Once:
+        """A stream: an iterator that has no beginning to return to."""
+
+        def __init__(self):
+            self.left = iter(DataLoader(Augmented(), batch_size=8))
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            return next(self.left)
+
+    with pytest.raises(MisconfigurationException, match="a Once can be gone through only once"):
+        fit(tmp_path, loader=Once(), refit="cut", epochs=2, limit=4)
 
 
 @pytest.mark.parametrize(
