@@ -22,7 +22,7 @@ from lr_callback.importance import Importance
 from lr_callback.layer_types import layer_type
 from lr_callback.moments import SecondMoments
 from lr_callback.observe import as_written, untouched
-from lr_callback.processes import Processes
+from lr_callback.processes import Processes, by_name
 
 Batch = TypeVar("Batch")
 Seen = Callable[[nn.Module, Tensor, Tensor], None]
@@ -30,6 +30,8 @@ Seen = Callable[[nn.Module, Tensor, Tensor], None]
 
 POSITIONS = 8192
 """Rows of a call that are measured: more positions of the same images say little more, and take time."""
+
+_GOLDEN = (5**0.5 - 1) / 2
 
 LARGEST = 4608
 """Size of the largest matrix of moments: 170 MB; that of a 3x3 convolution of 512 channels."""
@@ -75,29 +77,24 @@ def collect_moments(
         (torch.Size([1, 3, 3]), torch.Size([1, 8, 8]))
     """
     layers = find_layers(model, include, exclude).layers
-    metrics: dict[str, SecondMoments] = {}
+    moments: dict[str, SecondMoments] = {}
     names = {layer: name for name, layer in layers.items()}
 
     def see(layer: nn.Module, inputs: Tensor, outputs: Tensor) -> None:
         rows = _rows(layer, inputs, outputs, largest)
-        if rows is None:
-            return
-        name = names[layer]
-        try:
-            metrics.setdefault(name, _metric(rows, largest)).update(rows)
-        except ValueError as error:
-            raise ValueError(f"{name}: its inputs on the calibration batches cannot be measured. {error}") from error
+        if rows is not None:
+            trouble = "its inputs on the calibration batches cannot be measured"
+            add_rows(moments, names[layer], rows, trouble, diagonal=rows.shape[2] > largest)
 
     def measure() -> dict[str, SecondMoments]:
         run_batches(model, batches, forward, layers.values(), see)
-        return {name: metric.cpu() for name, metric in metrics.items()}
+        return {name: one.cpu() for name, one in moments.items()}
 
     processes = processes or Processes()
-    parts = processes.gather(measure, long=True)
-    metrics = {name: merged([part[name] for part in parts if name in part]) for part in parts for name in part}
+    whole = merged(processes.gather(measure, long=True))
     if processes.rank == 0:
-        _warn_of_few(metrics)
-    return {name: Importance(inputs=metric.compute().reshape(metric.total.shape)) for name, metric in metrics.items()}
+        _warn_of_few(whole)
+    return {name: Importance(inputs=one.compute().reshape(one.total.shape)) for name, one in whole.items()}
 
 
 def run_batches(
@@ -181,25 +178,45 @@ def spread(count: int, device: torch.device) -> Tensor | None:
     return chosen.to(device)
 
 
-_GOLDEN = (5**0.5 - 1) / 2
+def add_rows(moments: dict[str, SecondMoments], name: str, rows: Tensor, trouble: str, diagonal: bool = False) -> None:
+    """Add rows to the moments of a layer.
+
+    Args:
+        moments: layer name -> its moments; given those of this layer, if they are the first.
+        name: of the layer.
+        rows: ``(g, n, s)``.
+        trouble: what cannot be done if they are not finite.
+        diagonal: whether mean squares alone are kept.
+
+    Raises:
+        ValueError: If they are not finite; the layer is named.
+    """
+    if name not in moments:
+        made = SecondMoments(rows.shape[2], rows.shape[0], diagonal=diagonal, sync_on_compute=False)
+        moments[name] = made.to(rows.device)
+    try:
+        moments[name].update(rows)
+    except ValueError as error:
+        raise ValueError(f"{name}: {trouble}. {error}") from error
 
 
-def merged(parts: Sequence[SecondMoments]) -> SecondMoments:
-    """Add up the moments that several processes measured, in the order of their ranks."""
+def merged(parts: Iterable[Mapping[str, SecondMoments]]) -> dict[str, SecondMoments]:
+    """Add up the moments of each layer that several processes measured, in the order of their ranks."""
+    return {name: _sum(held) for name, held in by_name(parts).items()}
+
+
+def _sum(parts: Sequence[SecondMoments]) -> SecondMoments:
+    if len(parts) == 1:
+        return parts[0]
     whole = copy.copy(parts[0])
     whole.total = torch.stack([one.total for one in parts]).sum(0)
     whole.count = torch.stack([one.count for one in parts]).sum(0)
     return whole
 
 
-def _metric(rows: Tensor, largest: int) -> SecondMoments:
-    size = rows.shape[2]
-    return SecondMoments(size, rows.shape[0], diagonal=size > largest, sync_on_compute=False).to(rows.device)
-
-
-def _warn_of_few(metrics: Mapping[str, SecondMoments]) -> None:
+def _warn_of_few(moments: Mapping[str, SecondMoments]) -> None:
     """Warn of layers that were seen at fewer positions than they have inputs: their moments are of few directions."""
-    few = [name for name, one in metrics.items() if not one.diagonal and one.count < one.total.shape[1]]
+    few = [name for name, one in moments.items() if not one.diagonal and one.count < one.total.shape[1]]
     if few:
         names = f"{', '.join(few[:3])}{', ...' if few[3:] else ''}"
         warn(

@@ -37,7 +37,7 @@ from lr_callback.observe import as_written, untouched
 from lr_callback.outputs import Outputs, add, changes, outputs_of, summed
 from lr_callback.parallel import Workers, workers
 from lr_callback.pricing import layer_costs
-from lr_callback.processes import Processes
+from lr_callback.processes import Processes, by_name
 from lr_callback.surgery import standing_in
 
 Batch = TypeVar("Batch")
@@ -221,7 +221,7 @@ def _again(run: Callable[[Batch], object], batch: Batch) -> list[Tensor]:
 
 def _merged(parts: Sequence[_Measured]) -> _Measured:
     """Add up what several processes measured, in the order of their ranks."""
-    changed = {name: summed([one.changes.get(name, {}) for one in parts]) for part in parts for name in part.changes}
+    changed = {name: summed(held) for name, held in by_name(one.changes for one in parts).items()}
     return _Measured(summed([one.dense for one in parts]), changed, parts[0].errors)
 
 

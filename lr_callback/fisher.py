@@ -24,7 +24,7 @@ from lr_callback.layer_types import layer_type
 from lr_callback.layers import FactorizedLayer
 from lr_callback.observe import as_written, untouched
 from lr_callback.optimizers import with_inner
-from lr_callback.processes import Processes
+from lr_callback.processes import Processes, by_name
 from lr_callback.surgery import standing_in
 
 Batch = TypeVar("Batch")
@@ -209,10 +209,9 @@ def _sums_of_factors(layer: FactorizedLayer, encoder: Tensor, decoder: Tensor) -
 
 def _importance(parts: Sequence[Mapping[str, _Sums]], what: str) -> dict[str, Importance]:
     """Turn the sums of several processes, in the order of their ranks, into weights of inputs and outputs."""
-    names = {name: None for part in parts for name in part}
     found: dict[str, Importance] = {}
-    for name in names:
-        rows, columns = (torch.stack([part[name][side] for part in parts if name in part]).sum(0) for side in (0, 1))
+    for name, held in by_name(parts).items():
+        rows, columns = (torch.stack(list(side)).sum(0) for side in zip(*held, strict=True))
         totals = rows.sum(1, keepdim=True)
         if bool((totals == 0).all()):
             continue

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import signal
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lr_callback.interrupts import held, live
 
+Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
 
 
@@ -156,6 +157,21 @@ def _interruptible(make: Callable[[], Value], only: int | None = None, during: b
     with live(only):
         pass
     return make()
+
+
+def by_name(parts: Iterable[Mapping[Key, Value]]) -> dict[Key, list[Value]]:
+    """List what the ranks have under each name, in the order of the ranks; one that lacks a name is left out of it.
+
+    Example::
+
+        >>> by_name([{"one": 1, "two": 2}, {"two": 3}])
+        {'one': [1], 'two': [2, 3]}
+    """
+    found: dict[Key, list[Value]] = {}
+    for part in parts:
+        for name, value in part.items():
+            found.setdefault(name, []).append(value)
+    return found
 
 
 def digest(tensor: Tensor) -> str:

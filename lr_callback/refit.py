@@ -17,7 +17,7 @@ from warnings import warn
 import torch
 from torch import Tensor, nn
 
-from lr_callback.collect import merged, run_batches, runner
+from lr_callback.collect import add_rows, merged, run_batches, runner
 from lr_callback.fitting import Fit, fit_of
 from lr_callback.layers import FactorizedLayer, dense_bias
 from lr_callback.lockstep import Walk, walks
@@ -30,6 +30,8 @@ from lr_callback.surgery import standing_in
 Batch = TypeVar("Batch")
 Inputs = Literal["cut", "dense"]
 Factors = Literal["both", "decoder"]
+
+_TROUBLE = "its outputs on the calibration batches cannot be compared"
 
 
 def refit_(
@@ -148,15 +150,14 @@ class _Refit:
         moments: dict[str, SecondMoments] = {}
 
         def see(teacher: nn.Module, inputs: Tensor, outputs: Tensor) -> None:
-            _add(moments, names[teacher], self._fits[names[teacher]].rows(inputs, outputs))
+            add_rows(moments, names[teacher], self._fits[names[teacher]].rows(inputs, outputs), _TROUBLE)
 
         def measure() -> dict[str, SecondMoments]:
             with standing_in(self._model, self._instead):
                 run_batches(self._model, self._batches, self._forward, names, see)
             return {name: one.cpu() for name, one in moments.items()}
 
-        parts = self._processes.gather(measure, long=True)
-        found = {name: merged([part[name] for part in parts if name in part]) for part in parts for name in part}
+        found = merged(self._processes.gather(measure, long=True))
         if only is None:
             self._warn_of_unseen(found)
         self._warn_of_few({name: float(one.count) for name, one in found.items()})
@@ -192,26 +193,25 @@ class _Refit:
         for name in set(stations) - set(order):
             stations[name].is_open = True
         for name in order:
-            parts = self._processes.gather(partial(self._measure, name, before, after), long=True)
-            if any(parts):
-                found = merged([one for part in parts for one in part])
-                counts[name], left[name] = float(found.count), self._solve(name, found)
+            found = merged(self._processes.gather(partial(self._measure, name, before, after), long=True))
+            if name in found:
+                counts[name], left[name] = float(found[name].count), self._solve(name, found[name])
             stations[name].refresh()
             for walk in after:
                 walk.at = None if walk.at == name else walk.at
         self._warn_of_few(counts)
         return left
 
-    def _measure(self, name: str, before: Sequence[Walk], after: Sequence[Walk]) -> list[SecondMoments]:
-        """Return the moments of the runs that wait at a layer; none, if none of them does."""
+    def _measure(self, name: str, before: Sequence[Walk], after: Sequence[Walk]) -> dict[str, SecondMoments]:
+        """Return the moments of the runs that wait at a layer, by its name; none, if none of them does."""
         moments: dict[str, SecondMoments] = {}
         for one, other in zip(before, after, strict=True):
             if other.at is None:
                 other.step()
             wanted = one.step_to(name) if other.at == name else None
             if wanted is not None and other.tensor is not None:
-                _add(moments, name, self._fits[name].rows(other.tensor, wanted))
-        return [moment.cpu() for moment in moments.values()]
+                add_rows(moments, name, self._fits[name].rows(other.tensor, wanted), _TROUBLE)
+        return {name: one.cpu() for name, one in moments.items()}
 
     def _calls(self) -> dict[str, int]:
         """Return how often each student is called on a batch, in the order of the first calls."""
@@ -230,7 +230,7 @@ class _Refit:
         return fit.solve(moments.to(fit.student.factors[0].device))
 
     def _warn_of_few(self, counts: Mapping[str, float]) -> None:
-        """Warn of layers that were seen at hardly more positions than their decoders have inputs."""
+        """Warn of layers that were seen at hardly more positions than there are inputs to fit to."""
         few = [name for name, count in counts.items() if count < 2 * self._fits[name].width]
         if few and self._processes.rank == 0:
             warn(
@@ -248,13 +248,3 @@ class _Refit:
                 f"{', '.join(sorted(names)[:5])}{', ...' if len(names) > 5 else ''}.",
                 stacklevel=5,
             )
-
-
-def _add(moments: dict[str, SecondMoments], name: str, rows: Tensor) -> None:
-    """Add rows to the moments of a layer."""
-    if name not in moments:
-        moments[name] = SecondMoments(rows.shape[2], rows.shape[0], sync_on_compute=False).to(rows.device)
-    try:
-        moments[name].update(rows)
-    except ValueError as error:
-        raise ValueError(f"{name}: its outputs on the calibration batches cannot be compared. {error}") from error
