@@ -23,6 +23,7 @@ from lr_callback.layer_types import layer_type
 from lr_callback.moments import SecondMoments
 from lr_callback.observe import as_written, untouched
 from lr_callback.processes import Processes, by_name
+from lr_callback.table import listed
 
 Batch = TypeVar("Batch")
 Seen = Callable[[nn.Module, Tensor, Tensor], None]
@@ -218,10 +219,9 @@ def _warn_of_few(moments: Mapping[str, SecondMoments]) -> None:
     """Warn of layers that were seen at fewer positions than they have inputs: their moments are of few directions."""
     few = [name for name, one in moments.items() if not one.diagonal and one.count < one.total.shape[1]]
     if few:
-        names = f"{', '.join(few[:3])}{', ...' if few[3:] else ''}"
         warn(
-            f"The calibration batches are few for {len(few)} layer(s) ({names}): these have more inputs than positions "
-            "were seen, and some directions were not seen at all. What is built is right for those that were; give "
-            "more batches.",
+            f"The calibration batches are few for {len(few)} layer(s) ({listed(few)}): these have more inputs than "
+            "positions were seen, and some directions were not seen at all. What is built is right for those that "
+            "were; give more batches.",
             stacklevel=3,
         )

@@ -39,6 +39,7 @@ from lr_callback.parallel import Workers, workers
 from lr_callback.pricing import layer_costs
 from lr_callback.processes import Processes, by_name
 from lr_callback.surgery import standing_in
+from lr_callback.table import listed
 
 Batch = TypeVar("Batch")
 
@@ -247,6 +248,6 @@ def _warn_of_unmeasured(names: Sequence[str]) -> None:
     if names:
         warn(
             f"The effects of {len(names)} layer(s) are not measured, they are not called on the calibration batches: "
-            f"{', '.join(names[:5])}{', ...' if names[5:] else ''}. They count as much as the median of the others.",
+            f"{listed(names, 5)}. They count as much as the median of the others.",
             stacklevel=3,
         )

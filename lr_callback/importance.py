@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lr_callback.folding import Geometry, decoder_axes, fold
+from lr_callback.table import listed
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ def warn_of_unknown(names: Sequence[str], importance: Mapping[str, Importance]) 
     if importance and unknown:
         warn(
             f"The importance of {len(unknown)} layer(s) is not known, as if they were never called: all of their "
-            f"inputs and outputs count the same. They are {', '.join(unknown[:5])}{', ...' if unknown[5:] else ''}.",
+            f"inputs and outputs count the same. They are {listed(unknown, 5)}.",
             stacklevel=4,
         )
 

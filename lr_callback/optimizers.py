@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from lr_callback.layers import FactorizedLayer
 from lr_callback.projection import projected_state
+from lr_callback.table import listed
 
 Replacements = Mapping[nn.Parameter, Sequence[nn.Parameter]]
 """Old parameter -> the new ones that take its place, in order; empty: it goes without one."""
@@ -100,7 +101,7 @@ def _check(
     now = {id(one) for group in optimizer.param_groups for one in group["params"]}
     lost = [names[heir] for one in old for heir in replacements[one] if id(heir) not in now]
     if lost:
-        raise _refusal(optimizer, f"after the edit they lack {', '.join(lost[:3])}{', ...' if len(lost) > 3 else ''}")
+        raise _refusal(optimizer, f"after the edit they lack {listed(lost)}")
 
 
 def _check_sparse(

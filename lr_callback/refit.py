@@ -26,6 +26,7 @@ from lr_callback.observe import as_written, untouched
 from lr_callback.processes import Processes
 from lr_callback.station import Station
 from lr_callback.surgery import standing_in
+from lr_callback.table import listed
 
 Batch = TypeVar("Batch")
 Inputs = Literal["cut", "dense"]
@@ -234,9 +235,8 @@ class _Refit:
         few = [name for name, count in counts.items() if count < 2 * self._fits[name].width]
         if few and self._processes.rank == 0:
             warn(
-                f"The calibration batches are few for {len(few)} layer(s) ({', '.join(few[:3])}"
-                f"{', ...' if few[3:] else ''}): it is fitted to less than two positions for each of its inputs, "
-                "and may be worse on others; give more batches.",
+                f"The calibration batches are few for {len(few)} layer(s) ({listed(few)}): it is fitted to less than "
+                "two positions for each of its inputs, and may be worse on others; give more batches.",
                 stacklevel=5,
             )
 
@@ -245,6 +245,6 @@ class _Refit:
         if names and self._processes.rank == 0:
             warn(
                 f"{len(names)} layer(s) are not called on the {where} and keep the factors that they have: "
-                f"{', '.join(sorted(names)[:5])}{', ...' if len(names) > 5 else ''}.",
+                f"{listed(sorted(names), 5)}.",
                 stacklevel=5,
             )

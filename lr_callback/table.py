@@ -62,6 +62,17 @@ def shorten(text: str, width: int) -> str:
     return f"...{text[len(text) - max(0, width - 3) :]}"[:width]
 
 
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """Return the first of some names for a message, and that there are more.
+
+    Example::
+
+        >>> listed(["one", "two", "three"], most=2), listed(["one"])
+        ('one, two, ...', 'one')
+    """
+    return ", ".join([*names[:most], *(["..."] if len(names) > most else [])])
+
+
 def wrap(text: str) -> str:
     """Return the text in lines of at most :data:`WIDTH` characters, the later ones indented."""
     return textwrap.fill(text, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)

@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lr_callback.hook import has_hook
 from lr_callback.processes import Processes, digest
+from lr_callback.table import listed
 
 _REFUSED: Mapping[str, str] = {
     "FSDPStrategy": "it holds all parameters as shards of flat ones, in which no layer can be replaced",
@@ -72,7 +73,7 @@ def check_same_weights(trainer: Trainer, pl_module: LightningModule) -> None:
     if differ:
         raise RuntimeError(
             f"LowRankCompression: the weights must be the same on all {processes.size} processes before a compression, "
-            f"those of {', '.join(differ[:3])}{', ...' if len(differ) > 3 else ''} differ. DDP does not average "
+            f"those of {listed(differ)} differ. DDP does not average "
             "parameters that were unfrozen after it had wrapped the module (BackboneFinetuning: put it before this "
             "callback, or unfreeze in the epoch of a compression or before the training). Nothing was changed."
         )

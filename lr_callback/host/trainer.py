@@ -15,6 +15,7 @@ from lr_callback.find import factorized_in
 from lr_callback.observe import Observation, observe
 from lr_callback.optimizers import optimizers_in, with_inner
 from lr_callback.projection import OptimizerState, can_project
+from lr_callback.table import listed
 
 
 def is_smoke_test(trainer: Trainer) -> bool:
@@ -45,7 +46,7 @@ def lacks(trainer: Trainer, pl_module: LightningModule, allocation: Allocation) 
     if missing and trainer.ckpt_path is not None:
         raise MisconfigurationException(
             f"LowRankCompression: the checkpoint {trainer.ckpt_path} is of a compressed run, and must hold all layers "
-            f"that were compressed; it lacks {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}, which "
+            f"that were compressed; it lacks {listed(missing)}, which "
             "would be trained as they are in the code. Let the module's `state_dict` hold them, or name them in "
             "`exclude`."
         )
