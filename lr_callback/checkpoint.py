@@ -23,8 +23,8 @@ from lr_callback.folding import FOLDINGS
 from lr_callback.layer_types import layer_cost, layer_type
 from lr_callback.layers import FactorizedLayer, dense_bias
 from lr_callback.layers.base import any_weight
-from lr_callback.names import ENTRIES, naming
-from lr_callback.source import check_tied, check_values, is_extra, load, state_dict_of, warn_of_broken
+from lr_callback.names import ENTRIES, is_extra, naming
+from lr_callback.source import check_tied, check_values, load, state_dict_of, warn_of_broken
 from lr_callback.surgery import factorize_, replace_layers
 from lr_callback.values import check_has_values, check_writable, keep_values, load_values
 

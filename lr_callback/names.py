@@ -24,9 +24,6 @@ Layers = Mapping[nn.Module, Sequence[str]]
 ENTRIES = ("weight", "bias", "encoder.weight", "decoder.weight", "decoder.bias")
 """Names of what a dense or a factorized layer holds."""
 
-EXTRA = "_extra_state"
-"""Name of what a module's ``get_extra_state`` made; that of two modules may be one object, and is not tied for it."""
-
 Forms = tuple[str, ...]
 """Names of one entry: its own, or those of a layer's bias in a dense and in a factorized file."""
 
@@ -166,9 +163,14 @@ def _tied(model: nn.Module, layers: Layers, apart: Collection[str]) -> list[Sequ
     forms = {name: both for both in biases for name in both}
     groups: dict[Hashable, list[str]] = {}
     for name, value in model.state_dict(keep_vars=True).items():
-        if name not in apart and name.rpartition(".")[2] != EXTRA:
+        if name not in apart and not is_extra(name):  # that of two modules may be one object, and is not tied for it
             groups.setdefault(_identity(value), []).append(name)
     return [[forms.get(name, (name,)) for name in names] for names in groups.values() if len(names) > 1]
+
+
+def is_extra(name: str) -> bool:
+    """Return whether an entry is what a module's ``get_extra_state`` made: anything, of any size."""
+    return name.rpartition(".")[2] == "_extra_state"
 
 
 def _forms_of_bias(layer: str) -> Forms:

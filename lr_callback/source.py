@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lr_callback.allocation import Allocation
+from lr_callback.names import is_extra
 from lr_callback.safetensors_file import is_safetensors, read_safetensors
 
 _SIGNED = (torch.int8, torch.int16, torch.int32, torch.int64)
@@ -206,8 +207,3 @@ def warn_of_broken(weights: Collection[str], state: Mapping[str, Tensor]) -> Non
 def _readable(value: Tensor) -> Tensor:
     """Return floating point of a dtype that torch has all operators for."""
     return value.detach().float() if value.dtype.itemsize == 1 else value.detach()
-
-
-def is_extra(name: str) -> bool:
-    """Return whether an entry is what a module's ``get_extra_state`` made: anything, of any size."""
-    return name.rpartition(".")[2] == "_extra_state"
