@@ -58,7 +58,7 @@ class LowRankCompression(CallbackBase):
             their dense weight through the chain rule, for SGD, Adam and AdamW (:mod:`lr_callback.projection`).
         learning_rate_rewind: after each compression let all learning rates and their schedulers start again as they
             did when the run began; by default they go on as if nothing had happened.
-        refit: refit the decoders at each compression by least squares (:mod:`lr_callback.refit`), layer after layer on
+        refit: refit the factors at each compression by least squares (:mod:`lr_callback.refit`), layer after layer on
             the inputs that the compressed network gives them (``cut``), or at once on those of the network before it
             (``dense``); None: not at all.
         recalibrate_batchnorm: measure the statistics of BatchNorm layers anew at each compression.

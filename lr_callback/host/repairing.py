@@ -35,7 +35,7 @@ class Repairing:
     """What is asked of a run's repairs.
 
     Args:
-        refit: decoders by least squares, on the inputs of the cut network (``cut``) or of the network before it
+        refit: factors by least squares, on the inputs of the cut network (``cut``) or of the network before it
             (``dense``); None: not at all.
         batchnorm: whether statistics of BatchNorm layers are measured anew.
         batches: number of training batches that it takes, on each process.
