@@ -69,20 +69,23 @@ class Compared(lrc.LowRankCompression):
         return report
 
 
-def fit(tmp_path, module=None, loader=None, epochs=2, ckpt_path=None, limit=None, **options):
-    torch.manual_seed(1)
-    callback = Compared(0.5, epochs=1, show_table=False, **options)
-    trainer = Trainer(
-        max_epochs=epochs,
-        limit_train_batches=limit,
+def trainer_of(callback, **options):
+    """Return a Trainer that writes nothing, with one callback."""
+    return Trainer(
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        default_root_dir=tmp_path,
         callbacks=[callback],
+        **options,
     )
+
+
+def fit(tmp_path, module=None, loader=None, epochs=2, ckpt_path=None, limit=None, **options):
+    torch.manual_seed(1)
+    callback = Compared(0.5, epochs=1, show_table=False, **options)
+    trainer = trainer_of(callback, max_epochs=epochs, limit_train_batches=limit, default_root_dir=tmp_path)
     module = module or Network()
     loader = loader or DataLoader(Augmented(), batch_size=32, shuffle=True, generator=torch.Generator().manual_seed(3))
     trainer.fit(module, loader, ckpt_path=ckpt_path)
@@ -141,15 +144,7 @@ def test_the_state_of_adam_weighs_the_layers_and_afterwards_that_of_the_factors(
             return super().compress(trainer, pl_module, keep_ratio)
 
     callback = Twice([0.6, 0.4], [1, 2], method=lrc.ALDS("fisher"), show_table=False)
-    trainer = Trainer(
-        max_epochs=3,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[callback],
-    )
+    trainer = trainer_of(callback, max_epochs=3)
     module = WithAdam()
     trainer.fit(module, DataLoader(Augmented(), batch_size=32))
     assert [sorted(one) for one in seen] == [["body.0", "body.4", "head"]] * 2
@@ -164,15 +159,7 @@ def test_without_mean_squares_errors_cannot_be_weighted_by_them(tmp_path):
     ):
         fit(tmp_path, method=lrc.ALDS("fisher"))
 
-    trainer = Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[lrc.LowRankCompression(0.5, 0, method=lrc.ALDS("fisher"))],
-    )
+    trainer = trainer_of(lrc.LowRankCompression(0.5, 0, method=lrc.ALDS("fisher")), max_epochs=1)
     with pytest.raises(ValueError, match=r"no layer has mean squared .*\(AdamW\): .* from their first step on"):
         trainer.fit(WithAdam(), DataLoader(Augmented(), batch_size=32))
 
@@ -200,15 +187,7 @@ def test_the_calibration_leaves_no_trace(tmp_path):
         torch.manual_seed(1)
         callback = Asked(0.5, epochs=1, refit=refit, calibration_batches=2)
         loader = DataLoader(Augmented(), batch_size=32, shuffle=True, generator=torch.Generator().manual_seed(3))
-        trainer = Trainer(
-            max_epochs=2,
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=[callback],
-        )
+        trainer = trainer_of(callback, max_epochs=2)
         module = Network()
         trainer.fit(module, loader)
         ends.append((module.losses, {name: value.clone() for name, value in module.state_dict().items()}))
@@ -257,15 +236,7 @@ def test_a_failure_in_the_repair_leaves_the_run_as_it_was(tmp_path):
                 raise RuntimeError("the network has failed")
 
     module = Network()
-    trainer = Trainer(
-        max_epochs=2,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[Failing(0.5, 1, refit="cut", recalibrate_batchnorm=True)],
-    )
+    trainer = trainer_of(Failing(0.5, 1, refit="cut", recalibrate_batchnorm=True), max_epochs=2)
     with pytest.raises(RuntimeError, match="the network has failed"):
         trainer.fit(module, DataLoader(Augmented(), batch_size=32))
     assert [type(one) for one in module.modules()] == kept["types"]
