@@ -90,16 +90,33 @@ def measure(name: str, keep_ratio: float, arguments: argparse.Namespace, data: C
     return row
 
 
-def main() -> None:
-    """Measure every method at every size, and keep the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="folder of CIFAR-10, as CIFAR10Data takes it")
-    parser.add_argument("--weights", required=True, help="state dict of the trained network")
-    parser.add_argument("--depth", type=int, default=20)
-    arguments = parser.parse_args()
-    data = CIFAR10Data(arguments.data, batch_size=RECALIBRATION["batch_size"])
+def parser(text: str | None) -> argparse.ArgumentParser:
+    """Return what reads the command line of a benchmark on a trained network."""
+    made = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--data", required=True, help="folder of CIFAR-10, as CIFAR10Data takes it")
+    made.add_argument("--weights", required=True, help="state dict of the trained network")
+    made.add_argument("--depth", type=int, default=20)
+    return made
+
+
+def images(folder: str, batch_size: int) -> CIFAR10Data:
+    """Return CIFAR-10, ready to be read."""
+    data = CIFAR10Data(folder, batch_size=batch_size)
     data.prepare_data()
     data.setup()
+    return data
+
+
+def command(name: str, depth: int) -> str:
+    """Return the command line that measures a network again."""
+    line = f"python benchmarks/{name}.py --data DIR --weights DIR/cifar10_resnet{depth}.pt"
+    return line + (f" --depth {depth}" if depth != 20 else "")
+
+
+def main() -> None:
+    """Measure every method at every size, and keep the table."""
+    arguments = parser(__doc__).parse_args()
+    data = images(arguments.data, RECALIBRATION["batch_size"])
     dense = measure("dense", 1.0, arguments, data)
     rows = [measure(name, ratio, arguments, data) for name in METHODS for ratio in RATIOS]
     cells = {(row["method"], row["keep_ratio"]): row for row in rows}
@@ -114,8 +131,7 @@ def main() -> None:
     keep(
         f"resnet{arguments.depth}_accuracy",
         f"Accuracy of CIFAR-10 ResNet{arguments.depth} right after the cut",
-        f"python benchmarks/accuracy.py --data DIR --weights DIR/cifar10_resnet{arguments.depth}.pt"
-        + (f" --depth {arguments.depth}" if arguments.depth != 20 else ""),
+        command("accuracy", arguments.depth),
         {"recalibration": RECALIBRATION, "dense": dense, "rows": rows},
         note + table,
     )

@@ -17,12 +17,12 @@ from itertools import islice
 from typing import Any, TypeVar
 
 import torch
-from accuracy import accuracy, compose
+from accuracy import accuracy, command, compose, images, parser
 from environment import keep, markdown
 from torch import Tensor
 
 import lr_callback as lrc
-from lr_callback.recipes import CIFAR10Data, CifarResNet
+from lr_callback.recipes import CifarResNet
 
 WAYS: Mapping[str, lrc.Method] = {
     "slice, minimax": lrc.ALDS(),
@@ -49,9 +49,7 @@ class Study:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
-        self.data = CIFAR10Data(arguments.data, batch_size=CALIBRATION["batch_size"])
-        self.data.prepare_data()
-        self.data.setup()
+        self.data = images(arguments.data, CALIBRATION["batch_size"])
         torch.manual_seed(CALIBRATION["seed"])
         self.batches: Batches = list(islice(self.data.train_dataloader(), CALIBRATION["batches"]))
         self.seconds: dict[str, float] = {}
@@ -100,14 +98,11 @@ class Study:
 
 def main() -> None:
     """Measure every way and repair, and keep the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="folder of CIFAR-10, as CIFAR10Data takes it")
-    parser.add_argument("--weights", required=True, help="state dict of the trained network")
-    parser.add_argument("--depth", type=int, default=20)
-    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
-    parser.add_argument("--repairs", nargs="+", default=["none", "both, cut inputs"], choices=list(REPAIRS))
-    parser.add_argument("--ratios", nargs="+", type=float, default=list(RATIOS))
-    arguments = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
+    options.add_argument("--repairs", nargs="+", default=["none", "both, cut inputs"], choices=list(REPAIRS))
+    options.add_argument("--ratios", nargs="+", type=float, default=list(RATIOS))
+    arguments = options.parse_args()
     study, ratios = Study(arguments), tuple(arguments.ratios)
     dense = accuracy(study.network(), study.data.test_dataloader())
     rows = [study.row(way, repair, ratios) for way in arguments.ways for repair in arguments.repairs]
@@ -119,8 +114,7 @@ def main() -> None:
     keep(
         name,
         f"CIFAR-10 ResNet{arguments.depth} right after the cut, repaired",
-        f"python benchmarks/repair.py --data DIR --weights DIR/cifar10_resnet{arguments.depth}.pt"
-        + (f" --depth {arguments.depth}" if arguments.depth != 20 else ""),
+        command("repair", arguments.depth),
         {"calibration": CALIBRATION, "dense": dense, "seconds": study.seconds, "rows": rows},
         f"Top-1 in percent on the 10,000 test images. Dense: {dense}.\n\n{table}",
     )
