@@ -10,6 +10,7 @@ from math import prod
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lr_callback.alternate import Seen, alternate
 from lr_callback.collect import LARGEST, spread, watching
@@ -26,10 +27,22 @@ class Fit(ABC):
     Args:
         student: the factorized layer.
         teacher: the layer before the cut.
+
+    Attributes:
+        norm: the BatchNorm layer that takes the outputs of a layer without a bias, and those of no other: it subtracts
+            a mean, and so can take up a change of theirs; None: there is none.
+        shift: what the mean of the outputs is to change by besides, ``(F,)``.
     """
 
     def __init__(self, student: FactorizedLayer, teacher: nn.Module) -> None:
         self.student, self.teacher = student, teacher
+        self.norm: _BatchNorm | None = None
+        self.shift = student.factors[0].new_zeros(student.geometry(student).out_channels)
+
+    @property
+    def intercept(self) -> bool:
+        """Whether the mean of the outputs can be changed."""
+        return self.student.bias is not None or self.norm is not None
 
     @property
     @abstractmethod
@@ -49,10 +62,17 @@ class Fit(ABC):
     def solve(self, moments: SecondMoments) -> float:
         """Set the student's factors; return the fraction of the squared error of its outputs that is left."""
 
-    def shift_bias(self, shift: Tensor) -> None:
-        """Change the bias, if there is one."""
+    def shift_mean(self, shift: Tensor) -> None:
+        """Change the bias, or what :meth:`settle` is to do instead."""
         if self.student.bias is not None:
             self.student.bias.add_(shift.reshape(-1))
+        elif self.norm is not None:
+            self.shift += shift.reshape(-1)
+
+    def settle(self) -> None:
+        """Let the BatchNorm layer take up the shift: what it subtracts is less by that."""
+        if self.norm is not None and self.norm.running_mean is not None:
+            self.norm.running_mean -= self.shift.to(self.norm.running_mean)
 
 
 def fit_of(student: FactorizedLayer, teacher: nn.Module, decoder_only: bool) -> Fit:
@@ -91,9 +111,9 @@ class DecoderFit(Fit):
     def solve(self, moments: SecondMoments) -> float:
         """Change the decoder."""
         encoder, decoder = self.student.ordered_factors
-        change, shift, left = regress(moments, self.width, self.student.bias is not None)
+        change, shift, left = regress(moments, self.width, self.intercept)
         self.student.set_factors(encoder, decoder.double() + change.reshape(decoder.shape))
-        self.shift_bias(shift)
+        self.shift_mean(shift)
         return left
 
 
@@ -131,13 +151,13 @@ class BothFit(Fit):
         left = decoder_matrices(decoder, slices, groups).reshape(groups, slices, -1, student.rank)
         right = encoder.reshape(groups, slices, student.rank, -1)
         found = [
-            alternate(Seen(both, weight, student.bias is not None, count), *factors)
+            alternate(Seen(both, weight, self.intercept, count), *factors)
             for both, weight, *factors in zip(moments.compute(), self._weight, left, right, strict=True)
         ]
         encoders, decoders = torch.cat([one.right for one in found]), torch.cat([one.left for one in found])
         folding = student.folding
         student.set_factors(unfold_encoder(encoders, sizes, folding), unfold_decoder(decoders, sizes, folding))
-        self.shift_bias(torch.cat([one.shift for one in found]))
+        self.shift_mean(torch.cat([one.shift for one in found]))
         before, after = sum(one.before for one in found), sum(one.after for one in found)
         return after / before if before > 0 else 1.0
 

@@ -6,20 +6,16 @@ layer before counts ``gamma_f^2 / (var_f + eps)`` times in the squared error of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from itertools import islice
-from typing import Any, TypeVar
-from weakref import ref
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lr_callback.collect import run_batches
 from lr_callback.find import find_layers
+from lr_callback.following import follow
 from lr_callback.importance import Importance
-from lr_callback.layer_types import layer_type
 from lr_callback.processes import Processes
 
 Batch = TypeVar("Batch")
@@ -66,8 +62,13 @@ def batchnorm_importance(
     layers = find_layers(model, include, exclude).layers
 
     def find() -> dict[str, Importance]:
-        found = _followed(model, batches, forward, list(layers.values()))
-        gains = {name: found[layer] for name, layer in layers.items() if layer in found}
+        met: dict[nn.Module, list[Tensor]] = {}
+
+        def meet(layer: nn.Module, norm: _BatchNorm, outputs: Tensor) -> None:
+            met.setdefault(layer, []).append(_gain(norm, outputs))
+
+        called = follow(model, batches, forward, layers.values(), meet).calls
+        gains = {name: met.get(layer, []) for name, layer in layers.items() if layer in called}
         if not any(gains.values()):
             raise ValueError(
                 "error='batchnorm' weighs the outputs of a layer by the BatchNorm right after it, and none of the "
@@ -83,57 +84,6 @@ def _importance(name: str, gains: Sequence[Tensor]) -> Importance:
         return Importance(outputs=torch.stack(list(gains)).mean(0) if gains else None)
     except ValueError as error:
         raise ValueError(f"{name}: the BatchNorm after it cannot weigh its outputs. {error}") from error
-
-
-def _followed(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    forward: Callable[[Batch], object] | None,
-    layers: Sequence[nn.Module],
-) -> dict[nn.Module, list[Tensor]]:
-    """Return the gains of the BatchNorm layers after each layer that is called on the first batch."""
-    given: dict[int, tuple[ref[Tensor], int, nn.Module]] = {}
-    found: dict[nn.Module, list[Tensor]] = {}
-
-    def see(layer: nn.Module, inputs: Tensor, outputs: Tensor) -> None:
-        found.setdefault(layer, [])
-        if _is_by_channel(layer, outputs):
-            given[id(outputs)] = ref(outputs), _version(outputs), layer
-
-    def meet(norm: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        inputs = arguments[0] if arguments else named["input"]
-        kept, version, layer = given.get(id(inputs), (None, 0, None))
-        # An id may be of a tensor that is gone, and what was changed in place is no layer's output any more.
-        is_kept = kept is not None and kept() is inputs
-        if is_kept and version == _version(inputs) and layer is not None:
-            assert isinstance(norm, _BatchNorm)
-            found[layer].append(_gain(norm, inputs))
-
-    with _meeting(model, meet):
-        run_batches(model, islice(batches, 1), forward, layers, see)
-    return found
-
-
-def _is_by_channel(layer: nn.Module, outputs: Tensor) -> bool:
-    """Return whether a layer's outputs are on the axis that a BatchNorm takes for its channels, the second."""
-    kind = layer_type(layer)
-    assert kind is not None
-    return outputs.dim() == 2 or bool(kind.geometry(layer).kernel)
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
-
-
-@contextmanager
-def _meeting(model: nn.Module, meet: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]) -> Iterator[None]:
-    """Tell of each call of a BatchNorm layer before it happens, as it comes."""
-    with ExitStack() as stack:
-        for module in model.modules():
-            if isinstance(module, _BatchNorm):
-                handle = module.register_forward_pre_hook(meet, with_kwargs=True)
-                stack.callback(handle.remove)
-        yield
 
 
 def _gain(norm: _BatchNorm, inputs: Tensor) -> Tensor:

@@ -11,14 +11,16 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 from warnings import warn
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lr_callback.collect import add_rows, merged, run_batches, runner
 from lr_callback.fitting import Fit, fit_of
+from lr_callback.following import batchnorm_layers, follow
 from lr_callback.layers import FactorizedLayer, dense_bias
 from lr_callback.lockstep import Walk, walks
 from lr_callback.moments import SecondMoments
@@ -94,7 +96,11 @@ def refit_(
     try:
         with torch.no_grad(), _own_biases(replaced[name] for name in students):
             refit = _Refit(model, fits, batches, forward, processes or Processes())
-            return refit.one_by_one() if inputs == "cut" else refit.all_at_once()
+            calls = refit.look()
+            left = refit.one_by_one(calls) if inputs == "cut" else refit.all_at_once()
+            for fit in fits.values():
+                fit.settle()
+            return left
     except BaseException:
         with torch.no_grad():
             for name, layer in students.items():
@@ -164,10 +170,8 @@ class _Refit:
         self._warn_of_few({name: float(one.count) for name, one in found.items()})
         return {name: self._solve(name, found[name]) for name in self._fits if name in found}
 
-    def one_by_one(self) -> dict[str, float]:
+    def one_by_one(self, calls: Mapping[str, int]) -> dict[str, float]:
         """Refit one layer after the other, in the order of their calls, on the inputs of the model as it stands."""
-        # The order is that of the first process; it is the same on all.
-        calls = self._processes.gather(self._calls, long=True)[0]
         self._warn_of_unseen(calls, "first calibration batch")
         often = {name for name, times in calls.items() if times > 1}
         # A layer that is called several times has inputs that depend on itself: it is fitted to those before the cut.
@@ -214,16 +218,29 @@ class _Refit:
                 add_rows(moments, name, self._fits[name].rows(other.tensor, wanted), _TROUBLE)
         return {name: one.cpu() for name, one in moments.items()}
 
-    def _calls(self) -> dict[str, int]:
-        """Return how often each student is called on a batch, in the order of the first calls."""
-        calls: dict[str, int] = {}
-        names: dict[nn.Module, str] = {fit.student: name for name, fit in self._fits.items()}
+    def look(self) -> dict[str, int]:
+        """Return how often each student is called on a batch, in the order of the first calls; note what follows it.
 
-        def count(layer: nn.Module, inputs: Tensor, outputs: Tensor) -> None:
-            calls[names[layer]] = calls.get(names[layer], 0) + 1
-
-        run_batches(self._model, self._batches[:1], self._forward, names, count)
+        What the first process sees counts on all.
+        """
+        calls, norms = self._processes.gather(self._follow, long=True)[0]
+        modules = dict(self._model.named_modules())
+        for name, path in norms.items():
+            self._fits[name].norm = cast(_BatchNorm, modules[path])
         return calls
+
+    def _follow(self) -> tuple[dict[str, int], dict[str, str]]:
+        """Return the calls of the students, and of those without a bias the BatchNorm layers that can take up a shift.
+
+        Frozen ones are left as they are.
+        """
+        names: dict[nn.Module, str] = {fit.student: name for name, fit in self._fits.items()}
+        found = follow(self._model, self._batches, self._forward, names)
+        able = set(batchnorm_layers(self._model))
+        paths = {norm: path for path, norm in self._model.named_modules() if norm in able}
+        taken = {names[layer]: norm for layer, norm in found.takers().items() if norm in able}
+        norms = {name: paths[norm] for name, norm in taken.items() if self._fits[name].student.bias is None}
+        return {names[layer]: times for layer, times in found.calls.items()}, norms
 
     def _solve(self, name: str, moments: SecondMoments) -> float:
         """Change one layer; return the fraction of the squared error that is left."""

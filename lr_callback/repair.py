@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lr_callback.collect import runner
+from lr_callback.following import batchnorm_layers
 from lr_callback.processes import Processes
 
 Batch = TypeVar("Batch")
@@ -68,15 +69,6 @@ def recalibrate_batchnorm_(
             for value, *own in zip(_statistics(layers), *parts, strict=True):
                 value.copy_(torch.stack(own).mean(0))
     return len(layers)
-
-
-def batchnorm_layers(model: nn.Module) -> list[_BatchNorm]:
-    """Return the BatchNorm layers that keep statistics and are not frozen: in eval mode in a model in train mode."""
-    return [
-        module
-        for module in model.modules()
-        if isinstance(module, _BatchNorm) and module.track_running_stats and (module.training or not model.training)
-    ]
 
 
 def _statistics(layers: Iterable[_BatchNorm]) -> list[Tensor]:

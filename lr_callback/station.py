@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lr_callback.build import densified
 from lr_callback.fitting import Fit
@@ -49,6 +49,8 @@ class Station:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Take over the factors as they are now, and let runs pass."""
+        """Take over the factors as they are now, with the shift as a bias, and let runs pass."""
         weight_of(self.dense).copy_(self.fit.student.weight)
+        if self.fit.norm is not None:
+            self.dense._parameters["bias"] = nn.Parameter(self.fit.shift.clone(), requires_grad=False)
         self.is_open = True

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lr_callback.collect import collect_moments
 from lr_callback.effects import measure_effects
 from lr_callback.fisher import fisher_importance
+from lr_callback.following import batchnorm_layers
 from lr_callback.gains import batchnorm_importance
 from lr_callback.host.calibration import calibration_calls
 from lr_callback.host.scope import Scope
@@ -24,7 +25,7 @@ from lr_callback.methods import Method
 from lr_callback.optimizers import optimizers_in
 from lr_callback.probe import Probe
 from lr_callback.refit import refit_
-from lr_callback.repair import batchnorm_layers, recalibrate_batchnorm_
+from lr_callback.repair import recalibrate_batchnorm_
 from lr_callback.surgery import standing_in
 
 Refit = Literal["cut", "dense"]
@@ -89,6 +90,8 @@ class Repairing:
         if not calls or not made:
             return
         processes = processes_of(trainer)
+        for norm in batchnorm_layers(pl_module):
+            undo.callback(norm.load_state_dict, {n: v.clone() for n, v in norm.named_buffers()}, strict=False)
         with standing_in(pl_module, {targets[name]: layer for name, layer in made.items()}):
             if self.refit is not None:
                 for bias in [dense_bias(layer) for layer in made.values()]:
@@ -97,9 +100,6 @@ class Repairing:
                 replaced = {name: targets[name] for name in made}
                 refit_(pl_module, replaced, calls, forward=Probe.repeat, inputs=self.refit, processes=processes)
             if self.batchnorm:
-                layers = batchnorm_layers(pl_module)
-                for layer in layers:
-                    undo.callback(layer.load_state_dict, {n: v.clone() for n, v in layer.named_buffers()}, strict=False)
                 recalibrate_batchnorm_(pl_module, calls, Probe.repeat, processes)
 
 

@@ -246,3 +246,55 @@ def test_a_model_whose_way_depends_on_its_inputs_is_refitted_where_it_goes():
     assert set(left) == {"first", "last"}
     after = [(model(batch) - one).norm().item() for batch, one in zip(batches, wanted, strict=True)]
     assert after[0] < before[0] and after[2] < before[2]
+
+
+def without_biases():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 12, 3, bias=False),
+        nn.BatchNorm2d(12),
+        nn.ReLU(),
+        nn.Conv2d(12, 8, 3, bias=False),
+        nn.BatchNorm2d(8),
+    )
+    batches = [torch.rand(8, 3, 9, 9) + 1 for _ in range(4)]
+    lrc.recalibrate_batchnorm_(model, batches)
+    return model.eval(), batches
+
+
+@pytest.mark.parametrize("inputs", ["cut", "dense"])
+@pytest.mark.parametrize("factors", ["both", "decoder"])
+def test_the_batchnorm_after_a_layer_takes_up_its_mean(inputs, factors):
+    model, batches = without_biases()
+    teacher, variances = copy.deepcopy(model), [model[1].running_var.clone(), model[4].running_var.clone()]
+    report = lrc.factorize_(model, lrc.allocate(model, keep_ratio=0.4))
+    left = refit_(model, report.replaced, batches, inputs=inputs, factors=factors)
+    assert all(torch.equal(norm.running_var, kept) for norm, kept in zip((model[1], model[4]), variances, strict=True))
+    everything = torch.cat(batches)
+    with torch.no_grad():
+        wanted, built = teacher[:2](everything), model[:2](everything)
+        assert left["0"] < 1 and not torch.allclose(wanted, built, atol=1e-3)
+        # On the very inputs of the fit the mean of what the BatchNorm gives is that of before, channel by channel.
+        torch.testing.assert_close(built.mean((0, 2, 3)), wanted.mean((0, 2, 3)), atol=1e-4, rtol=1e-4)
+        if inputs == "cut":
+            torch.testing.assert_close(
+                model(everything).mean((0, 2, 3)), teacher(everything).mean((0, 2, 3)), atol=1e-4, rtol=1e-4
+            )
+
+
+def test_a_frozen_batchnorm_and_one_that_keeps_no_mean_take_up_nothing():
+    model, batches = without_biases()
+    model.train()[1].eval()
+    model[4] = nn.BatchNorm2d(8, track_running_stats=False)
+    report, mean = lrc.factorize_(model, lrc.allocate(model, keep_ratio=0.4)), model[1].running_mean.clone()
+    refit_(model, report.replaced, batches)
+    assert torch.equal(model[1].running_mean, mean) and model[4].running_mean is None
+
+
+def test_a_failure_leaves_the_means_of_batchnorm_as_they_were():
+    model, batches = without_biases()
+    report = lrc.factorize_(model, lrc.allocate(model, keep_ratio=0.4))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="cannot be compared"):
+        refit_(model, report.replaced, [*batches, batches[0] * torch.nan])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

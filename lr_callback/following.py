@@ -1,0 +1,179 @@
+"""Following: which BatchNorm layers take the very outputs of a layer, seen on one run of the model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, TypeVar
+from weakref import ref
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from lr_callback.collect import run_batches, runner
+from lr_callback.layer_types import layer_type
+
+Batch = TypeVar("Batch")
+Meet = Callable[[nn.Module, _BatchNorm, Tensor], None]
+"""Told of a layer, a BatchNorm layer that takes its outputs, and these."""
+
+
+@dataclass
+class Following:
+    """What a run of a model shows of some layers.
+
+    Attributes:
+        calls: how often each layer was called, in the order of the first calls.
+        pairs: a layer and a BatchNorm layer that took its very outputs, unchanged -> how often.
+        norms: how often each BatchNorm layer was called.
+        used: how often the outputs of a layer went anywhere else.
+    """
+
+    calls: Counter[nn.Module] = field(default_factory=Counter)
+    pairs: Counter[tuple[nn.Module, _BatchNorm]] = field(default_factory=Counter)
+    norms: Counter[_BatchNorm] = field(default_factory=Counter)
+    used: Counter[nn.Module] = field(default_factory=Counter)
+
+    def takers(self) -> dict[nn.Module, _BatchNorm]:
+        """Return the layers whose outputs go to one BatchNorm layer each and nowhere else, and nothing else goes there.
+
+        A constant that is added to the outputs of such a layer, and to the mean that the other subtracts, changes
+        nothing.
+        """
+        return {
+            layer: norm
+            for (layer, norm), times in self.pairs.items()
+            if times == self.calls[layer] == self.norms[norm] and not self.used[layer]
+        }
+
+
+def follow(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    forward: Callable[[Batch], object] | None,
+    layers: Iterable[nn.Module],
+    meet: Meet | None = None,
+) -> Following:
+    """Run the first batch, and see what becomes of the outputs of some layers.
+
+    Args:
+        model: on the device of the batches; is not changed.
+        batches: the first one is run.
+        forward: runs the model on a batch; None: as for :func:`~lr_callback.collect.collect_moments`.
+        layers: to look at.
+        meet: told of each pair, each time.
+
+    Raises:
+        ValueError: If there are no batches.
+    """
+    found, given, run = Following(), _Given(), runner(model, forward)
+
+    def leave(layer: nn.Module, inputs: Tensor, outputs: Tensor) -> None:
+        found.calls[layer] += 1
+        given.add(layer, outputs)
+
+    def take(norm: _BatchNorm, inputs: Tensor) -> None:
+        found.norms[norm] += 1
+        layer = given.owner(inputs)
+        if layer is not None and _is_by_channel(layer, inputs):
+            found.pairs[layer, norm] += 1
+            if meet is not None:
+                meet(layer, norm, inputs)
+
+    def watched(batch: Batch) -> None:
+        found.used.update(given.owners(tree_leaves(run(batch))))
+
+    with _Uses(given, found.used) as uses, _meeting(model, take, uses):
+        run_batches(model, islice(batches, 1), watched, layers, leave)
+    return found
+
+
+class _Given:
+    """The outputs of layers, as long as somebody holds them and nobody has changed them."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, tuple[ref[Tensor], int, nn.Module]] = {}
+
+    def add(self, layer: nn.Module, outputs: Tensor) -> None:
+        self._kept[id(outputs)] = ref(outputs), _version(outputs), layer
+
+    def owner(self, tensor: object) -> nn.Module | None:
+        """Return the layer that gave a tensor, as it is; None: no layer did."""
+        # An id may be of a tensor that is gone, and what was changed in place is no layer's output any more.
+        kept, version, layer = self._kept.get(id(tensor), (None, 0, None))
+        if not isinstance(tensor, Tensor) or kept is None or kept() is not tensor:
+            return None
+        return layer if version == _version(tensor) else None
+
+    def owners(self, values: Iterable[object]) -> list[nn.Module]:
+        """Return the layers that gave some of the values."""
+        return [layer for value in values if (layer := self.owner(value)) is not None]
+
+
+class _Uses(TorchFunctionMode):
+    """Counts what takes the outputs of layers and makes a tensor of them, outside of BatchNorm layers."""
+
+    def __init__(self, given: _Given, used: Counter[nn.Module]) -> None:
+        super().__init__()
+        self._given, self._used = given, used
+        self.inside = 0
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        """Call the function, and count it."""
+        named = dict(kwargs or {})
+        owners = [] if self.inside else self._given.owners(tree_leaves((args, named)))
+        result = func(*args, **named)
+        if any(isinstance(one, Tensor) for one in tree_leaves(result)):
+            self._used.update(owners)
+        return result
+
+
+def _is_by_channel(layer: nn.Module, outputs: Tensor) -> bool:
+    """Return whether a layer's outputs are on the axis that a BatchNorm takes for its channels, the second."""
+    kind = layer_type(layer)
+    assert kind is not None
+    return outputs.dim() == 2 or bool(kind.geometry(layer).kernel)
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+@contextmanager
+def _meeting(model: nn.Module, take: Callable[[_BatchNorm, Tensor], None], uses: _Uses) -> Iterator[None]:
+    """Tell of each call of a BatchNorm layer before it happens, and note when one is at work."""
+
+    def before(norm: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        assert isinstance(norm, _BatchNorm)
+        take(norm, arguments[0] if arguments else named["input"])
+        uses.inside += 1
+
+    def after(norm: nn.Module, arguments: tuple[Any, ...], outputs: object) -> None:
+        uses.inside -= 1
+
+    with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, _BatchNorm):
+                stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(after).remove)
+        yield
+
+
+def batchnorm_layers(model: nn.Module) -> list[_BatchNorm]:
+    """Return the BatchNorm layers that keep statistics and are not frozen: in eval mode in a model in train mode."""
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, _BatchNorm) and module.track_running_stats and (module.training or not model.training)
+    ]
