@@ -7,28 +7,25 @@ not changed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
-from typing import Any, TypeVar
+from typing import TypeVar
 from warnings import warn
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from lr_callback.find import find_layers
+from lr_callback.following import following
 from lr_callback.importance import Importance
 from lr_callback.layer_types import layer_type
+from lr_callback.layers import dense_bias
 from lr_callback.moments import SecondMoments
-from lr_callback.observe import as_written, untouched
 from lr_callback.processes import Processes, by_name
+from lr_callback.running import run_batches, runner
 from lr_callback.table import listed
 
 Batch = TypeVar("Batch")
-Seen = Callable[[nn.Module, Tensor, Tensor], None]
-"""Told of a call of a layer: the layer, its inputs, its outputs."""
-
 POSITIONS = 8192
 """Rows of a call that are measured: more positions of the same images say little more, and take time."""
 
@@ -62,7 +59,9 @@ def collect_moments(
         processes: of a distributed run, each with batches of its own; all get the moments of all batches.
 
     Returns:
-        Layer name -> the second moments of its inputs. Layers that were not called have none.
+        Layer name -> the second moments of its inputs, and their means where a constant error of the outputs can be
+        made up for: by the layer's bias, or by the BatchNorm that takes them and is not frozen
+        (:mod:`lr_callback.following`). Layers that were not called have none.
 
     Memory: ``8 * g * s^2`` bytes a layer, ``s = C / g * prod(kernel)`` at most ``largest``.
 
@@ -87,75 +86,22 @@ def collect_moments(
             trouble = "its inputs on the calibration batches cannot be measured"
             add_rows(moments, names[layer], rows, trouble, diagonal=rows.shape[2] > largest)
 
-    def measure() -> dict[str, SecondMoments]:
-        run_batches(model, batches, forward, layers.values(), see)
-        return {name: one.cpu() for name, one in moments.items()}
+    def measure() -> tuple[dict[str, SecondMoments], list[str]]:
+        with following(model, layers.values()) as found:
+            run_batches(model, batches, found.watched(runner(model, forward)), layers.values(), see)
+        mended = [name for name in moments if dense_bias(layers[name]) is not None or layers[name] in found.takers()]
+        return {name: one.cpu() for name, one in moments.items()}, mended
 
     processes = processes or Processes()
-    whole = merged(processes.gather(measure, long=True))
+    parts = processes.gather(measure, long=True)
+    whole, mended = merged([part for part, _ in parts]), parts[0][1]
     if processes.rank == 0:
         _warn_of_few(whole)
-    return {name: Importance(inputs=one.compute().reshape(one.total.shape)) for name, one in whole.items()}
+    return {name: _importance(one, name in mended) for name, one in whole.items()}
 
 
-def run_batches(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    forward: Callable[[Batch], object] | None,
-    layers: Iterable[nn.Module],
-    see: Seen,
-) -> int:
-    """Run a model over batches, in eval mode and without gradients, and tell of each call of some layers.
-
-    Returns:
-        The number of batches.
-
-    Raises:
-        ValueError: If there are none.
-    """
-    run, count = runner(model, forward), 0
-    with untouched(model), as_written(), watching(layers, see):
-        for batch in batches:
-            run(batch)
-            count += 1
-    if not count:
-        raise ValueError("`batches` must hold at least one calibration batch, got none.")
-    return count
-
-
-def runner(model: nn.Module, forward: Callable[[Batch], object] | None) -> Callable[[Batch], object]:
-    """Return what runs a model on a batch; by default on its first part, or with its entries as named arguments."""
-    if forward is not None:
-        return forward
-
-    def run(batch: Batch) -> object:
-        if isinstance(batch, Mapping):
-            return model(**batch)
-        return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
-
-    return run
-
-
-@contextmanager
-def watching(layers: Iterable[nn.Module], see: Seen) -> Iterator[None]:
-    """Tell of each call of some layers, before their own hooks see the outputs."""
-    with ExitStack() as stack:
-        for layer in layers:
-            handle: RemovableHandle = layer.register_forward_hook(_teller(layer, see), with_kwargs=True, prepend=True)
-            stack.callback(handle.remove)
-        yield
-
-
-def _teller(watched: nn.Module, see: Seen) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Any], Tensor], None]:
-    kind = layer_type(watched)
-    assert kind is not None
-    argument = kind.argument
-
-    def tell(layer: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Any], outputs: Tensor) -> None:
-        if layer is watched:  # a layer and the one in its place share their hooks
-            see(layer, inputs[0] if inputs else named[argument], outputs)
-
-    return tell
+def _importance(moments: SecondMoments, mended: bool) -> Importance:
+    return Importance(moments.compute().reshape(moments.total.shape), means=moments.means if mended else None)
 
 
 def _rows(layer: nn.Module, inputs: Tensor, outputs: Tensor, largest: int) -> Tensor | None:
@@ -211,6 +157,7 @@ def _sum(parts: Sequence[SecondMoments]) -> SecondMoments:
         return parts[0]
     whole = copy.copy(parts[0])
     whole.total = torch.stack([one.total for one in parts]).sum(0)
+    whole.sums = torch.stack([one.sums for one in parts]).sum(0)
     whole.count = torch.stack([one.count for one in parts]).sum(0)
     return whole
 

@@ -1,9 +1,9 @@
 """Effects: what the error of each layer does to the outputs of the model, measured layer by layer.
 
 Two layers with the same relative error need not do the same harm. With one layer alone in its factorized form and all
-others as they are, ``effect = Var(change of the outputs) / Var(outputs)``, and ``w = effect / relative_error^2`` says
-how much of the layer's squared error arrives. Variances are over all entries of an output: what is added to all of them
-alike, as to the scores of all classes, is no change.
+others as they are, ``effect = Var(change of the outputs) / Var(outputs)``, and ``w = effect / relative_error^power`` is
+what the layer's error must be weighed with in a sum of such powers to give that effect. Variances are over all entries
+of an output: what is added to all of them alike, as to the scores of all classes, is no change.
 
 The weight of a layer is ``sqrt(w)``, half way between ``w``, the effect of layers that are cut alone, and no weight at
 all: what was measured to be best for residual networks, whose layers are cut together, in a sum of fourth powers
@@ -27,17 +27,18 @@ from torch import Tensor, nn
 from lr_callback.allocation import Factorization
 from lr_callback.build import factors, skeleton
 from lr_callback.candidates import LayerCandidates, frontier
-from lr_callback.collect import runner, watching
 from lr_callback.costs import LayerCost
 from lr_callback.find import find_layers
 from lr_callback.importance import Importance, checked_importance
 from lr_callback.layer_types import dense_weight
+from lr_callback.layers import dense_bias
 from lr_callback.methods import Choice, Method, check_method
 from lr_callback.observe import as_written, untouched
 from lr_callback.outputs import Outputs, add, changes, outputs_of, summed
 from lr_callback.parallel import Workers, workers
 from lr_callback.pricing import layer_costs
 from lr_callback.processes import Processes, by_name
+from lr_callback.running import runner, watching
 from lr_callback.surgery import standing_in
 from lr_callback.table import listed
 
@@ -68,7 +69,7 @@ def measure_effects(
     Args:
         model: on the device of the batches; is not changed.
         batches: of the training; a few are enough.
-        method: whose measure of errors and foldings are taken; None: :class:`~lr_callback.methods.ALDS`.
+        method: whose measure of errors, power and foldings are taken; None: :class:`~lr_callback.methods.ALDS`.
         importance: layer name -> of its inputs and outputs, if the error is weighted by it.
         share: the layer costs this part of the dense one while its effect is measured, in (0, 1); one slice.
         forward: runs the model on a batch and returns its outputs: all floating tensors in them count, but for scalars.
@@ -79,9 +80,9 @@ def measure_effects(
         processes: of a distributed run, each with batches of its own; all get the effects on all batches.
 
     Returns:
-        The importance with the weights of the layers that were measured, which are the roots of their effects for one
-        unit of squared error. Layers that were not called have none, nor have those that are of a low rank already and
-        do not err; an allocation gives them the median.
+        The importance with the weights of the layers that were measured, which are the roots of their effects for an
+        error of one, to the method's power. Layers that were not called have none, nor have those that are of a low
+        rank already and do not err; an allocation gives them the median.
 
     Time: one forward pass for each layer and batch, and one decomposition for each layer.
     Memory: ``share`` of the model beside it, and its outputs on one batch.
@@ -110,7 +111,7 @@ def measure_effects(
         return _measure(model, batches, runner(model, forward), layers, made)
 
     whole = _merged(processes.gather(measure, long=True))
-    weights = _weights(whole)
+    weights = _weights(whole, method.power)
     if processes.rank == 0:
         _warn_of_unmeasured([name for name in whole.errors if name not in weights])
     measured = {name: replace(known.get(name, Importance()), weight=weight) for name, weight in weights.items()}
@@ -182,8 +183,13 @@ def _stand_in(
     assert choice is not None
     candidate, rank = choice
     form = Factorization(candidate.folding, candidate.num_slices, rank, 0.0, candidate.cost(rank), cost.dense)
-    made = skeleton(layer, form)
-    made.set_factors(*factors(dense_weight(layer), cost.geometry, form, crew, importance))
+    made, weight = skeleton(layer, form), dense_weight(layer)
+    made.set_factors(*factors(weight, cost.geometry, form, crew, importance))
+    shift = None if importance is None else importance.shift(weight.double() - made.weight.double())
+    if shift is not None:  # a constant that is made up for after a cut is no effect of it
+        bias = dense_bias(layer)
+        mended = shift if bias is None else shift + bias.double()
+        made.decoder._parameters["bias"] = nn.Parameter(mended.to(weight.dtype), requires_grad=False)
     return made.eval()
 
 
@@ -226,7 +232,7 @@ def _merged(parts: Sequence[_Measured]) -> _Measured:
     return _Measured(summed([one.dense for one in parts]), changed, parts[0].errors)
 
 
-def _weights(measured: _Measured) -> dict[str, float]:
+def _weights(measured: _Measured, power: float) -> dict[str, float]:
     """Return the weights of the layers that were called; of several outputs each counts the same."""
     variances = {place: one.variance(one.count) for place, one in measured.dense.items()}
     varying = [place for place, variance in variances.items() if variance > 0]
@@ -240,7 +246,7 @@ def _weights(measured: _Measured) -> dict[str, float]:
         parts = [
             found[place].variance(measured.dense[place].count) / variances[place] for place in varying if place in found
         ]
-        weights[name] = sqrt(fsum(parts) / len(varying)) / measured.errors[name]
+        weights[name] = sqrt(fsum(parts) / len(varying) / measured.errors[name] ** power)
     return weights
 
 

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lr_callback.alternate import Seen, alternate
-from lr_callback.collect import LARGEST, spread, watching
+from lr_callback.collect import LARGEST, spread
 from lr_callback.folding import decoder_matrices, unfold_decoder, unfold_encoder
 from lr_callback.layer_types import dense_weight, layer_type
 from lr_callback.layers import FactorizedLayer, dense_bias
 from lr_callback.moments import SecondMoments
 from lr_callback.regression import regress
+from lr_callback.running import watching
 
 
 class Fit(ABC):

@@ -1,11 +1,10 @@
-"""Following: which BatchNorm layers take the very outputs of a layer, seen on one run of the model."""
+"""Following: which BatchNorm layers take the very outputs of a layer, seen in runs of the model."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, TypeVar
 from weakref import ref
@@ -15,17 +14,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from lr_callback.collect import run_batches, runner
 from lr_callback.layer_types import layer_type
+from lr_callback.running import run_batches, runner, watching
 
 Batch = TypeVar("Batch")
 Meet = Callable[[nn.Module, _BatchNorm, Tensor], None]
 """Told of a layer, a BatchNorm layer that takes its outputs, and these."""
 
 
-@dataclass
 class Following:
-    """What a run of a model shows of some layers.
+    """What runs of a model show of some layers.
+
+    Args:
+        able: the BatchNorm layers that may be told of as takers.
 
     Attributes:
         calls: how often each layer was called, in the order of the first calls.
@@ -34,22 +35,60 @@ class Following:
         used: how often the outputs of a layer went anywhere else.
     """
 
-    calls: Counter[nn.Module] = field(default_factory=Counter)
-    pairs: Counter[tuple[nn.Module, _BatchNorm]] = field(default_factory=Counter)
-    norms: Counter[_BatchNorm] = field(default_factory=Counter)
-    used: Counter[nn.Module] = field(default_factory=Counter)
+    def __init__(self, able: Iterable[_BatchNorm] = ()) -> None:
+        self.calls: Counter[nn.Module] = Counter()
+        self.pairs: Counter[tuple[nn.Module, _BatchNorm]] = Counter()
+        self.norms: Counter[_BatchNorm] = Counter()
+        self.used: Counter[nn.Module] = Counter()
+        self.given = Given()
+        self._able = set(able)
 
     def takers(self) -> dict[nn.Module, _BatchNorm]:
         """Return the layers whose outputs go to one BatchNorm layer each and nowhere else, and nothing else goes there.
 
         A constant that is added to the outputs of such a layer, and to the mean that the other subtracts, changes
-        nothing.
+        nothing. Layers are left out whose BatchNorm keeps no mean or is frozen.
         """
         return {
             layer: norm
             for (layer, norm), times in self.pairs.items()
-            if times == self.calls[layer] == self.norms[norm] and not self.used[layer]
+            if norm in self._able and times == self.calls[layer] == self.norms[norm] and not self.used[layer]
         }
+
+    def watched(self, run: Callable[[Batch], object]) -> Callable[[Batch], None]:
+        """Return what runs the model on a batch, and sees which outputs of layers it returns."""
+
+        def watched(batch: Batch) -> None:
+            self.used.update(self.given.owners(tree_leaves(run(batch))))
+
+        return watched
+
+
+@contextmanager
+def following(model: nn.Module, layers: Iterable[nn.Module], meet: Meet | None = None) -> Iterator[Following]:
+    """See in the runs of a model what becomes of the outputs of some layers.
+
+    Args:
+        model: that is run.
+        layers: to look at.
+        meet: told of each pair, each time.
+    """
+    found = Following(batchnorm_layers(model))
+
+    def leave(layer: nn.Module, inputs: Tensor, outputs: Tensor) -> None:
+        found.calls[layer] += 1
+        found.given.add(layer, outputs)
+
+    def take(norm: _BatchNorm, inputs: Tensor) -> None:
+        found.norms[norm] += 1
+        layer = found.given.owner(inputs)
+        if layer is not None and _is_by_channel(layer, inputs):
+            found.pairs[layer, norm] += 1
+            if meet is not None:
+                meet(layer, norm, inputs)
+
+    with _Uses(found) as uses, _meeting(model, take, uses), watching(layers, leave):
+        yield found
 
 
 def follow(
@@ -71,35 +110,19 @@ def follow(
     Raises:
         ValueError: If there are no batches.
     """
-    found, given, run = Following(), _Given(), runner(model, forward)
-
-    def leave(layer: nn.Module, inputs: Tensor, outputs: Tensor) -> None:
-        found.calls[layer] += 1
-        given.add(layer, outputs)
-
-    def take(norm: _BatchNorm, inputs: Tensor) -> None:
-        found.norms[norm] += 1
-        layer = given.owner(inputs)
-        if layer is not None and _is_by_channel(layer, inputs):
-            found.pairs[layer, norm] += 1
-            if meet is not None:
-                meet(layer, norm, inputs)
-
-    def watched(batch: Batch) -> None:
-        found.used.update(given.owners(tree_leaves(run(batch))))
-
-    with _Uses(given, found.used) as uses, _meeting(model, take, uses):
-        run_batches(model, islice(batches, 1), watched, layers, leave)
+    with following(model, layers, meet) as found:
+        run_batches(model, islice(batches, 1), found.watched(runner(model, forward)), (), lambda *_: None)
     return found
 
 
-class _Given:
+class Given:
     """The outputs of layers, as long as somebody holds them and nobody has changed them."""
 
     def __init__(self) -> None:
         self._kept: dict[int, tuple[ref[Tensor], int, nn.Module]] = {}
 
     def add(self, layer: nn.Module, outputs: Tensor) -> None:
+        """Note what a layer gave."""
         self._kept[id(outputs)] = ref(outputs), _version(outputs), layer
 
     def owner(self, tensor: object) -> nn.Module | None:
@@ -118,9 +141,9 @@ class _Given:
 class _Uses(TorchFunctionMode):
     """Counts what takes the outputs of layers and makes a tensor of them, outside of BatchNorm layers."""
 
-    def __init__(self, given: _Given, used: Counter[nn.Module]) -> None:
+    def __init__(self, found: Following) -> None:
         super().__init__()
-        self._given, self._used = given, used
+        self._found = found
         self.inside = 0
 
     def __torch_function__(
@@ -132,10 +155,10 @@ class _Uses(TorchFunctionMode):
     ) -> object:
         """Call the function, and count it."""
         named = dict(kwargs or {})
-        owners = [] if self.inside else self._given.owners(tree_leaves((args, named)))
+        owners = [] if self.inside else self._found.given.owners(tree_leaves((args, named)))
         result = func(*args, **named)
         if any(isinstance(one, Tensor) for one in tree_leaves(result)):
-            self._used.update(owners)
+            self._found.used.update(owners)
         return result
 
 

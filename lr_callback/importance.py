@@ -28,6 +28,9 @@ class Importance:
         inputs: second moments ``(g, s, s)``, float64, of what each group's weight is multiplied with: ``s`` is
             ``C / g * prod(kernel)``, or ``C / g``, the same then at each kernel position, and none between positions;
             or ``(g, s)``, their diagonals. None: all inputs count the same.
+        means: of the inputs, ``(g, s)``, where a constant error of the outputs is made up for, by a bias or by the
+            BatchNorm after the layer: what counts then is how the inputs vary, ``E[x x^T] - E[x] E[x]^T``. None: all
+            of the error counts.
         outputs: weights ``(F,)`` of the squared error of each output, at least 0. None: all outputs count the same.
         weight: of the layer's error, to the power of the objective, among those of the other layers; at least 0. None:
             not known.
@@ -44,11 +47,14 @@ class Importance:
     inputs: Tensor | None = None
     outputs: Tensor | None = None
     weight: float | None = None
+    means: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Refuse what no inputs or outputs can have given."""
         if self.inputs is not None:
             _check("inputs", self.inputs, self.inputs.dim() == 2 or _is_square(self.inputs), "(g, s, s) or (g, s)")
+        if self.means is not None:
+            _check_means(self.means, self.inputs)
         if self.outputs is not None:
             _check("outputs", self.outputs, self.outputs.dim() == 1, "(F,)")
         if self.weight is not None and not (isinstance(self.weight, Real) and 0 <= float(self.weight) < inf):
@@ -79,6 +85,31 @@ class Importance:
                 f"got {len(self.outputs)}."
             )
 
+    @property
+    def _varying(self) -> Tensor | None:
+        """Second moments of the inputs, about the means that are known."""
+        if self.inputs is None or self.means is None:
+            return self.inputs
+        if self.inputs.dim() == 2:
+            return (self.inputs - self.means**2).clamp(min=0)
+        return self.inputs - self.means.unsqueeze(2) * self.means.unsqueeze(1)
+
+    def shift(self, change: Tensor) -> Tensor | None:
+        """Return what a change of the weight changes the mean of the outputs by; None where that counts as an error.
+
+        Args:
+            change: of the dense weight, ``(F, C / g, *kernel)``.
+
+        Returns:
+            ``(F,)`` float64, on the device of the change.
+        """
+        if self.means is None:
+            return None
+        means = self.means.to(change.device)
+        columns = change.double().reshape(means.shape[0], -1, change.shape[1], prod(change.shape[2:]))
+        per = means.reshape(means.shape[0], 1, change.shape[1], -1)  # each position's own, or the same at all
+        return (columns * per).sum((2, 3)).flatten()
+
     def of_columns(self, geometry: Geometry, folding: str) -> Tensor | None:
         """Return the second moments of the columns of a layer that is folded with one slice.
 
@@ -91,21 +122,22 @@ class Importance:
             ``(g, c, c)`` or ``(g, c)``, ``c`` columns in the order of :func:`~lr_callback.folding.fold`; None if all
             inputs count the same.
         """
-        if self.inputs is None:
+        inputs = self._varying
+        if inputs is None:
             return None
         own = decoder_axes(folding, len(geometry.kernel))
         channels, encoder = geometry.in_channels // geometry.groups, prod(geometry.encoder_kernel(folding))
-        if self.inputs.shape[1] == channels:
-            return _at_each_position(self.inputs, encoder)
+        if inputs.shape[1] == channels:
+            return _at_each_position(inputs, encoder)
         axes = range(len(geometry.kernel))
         order = [*own, *(axis for axis in axes if axis not in own)]
         sizes, decoder = (channels, *geometry.kernel), prod(geometry.decoder_kernel(folding))
         first = [1, *(2 + axis for axis in order)]
-        if self.inputs.dim() == 2:
-            split = self.inputs.reshape(-1, *sizes).permute(0, *first)
+        if inputs.dim() == 2:
+            split = inputs.reshape(-1, *sizes).permute(0, *first)
             return split.reshape(-1, channels, decoder, encoder).mean(2).flatten(1)
         second = [len(sizes) + one for one in first]
-        split = self.inputs.reshape(-1, *sizes, *sizes).permute(0, *first, *second)
+        split = inputs.reshape(-1, *sizes, *sizes).permute(0, *first, *second)
         joined = split.reshape(-1, channels, decoder, encoder, channels, decoder, encoder)
         return joined.diagonal(dim1=2, dim2=5).mean(-1).reshape(-1, channels * encoder, channels * encoder)
 
@@ -195,6 +227,12 @@ def warn_of_unknown(names: Sequence[str], importance: Mapping[str, Importance]) 
 
 def _is_square(moments: Tensor) -> bool:
     return moments.dim() == 3 and moments.shape[1] == moments.shape[2]
+
+
+def _check_means(means: Tensor, inputs: Tensor | None) -> None:
+    if inputs is None or means.shape != inputs.shape[:2] or not bool(torch.isfinite(means).all()):
+        wanted = "`inputs` beside them" if inputs is None else f"finite values of the shape {tuple(inputs.shape[:2])}"
+        raise ValueError(f"`importance.means` must have {wanted}, as `collect_moments` gives them, got {means}.")
 
 
 def _check(name: str, values: Tensor, fits: bool, shape: str) -> None:

@@ -1,4 +1,4 @@
-"""Moments: sums of products of what streams by, as a torchmetrics ``Metric``, so that processes can add theirs up."""
+"""Moments: sums of rows that stream by and of their products, as a torchmetrics ``Metric``, for several processes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torchmetrics import Metric
 
 
 class SecondMoments(Metric):
-    """Second moments ``E[x x^T]`` of the rows of matrices, in groups, as they come.
+    """Second moments ``E[x x^T]`` of the rows of matrices, in groups, as they come, and their means.
 
     Products of one update are in float32 (float64 for float64 rows), sums over updates in float64.
 
@@ -33,13 +33,20 @@ class SecondMoments(Metric):
     higher_is_better = None
     full_state_update = False
     total: Tensor
+    sums: Tensor
     count: Tensor
 
     def __init__(self, size: int, groups: int = 1, diagonal: bool = False, sync_on_compute: bool = True) -> None:
         super().__init__(sync_on_compute=sync_on_compute)
         shape = (groups, size) if diagonal else (groups, size, size)
         self.add_state("total", torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("sums", torch.zeros((groups, size), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    @property
+    def means(self) -> Tensor:
+        """Means ``E[x]`` of the rows, ``(g, s)``, float64; zero before the first row."""
+        return self.sums / self.count.clamp(min=1)
 
     @property
     def diagonal(self) -> bool:
@@ -66,6 +73,7 @@ class SecondMoments(Metric):
         if not bool(torch.isfinite(squares).all()):
             raise ValueError("SecondMoments: `rows` must be finite, found NaN, infinity or values too large to square.")
         self.total += products
+        self.sums += rows.sum(1, dtype=torch.float64)
         self.count += rows.shape[1]
 
     def compute(self) -> Tensor:

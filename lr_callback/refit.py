@@ -18,14 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lr_callback.collect import add_rows, merged, run_batches, runner
+from lr_callback.collect import add_rows, merged
 from lr_callback.fitting import Fit, fit_of
-from lr_callback.following import batchnorm_layers, follow
+from lr_callback.following import follow
 from lr_callback.layers import FactorizedLayer, dense_bias
 from lr_callback.lockstep import Walk, walks
 from lr_callback.moments import SecondMoments
 from lr_callback.observe import as_written, untouched
 from lr_callback.processes import Processes
+from lr_callback.running import run_batches, runner
 from lr_callback.station import Station
 from lr_callback.surgery import standing_in
 from lr_callback.table import listed
@@ -230,16 +231,12 @@ class _Refit:
         return calls
 
     def _follow(self) -> tuple[dict[str, int], dict[str, str]]:
-        """Return the calls of the students, and of those without a bias the BatchNorm layers that can take up a shift.
-
-        Frozen ones are left as they are.
-        """
+        """Return the calls of the students, and which BatchNorm layer takes the outputs of one without a bias."""
         names: dict[nn.Module, str] = {fit.student: name for name, fit in self._fits.items()}
         found = follow(self._model, self._batches, self._forward, names)
-        able = set(batchnorm_layers(self._model))
-        paths = {norm: path for path, norm in self._model.named_modules() if norm in able}
-        taken = {names[layer]: norm for layer, norm in found.takers().items() if norm in able}
-        norms = {name: paths[norm] for name, norm in taken.items() if self._fits[name].student.bias is None}
+        paths = {module: path for path, module in self._model.named_modules()}
+        taken = {names[layer]: paths[norm] for layer, norm in found.takers().items()}
+        norms = {name: path for name, path in taken.items() if self._fits[name].student.bias is None}
         return {names[layer]: times for layer, times in found.calls.items()}, norms
 
     def _solve(self, name: str, moments: SecondMoments) -> float:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lr_callback.collect import runner
 from lr_callback.following import batchnorm_layers
 from lr_callback.processes import Processes
+from lr_callback.running import runner
 
 Batch = TypeVar("Batch")
 

@@ -48,7 +48,12 @@ class Method(ABC):
         error: name of the error measure of its candidates.
         foldings: names of the foldings that it tries.
         max_slices: largest number of slices that it tries; None: up to the input channels.
+
+    Attributes:
+        power: to which the errors of layers are added up, if they are.
     """
+
+    power: float = 2
 
     def __init__(
         self, error: str, foldings: Sequence[str] = ("kernel_in_encoder",), max_slices: int | None = None

@@ -49,6 +49,12 @@ def built(layer, choice, importance):
     return model[0]
 
 
+def varying(importance):
+    """Return how inputs vary, where constant errors are made up for, else their second moments."""
+    means = torch.zeros_like(importance.inputs[..., 0]) if importance.means is None else importance.means
+    return importance.inputs - means[:, :, None] * means[:, None, :]
+
+
 def lost(residual, moments, num_slices):
     """Return what slices are off, each for its own inputs alone: the slow way."""
     groups, filters = moments.shape[0], residual.shape[0] // moments.shape[0]
@@ -76,8 +82,9 @@ def test_activation_error_is_what_the_outputs_of_slices_are_off(case, data):
         return
     rank = data.draw(st.integers(1, candidates[0].last))
     made = built(layer, lrc.Factorization("kernel_in_encoder", count, rank, 0.0, 0, 1), importance)
-    whole = lost(weight, importance.inputs, 1)
-    error = lost(weight - dense_weight(made), importance.inputs, count)
+    assert (importance.means is None) == (layer.bias is None)
+    whole = lost(weight, varying(importance), 1)
+    error = lost(weight - dense_weight(made), varying(importance), count)
     expected = candidates[0].errors[rank].item()
     if torch.isfinite(candidates[0].errors[rank]) and whole > 1e-9:
         assert error / whole == pytest.approx(expected, abs=RESOLUTION)
@@ -93,10 +100,14 @@ def test_one_slice_errs_as_the_outputs_do(case):
         found = ALDS("activation", max_slices=1).candidates(dense_weight(layer), LayerCost(geometry), crew, importance)
     for candidate in found.candidates:
         made = built(layer, lrc.Factorization(candidate.folding, 1, 1, 0.0, 0, 1), importance)
-        bias = 0.0 if layer.bias is None else layer.bias.reshape(-1, *[1] * (inputs.dim() - 2))
-        outputs, wanted = made(inputs) - bias, layer(inputs) - bias
+        wanted, missing = layer(inputs), layer(inputs) - made(inputs)
+        if layer.bias is not None:  # it makes up for what is constant
+            axes = [axis for axis in range(inputs.dim()) if axis != 1]
+            shift = importance.shift(dense_weight(layer) - dense_weight(made))
+            assert torch.allclose(shift, missing.mean(axes), atol=1e-9)
+            wanted, missing = (one - one.mean(axes, keepdim=True) for one in (wanted, missing))
         if wanted.norm() > 1e-9:
-            off = ((outputs - wanted).norm() / wanted.norm()).item()
+            off = (missing.norm() / wanted.norm()).item()
             assert off == pytest.approx(candidate.errors[1].item(), abs=RESOLUTION)
 
 
