@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from lr_callback.loading import LowRankMixin as LowRankMixin
     from lr_callback.loading import load_from_checkpoint as load_from_checkpoint
     from lr_callback.refit import refit_ as refit_
+    from lr_callback.repair import correct_biases_ as correct_biases_
     from lr_callback.repair import recalibrate_batchnorm_ as recalibrate_batchnorm_
 
 __version__ = "0.1.0"
@@ -80,6 +81,7 @@ __all__ = [
     "analyze",
     "batchnorm_importance",
     "collect_moments",
+    "correct_biases_",
     "densify_",
     "export",
     "factorize_",
@@ -98,6 +100,7 @@ _ON_FIRST_USE = {
     "fisher_importance": "lr_callback.fisher",
     "measure_effects": "lr_callback.effects",
     "refit_": "lr_callback.refit",
+    "correct_biases_": "lr_callback.repair",
     "recalibrate_batchnorm_": "lr_callback.repair",
     "LowRankCompression": "lr_callback.callback",
     "LowRankMixin": "lr_callback.loading",

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from lr_callback.layer_types import layer_type
+from lr_callback.processes import Processes
 from lr_callback.running import run_batches, runner, watching
 
 Batch = TypeVar("Batch")
@@ -113,6 +114,31 @@ def follow(
     with following(model, layers, meet) as found:
         run_batches(model, islice(batches, 1), found.watched(runner(model, forward)), (), lambda *_: None)
     return found
+
+
+def look(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    forward: Callable[[Batch], object] | None,
+    layers: Mapping[str, nn.Module],
+    processes: Processes,
+) -> tuple[dict[str, int], dict[str, _BatchNorm]]:
+    """Return how often layers are called on the first batch, and which BatchNorm takes the outputs of some.
+
+    What the first process of a distributed run sees counts on all.
+    """
+    names = {layer: name for name, layer in layers.items()}
+    modules: dict[str, nn.Module] = dict(model.named_modules())
+
+    def see() -> tuple[dict[str, int], dict[str, str]]:
+        found = follow(model, batches, forward, names)
+        paths = {module: path for path, module in modules.items()}
+        takers = {names[layer]: paths[norm] for layer, norm in found.takers().items()}
+        return {names[layer]: times for layer, times in found.calls.items()}, takers
+
+    calls, takers = processes.gather(see, long=True)[0]
+    norms = {name: modules[path] for name, path in takers.items()}
+    return calls, {name: norm for name, norm in norms.items() if isinstance(norm, _BatchNorm)}
 
 
 class Given:

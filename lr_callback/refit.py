@@ -11,16 +11,15 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar
 from warnings import warn
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lr_callback.collect import add_rows, merged
 from lr_callback.fitting import Fit, fit_of
-from lr_callback.following import follow
+from lr_callback.following import look
 from lr_callback.layers import FactorizedLayer, dense_bias
 from lr_callback.lockstep import Walk, walks
 from lr_callback.moments import SecondMoments
@@ -220,24 +219,12 @@ class _Refit:
         return {name: one.cpu() for name, one in moments.items()}
 
     def look(self) -> dict[str, int]:
-        """Return how often each student is called on a batch, in the order of the first calls; note what follows it.
-
-        What the first process sees counts on all.
-        """
-        calls, norms = self._processes.gather(self._follow, long=True)[0]
-        modules = dict(self._model.named_modules())
-        for name, path in norms.items():
-            self._fits[name].norm = cast(_BatchNorm, modules[path])
+        """Return how often each student is called on a batch, in the order of the first calls; note what follows it."""
+        students = {name: fit.student for name, fit in self._fits.items()}
+        calls, norms = look(self._model, self._batches, self._forward, students, self._processes)
+        for name, norm in norms.items():
+            self._fits[name].norm = norm if self._fits[name].student.bias is None else None
         return calls
-
-    def _follow(self) -> tuple[dict[str, int], dict[str, str]]:
-        """Return the calls of the students, and which BatchNorm layer takes the outputs of one without a bias."""
-        names: dict[nn.Module, str] = {fit.student: name for name, fit in self._fits.items()}
-        found = follow(self._model, self._batches, self._forward, names)
-        paths = {module: path for path, module in self._model.named_modules()}
-        taken = {names[layer]: paths[norm] for layer, norm in found.takers().items()}
-        norms = {name: path for name, path in taken.items() if self._fits[name].student.bias is None}
-        return {names[layer]: times for layer, times in found.calls.items()}, norms
 
     def _solve(self, name: str, moments: SecondMoments) -> float:
         """Change one layer; return the fraction of the squared error that is left."""

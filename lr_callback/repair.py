@@ -1,12 +1,13 @@
 """Repair: bring a cut model back to what its weights can do, without training.
 
 After a cut the inputs of a BatchNorm layer have other means and variances than its running statistics say. They are
-measured anew on training batches, as they come from the training loader: with its augmentation.
+measured anew on training batches, as they come from the training loader: with its augmentation. And what the outputs of
+a layer are off on average, its bias can make up for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -14,7 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lr_callback.following import batchnorm_layers
+from lr_callback.following import batchnorm_layers, look
+from lr_callback.importance import Importance
+from lr_callback.layer_types import dense_weight
+from lr_callback.layers import FactorizedLayer
 from lr_callback.processes import Processes
 from lr_callback.running import runner
 
@@ -69,6 +73,70 @@ def recalibrate_batchnorm_(
             for value, *own in zip(_statistics(layers), *parts, strict=True):
                 value.copy_(torch.stack(own).mean(0))
     return len(layers)
+
+
+def correct_biases_(
+    model: nn.Module,
+    replaced: Mapping[str, nn.Module],
+    importance: Mapping[str, Importance],
+    batches: Iterable[Batch],
+    forward: Callable[[Batch], object] | None = None,
+    processes: Processes | None = None,
+) -> int:
+    """Make up for what the outputs of factorized layers are off on average, in place, without a refit.
+
+    ``(W - What) E[x]`` is added to a layer's bias; or, of one without, subtracted from the mean of the BatchNorm
+    that takes its outputs.
+
+    Args:
+        model: that was cut.
+        replaced: name of a factorized layer -> the layer before the cut (:attr:`SurgeryReport.replaced`), with which it
+            shares the bias.
+        importance: of the layers' inputs, from :func:`~lr_callback.collect.collect_moments`.
+        batches: the first one is run, to see what follows the layers.
+        forward: runs the model on a batch; None: as for :func:`~lr_callback.collect.collect_moments`.
+        processes: of a distributed run; all get the same biases.
+
+    Returns:
+        Number of layers that were corrected.
+
+    Raises:
+        ValueError: If there are no batches. Nothing was changed.
+
+    Source: bias correction as in Nagel et al., arXiv 1906.04721, section 4.2, for factors in place of rounding.
+
+    Example::
+
+        >>> from lr_callback.analysis import allocate
+        >>> from lr_callback.collect import collect_moments
+        >>> from lr_callback.methods import ALDS
+        >>> from lr_callback.surgery import factorize_
+        >>> model, batches = nn.Sequential(nn.Linear(64, 64)), [torch.rand(256, 64)]
+        >>> moments = collect_moments(model, batches)
+        >>> allocation = allocate(model, 0.3, method=ALDS("activation"), importance=moments)
+        >>> mean = model(batches[0]).mean(0)
+        >>> report = factorize_(model, allocation, importance=moments)
+        >>> correct_biases_(model, report.replaced, moments, batches)
+        1
+        >>> torch.allclose(model(batches[0]).mean(0), mean, atol=1e-4)
+        True
+    """
+    students = {name: model.get_submodule(name) for name in replaced if name in importance}
+    layers = {name: layer for name, layer in students.items() if isinstance(layer, FactorizedLayer)}
+    _, takers = look(model, batches, forward, layers, processes or Processes())
+    corrected = 0
+    with torch.no_grad():
+        for name, layer in layers.items():
+            shift = importance[name].shift(dense_weight(replaced[name]).double() - layer.weight.double())
+            mean = None if name not in takers else takers[name].running_mean
+            if shift is None or (layer.bias is None and mean is None):
+                continue
+            corrected += 1
+            if layer.bias is not None:
+                layer.bias.add_(shift.to(layer.bias))
+            elif mean is not None:
+                mean.sub_(shift.to(mean))
+    return corrected
 
 
 def _statistics(layers: Iterable[_BatchNorm]) -> list[Tensor]:

@@ -1,10 +1,13 @@
 """Repair: BatchNorm statistics are measured anew, and everything else is left alone."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
-from lr_callback.repair import recalibrate_batchnorm_
+import lr_callback as lrc
+from lr_callback.repair import correct_biases_, recalibrate_batchnorm_
 
 
 def network():
@@ -119,3 +122,32 @@ def test_other_batches_are_run_by_the_function_that_is_given():
     recalibrate_batchnorm_(one, [batch])
     recalibrate_batchnorm_(other, [{"image": batch}], forward=lambda named: other(named["image"]))
     assert same(state(one), state(other))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_what_outputs_are_off_on_average_is_made_up_for(bias):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(6, 24, 3, bias=bias, groups=3),
+        nn.BatchNorm2d(24),
+        nn.ReLU(),
+        nn.Conv2d(24, 2, 3, padding=1, bias=bias),
+    )
+    batches = [torch.rand(8, 6, 9, 9) + 1 for _ in range(3)]
+    recalibrate_batchnorm_(model, batches)
+    model.eval()
+    everything, dense = torch.cat(batches), copy.deepcopy(model)
+    moments = lrc.collect_moments(model, batches)
+    assert {name for name, one in moments.items() if one.means is not None} == ({"0", "3"} if bias else {"0"})
+    method = lrc.ALDS("activation")
+    allocation = lrc.allocate(model, 0.8, method=method, importance=moments, exclude=["3"])
+    report = lrc.factorize_(model, allocation, importance=moments)
+    with torch.no_grad():
+        off = (model[:2](everything) - dense[:2](everything)).mean((0, 2, 3))
+        assert correct_biases_(model, report.replaced, moments, batches) == 1
+        left = (model[:2](everything) - dense[:2](everything)).mean((0, 2, 3))
+    assert off.abs().max() > 1e-2 and left.abs().max() < 1e-4
+    with pytest.raises(ValueError, match="at least one calibration batch, got none"):
+        correct_biases_(model, report.replaced, moments, [])
+    nothing = {"0": lrc.Importance(moments["0"].inputs)}
+    assert correct_biases_(model, report.replaced, nothing, batches) == 0
