@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -43,8 +44,7 @@ def study_command(arguments: Sequence[str], write: Callable[[str], None]) -> Non
         store = Store(Path(chosen.output), _plain(config))
     except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         parser.error(str(error))
-    with warnings.catch_warnings():
-        warnings.simplefilter("once", append=True)  # each run would give the same ones
+    with _told_once():
         laboratory = _laboratory(parser, config, plan, store.folder)
         metric = _metric(parser, laboratory, chosen.metric)
         rows = _carry_out(plan, laboratory, store, metric, write)
@@ -88,6 +88,28 @@ def _laboratory(parser: ArgumentParser, config: Namespace, plan: Plan, folder: P
     trainer = {name: value for name, value in written["trainer"].items() if value is not None}
     setting = {"model": written["model"], "data": written.get("data"), "trainer": trainer}
     return Laboratory(make, plan, setting, trainer, folder)
+
+
+@contextmanager
+def _told_once() -> Iterator[None]:
+    """Show each warning once: every run would give the same ones, and Python forgets what it has shown."""
+    show, seen = warnings.showwarning, set[str]()
+
+    def show_new(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if str(message) not in seen:
+            seen.add(str(message))
+            show(message, category, filename, lineno, file, line)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show_new
+        yield
 
 
 def _metric(parser: ArgumentParser, laboratory: Laboratory, asked: str | None) -> str:

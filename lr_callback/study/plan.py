@@ -154,11 +154,20 @@ def digest(settings: Mapping[str, Any]) -> str:
 
     Example::
 
-        >>> digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1}) != digest({"a": 1, "b": 3})
+        >>> digest({"a": 1, "b": 2}) == digest({"b": 2.0, "a": 1}) != digest({"a": 1, "b": 3})
         True
     """
-    written = json.dumps(settings, sort_keys=True, default=str)
+    written = json.dumps(_with_floats(settings), sort_keys=True, default=str)
     return sha256(written.encode()).hexdigest()[:16]
+
+
+def _with_floats(value: object) -> object:
+    """Return plain data with every number as a float: a file may say 2, and a default 2.0."""
+    if isinstance(value, Mapping):
+        return {name: _with_floats(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_with_floats(one) for one in value]
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _check_listed(name: str, values: Sequence[float]) -> None:
