@@ -8,6 +8,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from numpy import exp, float64, log, minimum
+from numpy.typing import NDArray
+
 from lr_callback.study.plan import CONTROL
 from lr_callback.study.rows import Row, Spread, grouped, in_percent, spread
 
@@ -31,6 +34,7 @@ _COLOURS = (
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "*")
 _STYLES = ("-", "--", "-.")
 _TICKS = (1, 2, 3, 5, 7, 10, 15, 20, 30, 40, 50, 60, 70, 80, 90, 100)
+_SHARES = (0, 20, 40, 60, 80, 90, 95, 97, 98, 99, 100)
 _AXES = {"kept_parameters": "parameters kept (%)", "kept_multiply_adds": "multiply-adds kept (%)"}
 
 Points = list[tuple[float, Spread]]
@@ -83,7 +87,7 @@ def compose(rows: Sequence[Row], metric: str) -> Figure:
             _control(panel, made.get((CONTROL, 1.0), []), moment, metric)
             for name, style in styles.items():
                 _line(panel, _points(made, name, axis, moment, metric), {**style, "label": name})
-            _dress(panel, _AXES[axis] if line + 1 == len(moments) else "")
+            _dress(panel, _AXES[axis] if line + 1 == len(moments) else "", in_percent(metric))
             known |= {label: handle for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
         panels[line][0].set_ylabel(_label(metric, moment, rows))
     names = [*_order(made, styles, axes[0], moments[-1], metric), *(name for name in known if name not in styles)]
@@ -152,8 +156,16 @@ def _control(panel: Axes, rows: Sequence[Row], moment: str, metric: str) -> None
         panel.axhspan(low, high, color="black", alpha=0.1, linewidth=0, zorder=1)
 
 
-def _dress(panel: Axes, label: str) -> None:
-    """Give a panel its axes: logarithmic, less to the right, with the numbers that a person would write."""
+def _dress(panel: Axes, label: str, share: bool) -> None:
+    """Give a panel its axes: logarithmic, less to the right, with the numbers that a person would write.
+
+    A share is drawn by the logarithm of what it lacks: between 98 and 99 % lies as much as between 40 and 70.
+    """
+    if share:
+        panel.set_yscale("function", functions=(_of_share, _share_of))
+        low, high = panel.get_ylim()
+        panel.set_yticks([tick for tick in _SHARES if low <= tick <= high])
+        panel.set_ylim(max(low, 0), min(high, 100))
     panel.set_xscale("log")
     low, high = sorted(panel.get_xlim())
     panel.set_xlim(high, low)
@@ -163,6 +175,16 @@ def _dress(panel: Axes, label: str) -> None:
     panel.set_xlabel(label)
     panel.grid(alpha=0.25, linewidth=0.6)
     panel.spines[["top", "right"]].set_visible(False)
+
+
+def _of_share(values: NDArray[float64]) -> NDArray[float64]:
+    heights: NDArray[float64] = -log(101 - minimum(values, 100))
+    return heights
+
+
+def _share_of(heights: NDArray[float64]) -> NDArray[float64]:
+    values: NDArray[float64] = 101 - exp(-heights)
+    return values
 
 
 def _label(metric: str, moment: str, rows: Sequence[Row]) -> str:

@@ -63,6 +63,17 @@ def test_without_training_or_counted_multiply_adds_there_is_one_panel():
     assert panel.get_xlabel() == "parameters kept (%)"
 
 
+def test_shares_near_all_are_told_apart():
+    pytest.importorskip("matplotlib")
+    panel = compose([*rows(), row("best", 0.5, after=1.0)], "test_accuracy").axes[2]
+    heights = panel.transData.transform([(30, value) for value in (0, 50, 98, 99, 100)])[:, 1]
+    assert sorted(heights) == list(heights)
+    assert heights[3] - heights[2] > 0.3 * (heights[1] - heights[0])
+    scale = panel.yaxis.get_transform()
+    assert scale.inverted().transform(scale.transform([0, 50, 98, 100])) == pytest.approx([0, 50, 98, 100])
+    assert {90, 98, 100} <= set(panel.get_yticks()) and panel.get_ylim()[1] <= 100
+
+
 def test_a_loss_is_not_in_percent():
     pytest.importorskip("matplotlib")
     losses = [row("ALDS", 0.5, metric="test_loss", after=2.5)]
