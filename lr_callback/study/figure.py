@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib import import_module
+from math import sqrt
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,9 @@ _COLOURS = (
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "*")
 _STYLES = ("-", "--", "-.")
 _TICKS = (1, 2, 3, 5, 7, 10, 15, 20, 30, 40, 50, 60, 70, 80, 90, 100)
-_SHARES = (0, 20, 40, 60, 80, 90, 95, 97, 98, 99, 100)
+_SHARES = (0, 20, 40, 60, 70, 80, 90, 95, 97, 98, 99, 100)
+_LEAST_RANGE = 1.8
+"""Of the largest fraction kept over the smallest, at least: where one size was asked for, methods differ by hairs."""
 _AXES = {"kept_parameters": "parameters kept (%)", "kept_multiply_adds": "multiply-adds kept (%)"}
 
 Points = list[tuple[float, Spread]]
@@ -168,6 +171,7 @@ def _dress(panel: Axes, label: str, share: bool) -> None:
         panel.set_ylim(max(low, 0), min(high, 100))
     panel.set_xscale("log")
     low, high = sorted(panel.get_xlim())
+    low, high = min(low, sqrt(low * high / _LEAST_RANGE)), max(high, sqrt(low * high * _LEAST_RANGE))
     panel.set_xlim(high, low)
     panel.set_xticks([tick for tick in _TICKS if low <= tick <= high])
     panel.xaxis.set_major_formatter("{x:g}")

@@ -63,6 +63,14 @@ def test_without_training_or_counted_multiply_adds_there_is_one_panel():
     assert panel.get_xlabel() == "parameters kept (%)"
 
 
+def test_one_size_is_not_looked_at_through_a_lens():
+    pytest.importorskip("matplotlib")
+    panel = compose([row("one", 0.5), row("other", 0.49)], "test_accuracy").axes[0]
+    high, low = panel.get_xlim()
+    assert high / low == pytest.approx(1.8)
+    assert {40, 50, 60} <= set(panel.get_xticks())
+
+
 def test_shares_near_all_are_told_apart():
     pytest.importorskip("matplotlib")
     panel = compose([*rows(), row("best", 0.5, after=1.0)], "test_accuracy").axes[2]
