@@ -15,7 +15,7 @@ from lightning.pytorch import LightningDataModule, Trainer
 import lr_callback as lrc
 from lr_callback.cli import main
 from lr_callback.methods import ALDSK, LRank
-from lr_callback.study.command import study_command, study_parser
+from lr_callback.study.command import study_command
 from lr_callback.study.plan import CONTROL, Plan, Run, Treatment
 from lr_callback.study.runs import Laboratory
 
@@ -292,12 +292,3 @@ def test_bad_input_ends_with_what_to_do(tmp_path, capsys, more, methods, message
     assert stopped.value.code == 2
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "out" / "study.json").exists()
-
-
-@pytest.mark.parametrize("name", ["study_digits.yaml", "study_cifar10.yaml"])
-def test_configurations_name_all_methods_of_the_paper(name):
-    chosen = study_parser().parse_args(["--config", str(CONFIGS / name)])
-    public = {one for one in vars(lrc).values() if isinstance(one, type) and issubclass(one, lrc.Method)} - {lrc.Method}
-    named = {one.method.class_path for one in chosen.methods.values() if one.method is not None}
-    assert {path.rpartition(".")[2] for path in named} == {one.__name__ for one in public}
-    assert any(one.filter_pruning for one in chosen.methods.values())
