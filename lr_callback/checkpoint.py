@@ -88,7 +88,8 @@ def _load(model: nn.Module, state: Mapping[str, Tensor], versions: Mapping[str, 
     with ExitStack() as undo:
         named = keep_values(model, undo)
         adapt_structure(model, state, undo=undo)
-        check_writable(model, named)
+        left = set(map(id, model.state_dict(keep_vars=True).values()))
+        check_writable({name: value for name, value in named.items() if id(value) in left})
         load_values(model, state, versions)
         undo.pop_all()
 

@@ -68,19 +68,17 @@ def keep_values(model: nn.Module, undo: ExitStack) -> dict[str, Tensor]:
     return named
 
 
-def check_writable(model: nn.Module, named: Mapping[str, Tensor]) -> None:
-    """Refuse a model with an entry that torch would stop at.
+def check_writable(entries: Mapping[str, Tensor]) -> None:
+    """Refuse entries that torch would stop at.
 
     Args:
-        model: of the structure of what is to be loaded.
-        named: what :func:`keep_values` returned before the model had that structure; what is no entry now may be so.
+        entries: name -> parameter or buffer.
 
     Raises:
-        ValueError: If an entry is expanded, of inference mode, or of a class that torch writes nothing plain into.
+        ValueError: If one is expanded, of inference mode, or of a class that torch writes nothing plain into.
     """
-    entries = set(map(id, model.state_dict(keep_vars=True).values()))
-    for name, value in named.items():
-        reason = _unwritable(value) if id(value) in entries else None
+    for name, value in entries.items():
+        reason = _unwritable(value)
         if reason is not None:
             raise ValueError(
                 f"`model`: {name} must be a tensor that can be written, found {reason}. Nothing was changed."
