@@ -22,6 +22,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _AROUND: Mapping[str, str] = {
     "MultiheadAttention": "read directly by nn.MultiheadAttention",
     "BaseTunerLayer": "inside an adapter of peft, which merges into the weight in place; merge_and_unload() first",
+    "ModulesToSaveWrapper": "one of peft's `modules_to_save`, whose weight it sets and saves; merge_and_unload() first",
     "ScriptModule": "inside a TorchScript module, which cannot be changed; compress first, then script or trace",
     "FullyShardedDataParallel": "inside FSDP, which holds its weight as a part of another; compress before wrapping",
 }
