@@ -81,7 +81,7 @@ def _adapt(module: nn.Module, state: Mapping[str, Tensor], assign: bool) -> None
 
 def _check_factors(module: nn.Module, state: Mapping[str, Tensor], made: Collection[str]) -> None:
     """Refuse factors of a layer that would stay dense: torch passes them over where names may be missing."""
-    own = module.state_dict(keep_vars=True)
+    own = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     for name in (name for name in state if name.endswith(_FACTORS) and name not in own):
         layer = name.rpartition(".")[0].rpartition(".")[0]
         if layer not in made and f"{layer}.weight" in own and f"{layer}.weight" not in state:
