@@ -3,38 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 from collections.abc import Iterable, Sequence
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
+from lr_callback.study import environment as study
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("lr_callback", "torch", "torchvision", "lightning", "torchmetrics", "numpy")
 
 
 def environment() -> dict[str, Any]:
-    """Return the versions, the processor and the number of threads."""
-    return {
-        "date": date.today().isoformat(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in PACKAGES},
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-    }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    """Return the date, the versions, the processor and the number of threads."""
+    return {"date": date.today().isoformat(), **study.environment()}
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -26,6 +26,7 @@ from lr_callback.layers import FactorizedEmbedding as FactorizedEmbedding
 from lr_callback.layers import FactorizedLinear as FactorizedLinear
 from lr_callback.methods import ALDS as ALDS
 from lr_callback.methods import ALDSK as ALDSK
+from lr_callback.methods import PCA as PCA
 from lr_callback.methods import ALDSError as ALDSError
 from lr_callback.methods import ALDSSimple as ALDSSimple
 from lr_callback.methods import EnergyThreshold as EnergyThreshold
@@ -74,6 +75,7 @@ __all__ = [
     "LowRankCompression",
     "LowRankMixin",
     "Method",
+    "PCA",
     "SingularValueThreshold",
     "SurgeryReport",
     "UniformRank",

@@ -7,7 +7,7 @@ model has a factorized one means dense. So files that hold weights alone are eno
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from lr_callback.layer_types import layer_cost, layer_type
 from lr_callback.layers import FactorizedLayer, dense_bias
 from lr_callback.layers.base import any_weight
 from lr_callback.names import ENTRIES, is_extra, naming
+from lr_callback.noted import check_noted, noted_allocation
 from lr_callback.source import check_tied, check_values, load, state_dict_of, warn_of_broken
 from lr_callback.surgery import factorize_, replace_layers
 from lr_callback.values import check_has_values, check_writable, keep_values, load_values
@@ -45,9 +46,9 @@ def restore_(model: nn.Module, source: Allocation | Mapping[str, Any] | str | Pa
     Raises:
         FileNotFoundError: If the path does not exist.
         TypeError: If the source is of another type.
-        ValueError: If the source is not one of these, is damaged, is of another model, has values that the model's
-            dtype does not reach or has only as others, or two that differ for one tensor of the model; or if a tensor
-            of the model cannot be written. Nothing was changed.
+        ValueError: If the source is not one of these, is damaged, is of another model, has an allocation beside its
+            weights that is not theirs, has values that the model's dtype does not reach or has only as others, or two
+            that differ for one tensor of the model; or if a tensor of the model cannot be written. Nothing was changed.
 
     Example::
 
@@ -71,10 +72,23 @@ def restore_(model: nn.Module, source: Allocation | Mapping[str, Any] | str | Pa
     own = {**factors, **model.state_dict(keep_vars=True)}
     check_values(own, state)
     check_weights(model, state)
+    _check_notes(loaded, layers, state, names.prefix)
     check_tied(filter(None, names.groups(state)), own, state)
     warn_of_broken({name for name, value in own.items() if isinstance(value, nn.Parameter)}, state)
     versions = names.of_modules(getattr(loaded.get("state_dict", loaded), "_metadata", None) or {})
     _load(model, state, versions)
+
+
+def _check_notes(
+    loaded: Mapping[str, Any], layers: Mapping[nn.Module, Sequence[str]], state: Mapping[str, Tensor], prefix: str
+) -> None:
+    """Compare the allocation that a file may have beside its weights with the structure of these."""
+    noted = noted_allocation(loaded)
+    if noted is None:
+        return
+    choices = ((names, _structure_in(state, f"{names[0]}.", names[0], layer)) for layer, names in layers.items())
+    structure = [(names, None if one is None else (one.num_slices, one.rank)) for names, one in choices]
+    check_noted(noted, structure, prefix)
 
 
 def _renamed(model: nn.Module, allocation: Allocation) -> Allocation:
@@ -88,7 +102,8 @@ def _load(model: nn.Module, state: Mapping[str, Tensor], versions: Mapping[str, 
     with ExitStack() as undo:
         named = keep_values(model, undo)
         adapt_structure(model, state, undo=undo)
-        check_writable(model, named)
+        left = set(map(id, model.state_dict(keep_vars=True).values()))
+        check_writable({name: value for name, value in named.items() if id(value) in left})
         load_values(model, state, versions)
         undo.pop_all()
 

@@ -1,4 +1,4 @@
-"""Command line: LightningCLI with the callback ready to configure, a look at a model, and its export."""
+"""Command line: LightningCLI with the callback ready to configure, a look at a model, its export, and studies."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ from lr_callback.export_command import export_command
 from lr_callback.methods import Method
 from lr_callback.report import comparison
 from lr_callback.stages import measure_stages
+from lr_callback.study.command import study_command
 
 _DESCRIPTION = (
     "Train a model with low-rank compression on the way (fit), and evaluate checkpoints from before or after it. "
     "What compression would make of a model, without training it, shows: lr-callback analyze --help. "
-    "A checkpoint's model for another program writes: lr-callback export --help"
+    "A checkpoint's model for another program writes: lr-callback export --help. "
+    "Methods are compared on one network by: lr-callback study --help"
 )
 
 
@@ -71,6 +73,7 @@ def _compressions(trainer: Trainer) -> list[LowRankCompression]:
 
 def _write(text: str) -> None:
     sys.stdout.write(text + "\n")
+    sys.stdout.flush()  # of what takes long, each line is to be seen at once
 
 
 def analyze_command(arguments: Sequence[str]) -> None:
@@ -115,6 +118,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     listed = list(sys.argv[1:] if arguments is None else arguments)
     if listed[:1] == ["analyze"]:
         analyze_command(listed[1:])
+        return
+    if listed[:1] == ["study"]:
+        study_command(listed[1:], _write)
         return
     if listed[:1] == ["export"]:
         _write(str(export_command(listed[1:])))

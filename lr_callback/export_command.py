@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,11 @@ from lr_callback.example import Example
 from lr_callback.exporting import Exported, export
 from lr_callback.find import factorized_in
 from lr_callback.formats import FORMATS
-from lr_callback.safetensors_file import is_safetensors, read_notes
+from lr_callback.layers import FactorizedLayer
+from lr_callback.noted import in_the_names_of, noted_allocation
 from lr_callback.source import load
 from lr_callback.stages import call_of_step
+from lr_callback.table import listed
 
 _HYPERPARAMETERS = "hyper_parameters"
 _CLASS = "_class_path"
@@ -150,7 +152,7 @@ def _export(chosen: Namespace) -> Exported:
         format=chosen.format,
         example_input=None if example is None else (example.named or example.arguments),
         dynamic_batch=chosen.dynamic_batch,
-        allocation=_allocation(checkpoint, model),
+        allocation=_allocation(checkpoint, model) if named == "safetensors" else None,
     )
 
 
@@ -190,27 +192,28 @@ def _random(shape: str) -> Tensor:
 
 def _written(checkpoint: Path) -> Allocation | None:
     """Return the allocation that the callback wrote into a checkpoint, or `export` into a header."""
-    if is_safetensors(checkpoint):
-        text = read_notes(checkpoint).get("allocation")
-        return None if text is None else Allocation.from_json(text)
-    states = _loaded(checkpoint).get("callbacks", {}).values()
+    loaded = _loaded(checkpoint)
+    noted = noted_allocation(loaded)
+    states = loaded.get("callbacks", {}).values() if noted is None else ()
     written = [one["allocation"] for one in states if isinstance(one, Mapping) and one.get("allocation")]
-    return Allocation.from_dict(written[-1]) if written else None
+    return Allocation.from_dict(written[-1]) if written else noted
 
 
 def _allocation(checkpoint: Path, model: nn.Module) -> Allocation | None:
-    """Return the allocation in a checkpoint, in the names of what is exported; None if it is not that of the model."""
-    allocation, own = _written(checkpoint), factorized_in(model)
-    if allocation is None or not own:
+    """Return the allocation in a checkpoint, in the names of what is exported; None, told, if it is not that of it.
+
+    It is not an error: a run may have gone on to another structure after its latest compression.
+    """
+    allocation = _written(checkpoint)
+    if allocation is None:
         return None
-    prefix = next((name[: -len(own[0])] for name in allocation.factorized if name.endswith(own[0])), "")
-    if {prefix + name for name in own} != set(allocation.factorized):
-        return None
-    if not all(name.startswith(prefix) for name in (*allocation.layers, *allocation.skipped)):
-        return None
-    return replace(
-        allocation,
-        layers={name.removeprefix(prefix): layer for name, layer in allocation.layers.items()},
-        skipped={name.removeprefix(prefix): reason for name, reason in allocation.skipped.items()},
-        shapes={name.removeprefix(prefix): shape for name, shape in allocation.shapes.items()},
-    )
+    layers = ((name, one) for name, one in model.named_modules() if isinstance(one, FactorizedLayer))
+    found = in_the_names_of(allocation, [([name], (one.num_slices, one.rank)) for name, one in layers])
+    if found is None:
+        warnings.warn(
+            f"{checkpoint.name}: its allocation should be that of the exported layers, found one of "
+            f"{listed(list(allocation.factorized)) or 'no layers'}, and factorized are "
+            f"{listed(factorized_in(model)) or 'none'}; the file is written without it.",
+            stacklevel=2,
+        )
+    return found

@@ -18,6 +18,7 @@ from lr_callback.layer_types import saved_cost
 from lr_callback.layers import FactorizedLayer
 from lr_callback.observe import kept_buffers, untouched
 from lr_callback.table import align
+from lr_callback.values import check_has_values
 
 _TOLERANCES = {torch.float64: 1e-8, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Dtype -> the largest difference of outputs that reordered sums explain, relative to the largest output."""
@@ -95,10 +96,10 @@ def export(
         FileNotFoundError: If the folder does not exist.
         IsADirectoryError: If the path is a folder.
         ModuleNotFoundError: If the format needs a package that is not installed.
-        ValueError: If the format is unknown or the path has the suffix of another, there is no example, the model does
-            not take it, its tensors have different numbers of rows, torch cannot follow the model, a file of the
-            format cannot give what the model gives, the allocation is of another model, or the file gives other
-            outputs.
+        ValueError: If the format is unknown or the path has the suffix of another, the model is on the meta device,
+            there is no example, the model does not take it, its tensors have different numbers of rows, torch cannot
+            follow the model, a file of the format cannot give what the model gives, the allocation is of another
+            model, or the file gives other outputs.
 
     Example::
 
@@ -115,6 +116,7 @@ def export(
     path = Path(path)
     format = check_format(format, path)
     _check_path(path)
+    check_has_values(model, "load its weights first. Nothing was written.")
     example = _example(format, example_input, dynamic_batch)
     notes = {} if allocation is None else {"allocation": _fitting(model, allocation).to_json()}
     model = getattr(model, "_orig_mod", model)

@@ -5,16 +5,24 @@ Not while it is trained: its optimizers would go on with the parameters of layer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TypeVar
 from weakref import WeakSet
 
 from torch import Tensor, nn
 
 from lr_callback.checkpoint import check_weights, restructured
+from lr_callback.find import find_layers
+from lr_callback.layers import dense_bias
+from lr_callback.layers.base import any_weight
+from lr_callback.names import ENTRIES
+from lr_callback.source import check_values
 from lr_callback.surgery import replace_layers
+from lr_callback.values import check_writable
 
 Model = TypeVar("Model", bound=nn.Module)
+
+_FACTORS = (".encoder.weight", ".decoder.weight")
 
 _HELD: WeakSet[nn.Module] = WeakSet()
 """Modules in training, whose optimizers hold the parameters of the layers as they are; a copy is not one of them."""
@@ -24,7 +32,7 @@ def structure_hook(
     module: nn.Module,
     state_dict: Mapping[str, Tensor],
     prefix: str,
-    local_metadata: object,
+    local_metadata: Mapping[str, object],
     strict: bool,
     missing_keys: object,
     unexpected_keys: object,
@@ -34,16 +42,54 @@ def structure_hook(
 
     For ``module.register_load_state_dict_pre_hook``. A function of this file, so that copies of the module and spawned
     processes can hold it.
+
+    Raises:
+        ValueError: If the state dict has layers that the module cannot take, or another structure while it is trained.
+            Nothing in it was changed; of a larger one that holds it, torch may have loaded other parts before.
     """
-    made = restructured(module, state_dict, prefix)
-    if made and not prefix:
-        # Torch would find out after the layers were replaced. Whether a name may be missing only torch knows: `strict`
-        # is True here even if it was called with False.
-        check_weights(module, state_dict, partial=True)
-    if made and module in _HELD and getattr(module, "_current_fx_name", None) != "on_train_end":
+    state = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
+    try:
+        _adapt(module, state, assign=bool(local_metadata.get("assign_to_params_buffers")))
+    except ValueError as error:
+        if not prefix:
+            raise
+        text = str(error).replace("Nothing was changed", "Nothing in it was changed")
+        raise ValueError(f"{prefix.removesuffix('.')}: {text}") from error
+
+
+def _adapt(module: nn.Module, state: Mapping[str, Tensor], assign: bool) -> None:
+    """Give a module the structure of a state dict, or refuse it as :func:`~lr_callback.checkpoint.restore_` does.
+
+    Torch would find out after the layers were replaced. Two things are left to it: layers whose structure stays; and
+    names that are missing, of which only torch knows whether they may: a hook gets `strict` as True in any case.
+    """
+    made = restructured(module, state, "")
+    _check_factors(module, state, made)
+    if not made:
+        return
+    check_weights(module, state, partial=True)
+    layers = {name: module.get_submodule(name) for name in made}
+    if not assign:  # what is assigned need not become what was there
+        own = {f"{name}.{inner}": any_weight(layer) for name, layer in layers.items() for inner in ENTRIES}
+        check_values(own, {name: value for name, value in state.items() if name in own})
+        biases = ((f"{name}.bias", dense_bias(layer)) for name, layer in layers.items())
+        check_writable({name: bias for name, bias in biases if bias is not None})
+    if module in _HELD and getattr(module, "_current_fx_name", None) != "on_train_end":
         raise ValueError(_refusal(list(made)))
-    if made:
-        replace_layers(module, made)
+    replace_layers(module, made)
+
+
+def _check_factors(module: nn.Module, state: Mapping[str, Tensor], made: Collection[str]) -> None:
+    """Refuse factors of a layer that would stay dense: torch passes them over where names may be missing."""
+    own = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    for name in (name for name in state if name.endswith(_FACTORS) and name not in own):
+        layer = name.rpartition(".")[0].rpartition(".")[0]
+        if layer not in made and f"{layer}.weight" in own and f"{layer}.weight" not in state:
+            reason = find_layers(module).skipped.get(layer, "the other factor is missing")
+            raise ValueError(
+                f"{layer}: the state dict must have it as it can be in the model, found {name}, and it can only be "
+                f"dense here: {reason}. Nothing was changed."
+            )
 
 
 def hold_structure(module: nn.Module) -> None:

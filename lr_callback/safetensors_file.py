@@ -37,21 +37,32 @@ def write_safetensors(path: Path, state: Mapping[str, Tensor], notes: Mapping[st
         notes: name -> text, for the file's header.
 
     Raises:
-        ValueError: If an entry is not a tensor.
+        ValueError: If an entry is not a tensor, or of a class that computes for itself.
     """
     first: dict[object, str] = {}
     others: dict[str, str] = {}
     for name, value in state.items():
-        if not isinstance(value, Tensor):
+        if not isinstance(value, Tensor) or is_composed(value):
             raise ValueError(
-                f"{name}: a safetensors file holds tensors alone, found {type(value).__name__} in the state dict. "
-                "Export to another format, or keep it in the code of the model. Nothing was written."
+                f"{name}: a safetensors file holds plain tensors alone, found {type(value).__name__} in the state "
+                "dict. Export to another format, or keep it in the code of the model. Nothing was written."
             )
         kept = first.setdefault(_place(name, value), name)
         if kept != name:
             others[name] = kept
     tensors = {name: _plain(value) for name, value in state.items() if name not in others}
     import_module("safetensors.torch").save_file(tensors, str(path), {"format": "pt", **others, **notes})
+
+
+def is_composed(value: Tensor) -> bool:
+    """Return whether a tensor is of a class that computes for itself, as quantized and sharded ones do.
+
+    Example::
+
+        >>> is_composed(torch.ones(2)), is_composed(torch.nn.Parameter(torch.ones(2)))
+        (False, False)
+    """
+    return type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
 def _place(name: str, value: Tensor) -> object:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lr_callback.allocation import Allocation
 from lr_callback.names import is_extra
-from lr_callback.safetensors_file import is_safetensors, read_safetensors
+from lr_callback.safetensors_file import is_composed, is_safetensors, read_notes, read_safetensors
 
 _SIGNED = (torch.int8, torch.int16, torch.int32, torch.int64)
 _WHOLE = (torch.bool, *_SIGNED, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
@@ -44,7 +44,7 @@ def load(source: Allocation | Mapping[str, Any] | str | Path) -> Allocation | Ma
             f"{str(path)[:200]}: no such file; `source` must be an allocation, JSON text, a dict or a path."
         )
     if is_safetensors(path):
-        return read_safetensors(path)
+        return {"state_dict": read_safetensors(path), "allocation": read_notes(path).get("allocation")}
     with path.open("rb") as file:
         is_text = file.read(64).lstrip().startswith(b"{")
     return Allocation.from_json(path) if is_text or path.suffix == ".json" else read_checkpoint(path)
@@ -122,6 +122,11 @@ def check_values(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None
 
 def _misfit(own: Tensor | None, value: Tensor) -> str | None:
     """Return what a value must be and is not, None if it is; what the model lacks is refused later, by its name."""
+    if is_composed(value):
+        return (
+            f"a plain tensor, found one of the class {type(value).__name__}; restore a file from before the model was "
+            "quantized or sharded, and do that again"
+        )
     if value.layout != torch.strided or value.is_quantized or value.is_nested or value.device.type == "meta":
         return f"a plain tensor with values, found layout {value.layout} on {value.device}, dtype {value.dtype}"
     if own is None:

@@ -22,8 +22,15 @@ TITLES = {"dense": "dense, before", "cut": "right after", "final": "at the end"}
 _LOGGERS = ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric")
 
 
-class _FirstBatch(Callback):
-    """Watch the calls of each evaluation's first batch."""
+class FirstBatch(Callback):
+    """Watch the calls of each evaluation's first batch.
+
+    Args:
+        model: whose calls are watched.
+
+    Attributes:
+        probe: that has seen them.
+    """
 
     def __init__(self, model: LightningModule) -> None:
         self.probe = Probe(model)
@@ -33,15 +40,19 @@ class _FirstBatch(Callback):
             self.probe.start()
 
     def on_test_batch_start(self, *_: object) -> None:
+        """Start, at the first batch."""
         self._start()
 
     def on_test_batch_end(self, *_: object) -> None:
+        """Stop."""
         self.probe.stop()
 
     def on_validation_batch_start(self, *_: object) -> None:
+        """Start, at the first batch."""
         self._start()
 
     def on_validation_batch_end(self, *_: object) -> None:
+        """Stop."""
         self.probe.stop()
 
 
@@ -62,8 +73,8 @@ def measure_stages(
     Returns:
         One stage for each file, in the order of :data:`TITLES`.
     """
-    device, watch = model.device, _FirstBatch(model)
-    with _quiet():
+    device, watch = model.device, FirstBatch(model)
+    with quiet():
         evaluator = _evaluator(trainer, watch)
         stages = [
             _measure(evaluator, watch, model, datamodule, TITLES[name], files[name]) for name in TITLES if name in files
@@ -82,8 +93,8 @@ def call_of_step(model: LightningModule, datamodule: LightningDataModule | None)
     Raises:
         ValueError: If there is no such step, or no data for it, or it calls several modules one after the other.
     """
-    watch = _FirstBatch(model)
-    with _quiet():
+    watch = FirstBatch(model)
+    with quiet():
         trainer = Trainer(
             accelerator="cpu",
             devices=1,
@@ -95,7 +106,7 @@ def call_of_step(model: LightningModule, datamodule: LightningDataModule | None)
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        run = _loop(trainer, model, datamodule)
+        run = evaluation_of(trainer, model, datamodule)
         if run is not None:
             run(model, datamodule=datamodule, verbose=False)
     model.trainer = None
@@ -111,7 +122,7 @@ def call_of_step(model: LightningModule, datamodule: LightningDataModule | None)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep Lightning's notes on devices, tips and files, which the run has shown already, off the screen."""
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
@@ -124,7 +135,7 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _evaluator(trainer: Trainer, watch: _FirstBatch) -> Trainer:
+def _evaluator(trainer: Trainer, watch: FirstBatch) -> Trainer:
     """Return a Trainer that evaluates as the run did, and writes nothing."""
     return type(trainer)(
         accelerator=trainer.strategy.root_device.type,  # by name: an object would lose the run's autocast
@@ -142,7 +153,7 @@ def _evaluator(trainer: Trainer, watch: _FirstBatch) -> Trainer:
 
 def _measure(
     evaluator: Trainer,
-    watch: _FirstBatch,
+    watch: FirstBatch,
     model: LightningModule,
     datamodule: LightningDataModule | None,
     title: str,
@@ -165,7 +176,7 @@ def _evaluate(
     evaluator: Trainer, model: LightningModule, datamodule: LightningDataModule | None, file: str
 ) -> dict[str, float]:
     """Load a snapshot and return what the model's evaluation logs; nothing where it has none."""
-    run = _loop(evaluator, model, datamodule)
+    run = evaluation_of(evaluator, model, datamodule)
     if run is None:
         restore_(model, file)
         return {}
@@ -173,7 +184,7 @@ def _evaluate(
     return {name: float(value) for one in results for name, value in one.items()}
 
 
-def _loop(
+def evaluation_of(
     evaluator: Trainer, model: LightningModule, datamodule: LightningDataModule | None
 ) -> Callable[..., Sequence[Mapping[str, float]]] | None:
     """Return the test loop where there are a step and data for it, else the validation loop, else None."""

@@ -6,7 +6,7 @@ packages are known by name: they need not be installed, and some take long to im
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _AROUND: Mapping[str, str] = {
     "MultiheadAttention": "read directly by nn.MultiheadAttention",
     "BaseTunerLayer": "inside an adapter of peft, which merges into the weight in place; merge_and_unload() first",
+    "ModulesToSaveWrapper": "one of peft's `modules_to_save`, whose weight it sets and saves; merge_and_unload() first",
     "ScriptModule": "inside a TorchScript module, which cannot be changed; compress first, then script or trace",
     "FullyShardedDataParallel": "inside FSDP, which holds its weight as a part of another; compress before wrapping",
 }
@@ -127,16 +128,34 @@ def weight_trap(weight: Tensor) -> str | None:
 
 
 def is_expanded(value: Tensor) -> bool:
-    """Return whether several entries of a tensor are one number in memory, so that torch does not write them.
+    """Return whether several entries of a tensor are one number in memory.
 
     Example::
 
         >>> is_expanded(torch.ones(4, 1).expand(4, 4)), is_expanded(torch.ones(4, 1))
         (True, False)
+        >>> is_expanded(torch.ones(7).as_strided((4, 4), (1, 1)))
+        True
     """
-    if value.layout != torch.strided:
+    if value.layout != torch.strided or not value.numel():
         return False
-    return any(stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape, strict=True))
+    axes = sorted((stride, size) for stride, size in zip(value.stride(), value.shape, strict=True) if size > 1)
+    reach = 0  # of the axes with smaller steps: where each step is beyond it, no two entries meet
+    for stride, size in axes:
+        if stride <= reach:
+            return _meets_itself(axes)
+        reach += stride * (size - 1)
+    return False
+
+
+def _meets_itself(axes: Sequence[tuple[int, int]]) -> bool:
+    """Return whether two entries of a tensor with these steps and sizes are one, by its places in order."""
+    places = torch.zeros(1, dtype=torch.int64)
+    for stride, size in axes:
+        places = (places[:, None] + stride * torch.arange(size)).flatten().sort().values
+        if not bool(places.diff().all()):
+            return True
+    return False
 
 
 def factor_trap(layer: FactorizedLayer) -> str | None:

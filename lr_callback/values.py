@@ -15,11 +15,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lr_callback.holders import shared_memory
+from lr_callback.safetensors_file import is_composed, same_tensors
 from lr_callback.traps import is_expanded
 
 
-def check_has_values(model: nn.Module) -> None:
-    """Refuse a model on the meta device: what is loaded into it would be lost.
+def check_has_values(
+    model: nn.Module, what_to_do: str = "call `model.to_empty(device=...)` first. Nothing was changed."
+) -> None:
+    """Refuse a model on the meta device: what is loaded into it would be lost, and there is nothing to be written.
+
+    Args:
+        model: any module.
+        what_to_do: the end of the text of the error.
 
     Raises:
         ValueError: If a parameter or buffer has no values.
@@ -29,7 +37,7 @@ def check_has_values(model: nn.Module) -> None:
     if empty:
         raise ValueError(
             f"`model`: its weights must be on a device that holds values, found {len(empty)} on the meta device, the "
-            f"first is {empty[0]}; call `model.to_empty(device=...)` first. Nothing was changed."
+            f"first is {empty[0]}; {what_to_do}"
         )
 
 
@@ -60,19 +68,17 @@ def keep_values(model: nn.Module, undo: ExitStack) -> dict[str, Tensor]:
     return named
 
 
-def check_writable(model: nn.Module, named: Mapping[str, Tensor]) -> None:
-    """Refuse a model with an entry that torch would stop at.
+def check_writable(entries: Mapping[str, Tensor]) -> None:
+    """Refuse entries that torch would stop at.
 
     Args:
-        model: of the structure of what is to be loaded.
-        named: what :func:`keep_values` returned before the model had that structure; what is no entry now may be so.
+        entries: name -> parameter or buffer.
 
     Raises:
-        ValueError: If an entry is expanded, or of inference mode.
+        ValueError: If one is expanded, of inference mode, or of a class that torch writes nothing plain into.
     """
-    entries = set(map(id, model.state_dict(keep_vars=True).values()))
-    for name, value in named.items():
-        reason = _unwritable(value) if id(value) in entries else None
+    for name, value in entries.items():
+        reason = _unwritable(value)
         if reason is not None:
             raise ValueError(
                 f"`model`: {name} must be a tensor that can be written, found {reason}. Nothing was changed."
@@ -88,18 +94,33 @@ def load_values(model: nn.Module, state: Mapping[str, Tensor], versions: Mapping
         versions: of its modules, as ``state_dict()`` notes them in ``_metadata``; those that lack are the model's.
 
     Raises:
-        ValueError: If a module does not take its part.
+        ValueError: If a module does not take its part, or two entries lie in the same memory and do not agree.
     """
     try:
         model.load_state_dict(_with_versions(model, state, versions))
     except RuntimeError as error:
         raise ValueError(f"`source`: the model does not take it: {error} Nothing was changed.") from error
+    _check_overlaps(model, state)
+
+
+def _check_overlaps(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Refuse what was written over by another entry, which lies partly in the same memory."""
+    others = shared_memory(model)
+    for name, value in model.state_dict(keep_vars=True).items():
+        if id(value) in others and not same_tensors({name: value}, {name: state[name].to(value.dtype)}):
+            raise ValueError(
+                f"`source`: {name} and {', '.join(others[id(value)])} must agree where they lie in the same memory in "
+                "the model, found numbers that differ; one would be lost. Give the model tensors with memory of their "
+                "own. Nothing was changed."
+            )
 
 
 def _unwritable(value: Tensor) -> str | None:
     """Return why nothing can be loaded into a tensor, and what to do, None if it can."""
     if is_lazy(value):
         return None
+    if is_composed(value):
+        return f"one of the class {type(value).__name__}; restore the model first, then quantize or shard it"
     if value.is_inference() and not torch.is_inference_mode_enabled():
         return "one made under `torch.inference_mode()`; make the model outside of it, or restore inside it"
     if is_expanded(value):

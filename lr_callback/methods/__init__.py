@@ -9,7 +9,8 @@ from lr_callback.methods.base import Choice as Choice
 from lr_callback.methods.base import Method as Method
 from lr_callback.methods.base import Solution as Solution
 from lr_callback.methods.base import cost_of as cost_of
-from lr_callback.methods.lrank import LRank as LRank
+from lr_callback.methods.price import PCA as PCA
+from lr_callback.methods.price import LRank as LRank
 from lr_callback.methods.rules import ALDSK as ALDSK
 from lr_callback.methods.rules import ALDSError as ALDSError
 from lr_callback.methods.rules import ALDSSimple as ALDSSimple

@@ -17,6 +17,7 @@ from lr_callback.cli import main
 from lr_callback.example import Example, largest_difference
 from lr_callback.formats import FORMATS
 from lr_callback.recipes import CifarResNet, DigitsData, ImageClassifier
+from lr_callback.safetensors_file import read_notes
 
 pytest.importorskip("sklearn")
 for package in ("onnx", "onnxscript", "onnxruntime", "safetensors"):
@@ -157,6 +158,17 @@ def test_allocation_in_a_header_is_carried_over(digits, command, tmp_path):
     network = ["--model", "lr_callback.recipes.CifarResNet", "--model.depth", 8, "--model.in_channels", 1]
     command("export", "--checkpoint", first, *network, "--output", second)
     assert all(name.startswith(("conv1", "layer", "linear")) for name in allocation_in(second).layers)
+
+
+def test_an_allocation_that_is_not_that_of_the_weights_is_left_out_and_told(digits, command, tmp_path):
+    loaded = torch.load(digits, weights_only=True)
+    [noted] = [one["allocation"] for one in loaded["callbacks"].values() if one.get("allocation")]
+    next(layer for layer in noted["layers"].values() if layer)["rank"] += 1
+    torch.save(loaded, tmp_path / "went-on.ckpt")
+    arguments = ["--config", digits.parents[1] / "config.yaml", "--output", tmp_path / "x.safetensors"]
+    with pytest.warns(UserWarning, match=r"went-on\.ckpt: its allocation should be .*the file is written without it"):
+        command("export", "--checkpoint", tmp_path / "went-on.ckpt", *arguments)
+    assert "allocation" not in read_notes(tmp_path / "x.safetensors")
 
 
 @pytest.mark.situation("Out of the door", "an export over its own checkpoint", "refused")

@@ -1,6 +1,7 @@
 """Layers as other packages make them: quantized, scripted, adapted, wrapped for several processes."""
 
 import warnings
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -59,6 +60,28 @@ def test_adapters_of_peft_are_left_alone_and_merge_as_before(named, options):
     merged = model.merge_and_unload()
     assert torch.allclose(merged(inputs), outputs, atol=1e-5)
     assert list(find_layers(merged).layers) == ["first", "second"]
+
+
+@pytest.mark.situation("Module tricks", "adapters of peft: layers that are trained and saved whole", "works")
+@pytest.mark.parametrize("kind", ["LoraConfig", "IA3Config"])
+def test_what_peft_trains_and_saves_whole_is_left_alone_and_unloads_as_before(kind):
+    peft = package("peft")
+    torch.manual_seed(0)
+    model = nn.Sequential(OrderedDict(first=nn.Linear(32, 32), second=nn.Linear(32, 32), last=nn.Linear(32, 32)))
+    options = {"feedforward_modules": []} if kind == "IA3Config" else {}
+    model = peft.get_peft_model(
+        model, getattr(peft, kind)(target_modules=["first"], modules_to_save=["last"], **options)
+    ).eval()
+    found = find_layers(model)
+    assert list(found.layers) == ["base_model.model.second"]
+    for name in ("original_module", "modules_to_save.default"):
+        reason = found.skipped[f"base_model.model.last.{name}"]
+        assert reason == "one of peft's `modules_to_save`, whose weight it sets and saves; merge_and_unload() first"
+    assert lrc.factorize_(model, lrc.allocate(model, 0.9)).factorized == ("base_model.model.second",)
+    outputs = model(inputs := torch.randn(3, 32))
+    merged = model.merge_and_unload()
+    assert torch.allclose(merged(inputs), outputs, atol=1e-5)
+    assert list(find_layers(merged).layers) == ["first", "second", "last"]
 
 
 class Projecting(nn.Module):

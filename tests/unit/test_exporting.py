@@ -199,6 +199,17 @@ def test_bad_arguments_are_refused(tmp_path, name, options, error, text):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.situation("Bad input", "a model on the meta device, exported", "refused")
+@pytest.mark.parametrize("suffix", [row.suffix for row in FORMATS.values()])
+def test_a_model_without_values_is_refused(tmp_path, suffix):
+    model = network()
+    model[-1].to("meta")
+    message = r"`model`: its weights must be on a device that holds values, found 2 on the meta device, the first is "
+    with pytest.raises(ValueError, match=message + r"\w+\.weight; load its weights first\. Nothing was written"):
+        lrc.export(model, tmp_path / f"model{suffix}", example_input=images())
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(("package", "name"), [("onnxscript", "model.onnx"), ("safetensors", "model.safetensors")])
 def test_missing_package_names_the_extra(tmp_path, monkeypatch, package, name):
     monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed

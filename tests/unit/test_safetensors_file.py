@@ -69,8 +69,20 @@ def test_same_tensors_sees_every_difference():
 
 
 def test_what_is_no_tensor_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"layer\._extra_state: a safetensors file holds tensors alone, found dict"):
+    with pytest.raises(
+        ValueError, match=r"layer\._extra_state: a safetensors file holds plain tensors alone, found dict"
+    ):
         write_safetensors(tmp_path / "x", {"layer._extra_state": {"a": 1}}, {})
+
+
+def test_what_has_no_plain_numbers_is_refused(tmp_path):
+    quantization = pytest.importorskip("torchao.quantization")
+    model = nn.Sequential(nn.Linear(32, 32))
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    message = r"0\.weight: a safetensors file holds plain tensors alone, found Int8Tensor .*Nothing was written"
+    with pytest.raises(ValueError, match=message):
+        lrc.export(model, tmp_path / "model.safetensors")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_known_by_its_beginning(tmp_path):

@@ -66,6 +66,15 @@ def test_attention_and_what_is_in_it_is_left_alone(reasons, kind, options):
     }
 
 
+@pytest.mark.situation("Bad input", "a weight that overlaps itself in memory", "refused")
+@pytest.mark.parametrize(("steps", "skipped"), [((1, 1), True), ((3, 2), True), ((36, 1), False), ((2, 65), False)])
+def test_a_weight_that_overlaps_itself_stays(steps, skipped):
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    model[0].weight = nn.Parameter(torch.randn(4000).as_strided((32, 32), steps))
+    reason = "its weight is expanded: several of its entries are one number in memory"
+    assert find_layers(model).skipped == ({"0": reason} if skipped else {})
+
+
 @pytest.mark.situation("Module tricks", "lazy layers, nn.LSTM, nn.GRU, nn.Bilinear, ParameterList", "works")
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN, nn.Bilinear, nn.ParameterList, nn.LazyLinear])

@@ -1,6 +1,7 @@
 """Values: a model that refuses a file, or that a file is refused for, has the values it had."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -29,6 +30,25 @@ def expanded(*shape):
     return torch.zeros(*(1 for _ in shape)).expand(*shape)
 
 
+def overlapping(*shape):
+    """Return a tensor each entry of which is also the next one of the row before."""
+    return torch.zeros(sum(shape)).as_strided(shape, [1 for _ in shape])
+
+
+@pytest.fixture
+def quantized():
+    """Return what quantizes all Linear of a model in place."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        package = pytest.importorskip("torchao.quantization")
+
+    def quantize(model):
+        package.quantize_(model, package.Int8WeightOnlyConfig())
+        return model.eval()
+
+    return quantize
+
+
 def made_under_inference_mode(model):
     with torch.inference_mode():
         model[2] = nn.Linear(32, 32)
@@ -52,6 +72,68 @@ def test_a_model_that_cannot_be_written_is_refused_by_name_and_stays_as_it_is(ch
         lrc.restore_(model, written())
     assert list(model) == layers
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_weight_that_overlaps_itself_is_refused_and_stays_as_it_is():
+    model = network(lambda one: setattr(one[2], "weight", nn.Parameter(overlapping(32, 32))))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"`model`: 2\.weight must be .*found an expanded one.*Nothing was changed"):
+        lrc.restore_(model, network(seed=1).state_dict())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_quantized_model_is_refused_and_says_when_to_quantize(quantized):
+    source = network(lambda one: lrc.factorize_(one, lrc.allocate(one, 0.5, method=lrc.ALDS(max_slices=1))))
+    model = quantized(copy.deepcopy(source))
+    before = model(torch.ones(2, 32))
+    message = (
+        r"`model`: 0\.encoder\.weight must be a tensor that can be written, found one of the class Int8Tensor; "
+        r"restore the model first, then quantize or shard it\. Nothing was changed"
+    )
+    with pytest.raises(ValueError, match=message):
+        lrc.restore_(model, source.state_dict())
+    assert torch.equal(model(torch.ones(2, 32)), before)
+
+
+@pytest.mark.situation("Bad input", "a model or a file with quantized weights (torchao)", "refused")
+@pytest.mark.parametrize("form", ["dict", "file"])
+@pytest.mark.parametrize("own", ["dense", "quantized"])
+def test_a_quantized_file_is_refused_and_says_what_to_restore(quantized, form, own, tmp_path):
+    source = quantized(network(seed=2)).state_dict()
+    torch.save(source, tmp_path / "quantized.pt")
+    model = quantized(network()) if own == "quantized" else network()
+    before = model(torch.ones(2, 32))
+    message = (
+        r"`source`: 0\.weight must be a plain tensor, found one of the class Int8Tensor; restore a file from before "
+        r"the model was quantized or sharded, and do that again\. Nothing was changed"
+    )
+    with pytest.raises(ValueError, match=message):
+        lrc.restore_(model, source if form == "dict" else tmp_path / "quantized.pt")
+    assert torch.equal(model(torch.ones(2, 32)), before)
+
+
+def beside(model):
+    """Let the weights of two layers overlap in their middle."""
+    flat = torch.randn(40 * 32)
+    model[0].weight.data, model[2].weight.data = flat[: 32 * 32].view(32, 32), flat[8 * 32 :].view(32, 32)
+
+
+@pytest.mark.situation(
+    "Bad input", "two weights that overlap in memory, and a file in which they do not agree", "refused"
+)
+def test_numbers_that_would_write_over_each_other_are_refused_and_others_are_not():
+    model = network(beside)
+    before = copy.deepcopy(model.state_dict())
+    message = (
+        r"`source`: 0\.weight and 2\.weight must agree where they lie in the same memory in the model, found numbers "
+        r"that differ; .*Nothing was changed"
+    )
+    with pytest.raises(ValueError, match=message):
+        lrc.restore_(model, network(seed=1).state_dict())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    agreeing = network(beside, seed=2).state_dict()
+    lrc.restore_(model, copy.deepcopy(agreeing))
+    assert all(torch.equal(value, agreeing[name]) for name, value in model.state_dict().items())
 
 
 def test_inside_inference_mode_its_weights_can_be_written():

@@ -1,13 +1,19 @@
 """Rules that ALDS is compared with: what they look at, what they choose, what they refuse."""
 
+from itertools import product
+from math import log, prod
+
 import pytest
 import torch
+from torch import nn
 
-from lr_callback.candidates import LayerCandidates
+from lr_callback import allocate, collect_moments, factorize_
+from lr_callback.candidates import Candidate, LayerCandidates
 from lr_callback.costs import LayerCost
 from lr_callback.methods import (
     ALDS,
     ALDSK,
+    PCA,
     ALDSError,
     ALDSSimple,
     EnergyThreshold,
@@ -19,7 +25,7 @@ from lr_callback.methods import (
 )
 from tests.unit.methods.drawn import GEOMETRIES, analysed, budgets, dense, error_of, pairs, total
 
-ONE_SLICE = [UniformRank, SingularValueThreshold, EnergyThreshold, LRank]
+ONE_SLICE = [UniformRank, SingularValueThreshold, EnergyThreshold, LRank, PCA]
 RULES = [*ONE_SLICE, ALDSSimple, ALDSError, ALDSK]
 
 
@@ -53,8 +59,8 @@ def cost_at(rule: type[Method], layer: LayerCandidates, number: float) -> int:
     if rule is ALDSK:
         paid = [pair for pair in pairs(layer) if pair[0] <= number * layer.dense_cost] or [min(pairs(layer))]
         return min(paid, key=lambda pair: (pair[1], pair[0]))[0]
-    if rule is LRank:
-        return min(pairs(layer), key=lambda pair: (number * pair[0] + (layer.norm * pair[1]) ** 2, pair[0]))[0]
+    if rule in (LRank, PCA):
+        return min(pairs(layer), key=lambda pair: (number * pair[0] + lost(rule, layer, pair[1]), pair[0]))[0]
     (one,) = layer.candidates
     if rule in (UniformRank, ALDSSimple):
         rank = max(1, round(number * one.full_rank))
@@ -64,6 +70,10 @@ def cost_at(rule: type[Method], layer: LayerCandidates, number: float) -> int:
     return one.cost(rank) if rank <= one.last else layer.dense_cost
 
 
+def lost(rule: type[Method], layer: LayerCandidates, error: float) -> float:
+    return (layer.norm * error) ** 2 if rule is LRank else -log(1 - error**2)
+
+
 def numbers_of(rule: type[Method], layers: dict[str, LayerCandidates]) -> list[float]:
     """Return numbers between which no choice of the rule changes."""
     if rule in (UniformRank, ALDSSimple):
@@ -71,8 +81,8 @@ def numbers_of(rule: type[Method], layers: dict[str, LayerCandidates]) -> list[f
     choices = [pairs(layer) for layer in layers.values()]
     if rule is ALDSK:
         return [0.0, *(cost / layer.dense_cost * (1 + 1e-12) for layer in layers.values() for cost, _ in pairs(layer))]
-    if rule is LRank:
-        energies = [[(c, (layer.norm * e) ** 2) for c, e in pairs(layer)] for layer in layers.values()]
+    if rule in (LRank, PCA):
+        energies = [[(c, lost(rule, layer, e)) for c, e in pairs(layer)] for layer in layers.values()]
         slopes = {(v - w) / (d - c) for one in energies for c, v in one for d, w in one if c < d and v > w}
         return [0.0, *(slope * (1 + 1e-9) for slope in slopes)]
     power = 2 if rule is EnergyThreshold else 1
@@ -123,6 +133,58 @@ def test_l_rank_weighs_the_energies_of_the_weights_as_they_are(crew):
         choices = LRank().choose(layers, 200)
         ranks = {name: 12 if choice is None else choice[1] for name, choice in choices.items()}
         assert (ranks["large"] > ranks["small"]) == (scale > 1)
+
+
+def energies_kept(errors) -> float:
+    return prod(1 - error**2 for error in errors)
+
+
+def test_pca_keeps_the_largest_product_of_energies_at_what_it_costs(crew):
+    layers = {name: layer for name, layer in analysed(PCA(), crew).items() if name != "grouped"}
+    others = [
+        (sum(c for c, _ in one), energies_kept(e for _, e in one)) for one in product(*map(pairs, layers.values()))
+    ]
+    for budget in budgets(PCA(), layers, 10):
+        choices = PCA().choose(layers, budget)
+        ours = energies_kept(map(error_of, choices.values()))
+        assert ours >= max(kept for cost, kept in others if cost <= total(layers, choices)) * (1 - 1e-9)
+
+
+def test_pca_drops_what_the_source_drops_first():
+    """Of layers of one cost a rank: over and over the component with the smallest share of what is left."""
+    spectra = {"0": [8.0, 4.0, 2.0, 1.0, 0.5, 0.1], "1": [9.0, 0.4, 0.2, 0.15, 0.1, 0.05]}
+    layers = {}
+    for name, values in spectra.items():
+        energies = torch.tensor([*values, 0.0], dtype=torch.float64)
+        errors = (energies.flip(0).cumsum(0).flip(0) / energies.sum()).sqrt()
+        layers[name] = LayerCandidates(70, (Candidate("kernel_in_encoder", 1, 6, errors, 0, 10),))
+    left = {name: list(values) for name, values in spectra.items()}
+    while any(len(values) > 1 for values in left.values()):
+        chosen = PCA().choose(layers, 10 * sum(map(len, left.values())))
+        assert {name: choice[1] for name, choice in chosen.items()} == {name: len(one) for name, one in left.items()}
+        longer = [name for name, values in left.items() if len(values) > 1]
+        left[min(longer, key=lambda name: left[name][-1] / sum(left[name]))].pop()
+
+
+def test_pca_builds_the_principal_components_of_the_outputs():
+    torch.manual_seed(0)
+    model, inputs = nn.Sequential(nn.Linear(16, 24, bias=False)), torch.randn(64, 16) * torch.arange(1, 17)
+    outputs = model(inputs).detach().double()
+    moments = collect_moments(model, [inputs])
+    allocation = allocate(model, 0.7, method=PCA(), importance=moments)
+    rank = allocation.layers["0"].rank
+    assert rank > 1
+    factorize_(model, allocation, importance=moments)
+    vectors = torch.linalg.eigh(outputs.T @ outputs).eigenvectors[:, -rank:]
+    torch.testing.assert_close(model(inputs).double(), outputs @ vectors @ vectors.T, rtol=1e-3, atol=1e-3)
+    share = allocation.layers["0"].relative_error ** 2
+    lost_energy = (outputs - outputs @ vectors @ vectors.T).square().sum() / outputs.square().sum()
+    assert share == pytest.approx(lost_energy.item(), rel=1e-5)
+
+
+def test_pca_refuses_to_choose_without_activations():
+    with pytest.raises(ValueError, match=r"error='activation' is weighted: `importance` must be .*collect_moments"):
+        allocate(nn.Sequential(nn.Linear(16, 24)), 0.5, method=PCA())
 
 
 def test_alds_k_gives_every_layer_its_best_slices(crew):
