@@ -101,7 +101,7 @@ def alternate(seen: Seen, left: Tensor, right: Tensor) -> Alternated:
         left, right = (one.unsqueeze(0) for one in project(wanted, right.shape[1], squares))
     else:
         left, right = _sweep(squares, wanted, _decoders(squares, wanted, left, right), right)
-    left = _decoders(squares, wanted, left, right)
+    left, right = _even(_decoders(squares, wanted, left, right), right)
     built = _composed(left, right)
     shift = seen.shift(built)
     # The bias takes up the means of what is missing: their square is what it gains.
@@ -111,6 +111,14 @@ def alternate(seen: Seen, left: Tensor, right: Tensor) -> Alternated:
 def _composed(left: Tensor, right: Tensor) -> Tensor:
     """Return the map ``(f, c)`` of the factors of all slices, side by side."""
     return torch.cat(list(left @ right), dim=1)
+
+
+def _even(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Give each column of a decoder and its row of the encoder the same length: they train at the same pace then."""
+    lengths = left.norm(dim=1), right.norm(dim=2)
+    empty = (lengths[0] == 0) | (lengths[1] == 0)
+    root = torch.where(empty, 1.0, lengths[1] / lengths[0].where(~empty, 1.0)).sqrt()
+    return left * root.unsqueeze(1), right / root.unsqueeze(2)
 
 
 def _sweep(squares: Tensor, wanted: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
