@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -18,6 +18,7 @@ from lr_callback.find import check_patterns, factorized_in
 from lr_callback.hook import hold_structure, install_hook, release_structure
 from lr_callback.host.counting import Counting
 from lr_callback.host.cut import cut, start_of
+from lr_callback.host.distilling import Distilling
 from lr_callback.host.journal import log_multiply_adds, tell
 from lr_callback.host.monitors import warn_of_no_best
 from lr_callback.host.neighbours import align_averages, check_alone, check_neighbours, held_averages
@@ -38,10 +39,9 @@ from lr_callback.surgery import SurgeryReport
 class LowRankCompression(CallbackBase):
     """Factorize a network's layers in place at chosen epochs of ``Trainer.fit``, and train on.
 
-    At the start of each chosen epoch the errors of all layers are computed, one budget is allocated over them, and each
-    chosen layer is replaced by two smaller ones. Optimizers and schedulers go on as they are; checkpoints can be
-    resumed, tested and restored whether they are from before or after. A Trainer takes one of these callbacks; for
-    several compressions give it lists.
+    At the start of each chosen epoch one budget is allocated over all layers, and each chosen one is replaced by two
+    smaller ones. Optimizers and schedulers go on; checkpoints from before and after can be resumed, tested and
+    restored. A Trainer takes one of these callbacks; for several compressions give it lists.
 
     Args:
         keep_ratio: fraction of all parameters (or of ``cost``) to keep, in (0, 1]; or one for each epoch in ``epochs``.
@@ -56,18 +56,21 @@ class LowRankCompression(CallbackBase):
         embeddings: whether ``nn.Embedding`` layers are factorized, too.
         optimizer_state: what the optimizer knows of new factors: ``reset``, nothing; or ``project``, the momentum of
             their dense weight through the chain rule, for SGD, Adam and AdamW (:mod:`lr_callback.projection`).
-        learning_rate_rewind: after each compression let all learning rates and their schedulers start again as they
-            did when the run began; by default they go on as if nothing had happened.
+        learning_rate_rewind: after each compression let learning rates and schedulers start again as the run began.
         refit: refit the factors at each compression by least squares (:mod:`lr_callback.refit`), layer after layer on
             the inputs that the compressed network gives them (``cut``), or at once on those of the network before it
             (``dense``); None: not at all.
         recalibrate_batchnorm: measure the statistics of BatchNorm layers anew at each compression.
         calibration_batches: number of training batches, on each process, that these take, an error that is weighted by
             activations, and the objective ``loss``: from a copy of the training loader, with its augmentation.
+        distill: from the first compression on let the loss be ``(1 - distill)`` times what ``training_step`` returns
+            plus ``distill`` times the distance of the network's scores from those of a frozen copy of the network
+            before (:func:`lr_callback.distillation_loss`); None: not at all. Takes the memory of all dense weights, on
+            the device and in each checkpoint, and that of a forward pass without gradients.
+        distill_temperature: of both softmaxes.
         show_table: print the table of all layers at each compression.
         snapshots: write weights-only checkpoints ``dense.ckpt`` (before the first compression), ``cut.ckpt`` (after the
-            latest) and ``final.ckpt`` into ``compression`` in the log folder, or else in ``default_root_dir``; under
-            ``fast_dev_run`` they are gone with the Trainer.
+            latest) and ``final.ckpt`` into ``compression`` in the log folder, or else in ``default_root_dir``.
         reset_monitors: let EarlyStopping and ModelCheckpoint begin anew at each compression: what was best so far was
             of another model; files stay.
 
@@ -98,6 +101,8 @@ class LowRankCompression(CallbackBase):
         refit: Refit | None = None,
         recalibrate_batchnorm: bool = False,
         calibration_batches: int = 8,
+        distill: float | None = None,
+        distill_temperature: float = 4.0,
         show_table: bool = True,
         snapshots: bool = False,
         reset_monitors: bool = True,
@@ -114,6 +119,7 @@ class LowRankCompression(CallbackBase):
         self.scope = Scope(check_method(method), include, exclude, embeddings)
         self.optimizer_state, self.learning_rate_rewind = optimizer_state, learning_rate_rewind
         self.show_table, self.snapshots, self.reset_monitors = show_table, snapshots, reset_monitors
+        self._distillation = (distill, distill_temperature)
         check_flags(self.scope, "embeddings")
         check_flags(self, "learning_rate_rewind", "show_table", "snapshots", "reset_monitors")
         self._forget()
@@ -132,8 +138,8 @@ class LowRankCompression(CallbackBase):
     def should_compress(self, trainer: Trainer, pl_module: LightningModule) -> float | None:
         """Return the fraction to keep if the model is to be compressed at the start of this epoch, else None.
 
-        Override it to compress at other moments. By default: the latest event that is due and was not applied, also
-        where its own epoch was passed in a run without this callback; under ``fast_dev_run`` the first, at once.
+        Override it to compress at other moments. By default: the latest event that is due and was not applied; under
+        ``fast_dev_run`` the first, at once.
         """
         if is_smoke_test(trainer) and not self._record.applied:
             return self.events[min(self.events)]
@@ -143,7 +149,7 @@ class LowRankCompression(CallbackBase):
         """Return the averages of the module's weights, which are compressed along with it, in its basis.
 
         By default every ``AveragedModel`` that a callback holds, and the copy of StochasticWeightAveraging. Override it
-        to add a copy of your own of the module or of a part of it; it is asked in ``setup``, too.
+        to add a copy of your own; it is asked in ``setup``, too.
         """
         return held_averages(trainer)
 
@@ -166,6 +172,7 @@ class LowRankCompression(CallbackBase):
         """Begin anew: an earlier run of this callback may have been with another model or other batches."""
         self._record = Record()
         self._counting = Counting(required=self.cost == "multiply_adds")
+        self._distilling = Distilling(*self._distillation)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the optimizers' parameters in the order of the file; check optimizers, schedules and budgets."""
@@ -174,6 +181,7 @@ class LowRankCompression(CallbackBase):
         self._resuming.check(trainer)
         self._resuming.order_optimizers(trainer, pl_module)
         check_optimizers(trainer, self.optimizer_state)
+        self._distilling.check(pl_module)
         self.scope.check_optimizers(trainer, pl_module)
         align_averages(pl_module, self.averages(trainer, pl_module))
         if self.learning_rate_rewind:
@@ -191,6 +199,7 @@ class LowRankCompression(CallbackBase):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse from now on a state dict of another structure, and begin an epoch that is to begin."""
         hold_structure(pl_module)
+        self._distilling.begin(trainer, pl_module, self.allocation is not None)
         self._resuming.begin(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -207,8 +216,7 @@ class LowRankCompression(CallbackBase):
         """Analyse, allocate, replace the layers and let the optimizers follow; write snapshots, log and print.
 
         It is done as a whole or not at all: whatever is raised on the way, also by a logger, a full disk or a person's
-        interrupt, leaves the model, the optimizers and this callback as they were. Signals wait while layers are
-        exchanged, so that none finds half a compression.
+        interrupt, leaves all as it was. Signals wait while layers are exchanged.
 
         Args:
             trainer: whose optimizers are edited.
@@ -221,10 +229,10 @@ class LowRankCompression(CallbackBase):
         """
         started, processes = perf_counter(), processes_of(trainer)
         with held(), ExitStack() as undo:
-            for noted in (vars(self), vars(self._counting)):
+            for noted in (vars(self), vars(self._counting), vars(self._distilling)):
                 undo.callback(noted.update, dict(noted))
-            if "dense" not in self.snapshot_files and not factorized_in(pl_module):
-                self._snapshot(trainer, "dense")
+            if not factorized_in(pl_module):
+                self._snapshot(trainer, "dense", again=False)
             self._counting.observe_example(trainer, pl_module)
             calls = self.repairing.calls(trainer, pl_module, self.scope.method)
             importance = importance_of(trainer, pl_module, self.scope, calls)
@@ -233,10 +241,8 @@ class LowRankCompression(CallbackBase):
             allocation = processes.first(lambda: analysis.allocate(keep_ratio))
             averages = processes.agree(lambda: self.averages(trainer, pl_module))
             options = (averages, self.reset_monitors, self.optimizer_state, self._record.start, importance)
-
-            def repair(targets: Mapping[str, nn.Module], made: Mapping[str, nn.Module]) -> None:
-                self.repairing.repair(trainer, pl_module, targets, made, calls, undo)
-
+            repair = partial(self.repairing.repair, trainer, pl_module, calls, undo)
+            self._distilling.keep(trainer, pl_module)
             report = cut(trainer, pl_module, allocation, undo, *options, repair)
             seconds = processes.first(lambda: perf_counter() - started)
             part = write_part(trainer, "cut", undo) if self.snapshots else None
@@ -249,11 +255,13 @@ class LowRankCompression(CallbackBase):
         return report
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
-        """Watch the first batch: how the network is called is not known before."""
+        """Watch the first batch: how the network is called is not known before; distil."""
         self._counting.watch(pl_module)
+        self._distilling.watch(pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
-        """Count the multiply-adds of the first batch."""
+        """Count the multiply-adds of the first batch; log the distillation."""
+        self._distilling.log(pl_module)
         if not self._counting.count(trainer):
             return
         if self.cost == "multiply_adds":
@@ -265,21 +273,24 @@ class LowRankCompression(CallbackBase):
         """Leave no hooks of ours behind."""
         release_structure(pl_module)
         self._counting.stop()
+        self._distilling.end()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the last snapshot; warn if no file is of the compressed model."""
         if self.allocation is not None:
             self._snapshot(trainer, "final")
+        self._distilling.end()
         if self.allocation is not None and self.reset_monitors and not is_smoke_test(trainer):
             warn_of_no_best(trainer)
 
-    def _snapshot(self, trainer: Trainer, name: str) -> None:
-        if self.snapshots:
+    def _snapshot(self, trainer: Trainer, name: str, again: bool = True) -> None:
+        if self.snapshots and (again or name not in self.snapshot_files):
             self._record = self._record.with_files(write_snapshot(trainer, name))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, as plain data."""
-        return replace(self._record, observation=self._counting.observation).to_dict()
+        observation, teacher = self._counting.observation, self._distilling.weights
+        return replace(self._record, observation=observation, teacher=teacher).to_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what :meth:`state_dict` wrote.
@@ -288,7 +299,8 @@ class LowRankCompression(CallbackBase):
             ValueError: If a newer version or something else wrote it. Nothing was changed.
         """
         self._record = Record.from_dict(state_dict).resumed(self.learning_rate_rewind)
-        self._counting.observation = self._record.observation
+        self._counting.observation, self._distilling.written = self._record.observation, self._record.teacher
+        self._record = replace(self._record, teacher=None)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Write the names of the parameters in each optimizer's groups."""

@@ -12,11 +12,16 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 from lr_callback.allocation import Allocation
 from lr_callback.observe import Observation
 
 Part = TypeVar("Part")
-VERSION = 1
+VERSION = 2
+_SINCE: Mapping[int, Mapping[str, object]] = {2: {"teacher": None}}
+"""Version -> the fields that it brought, with what stands for them in a record of an older one."""
+
 _WAY_OUT = (
     "Take its weights alone: `lr_callback.load_from_checkpoint(cls, path)` or `lr_callback.restore_(model, path)`. "
     "The callback was not changed."
@@ -33,6 +38,7 @@ class Record:
         observation: of one batch.
         start: where learning rates and schedulers began, as :mod:`lr_callback.rewind` notes them.
         snapshot_files: name of a snapshot -> its path.
+        teacher: the weights of the network before the first compression, of which a run with distillation learns.
 
     Example::
 
@@ -45,6 +51,7 @@ class Record:
     observation: Observation | None = None
     start: dict[str, Any] | None = None
     snapshot_files: Mapping[str, str] = field(default_factory=dict)
+    teacher: Mapping[str, Tensor] | None = None
 
     @property
     def last(self) -> int:
@@ -78,6 +85,7 @@ class Record:
             "observation": None if self.observation is None else self.observation.to_dict(),
             "start": copy.deepcopy(self.start),
             "snapshot_files": dict(self.snapshot_files),
+            "teacher": None if self.teacher is None else dict(self.teacher),
         }
 
     @classmethod
@@ -95,6 +103,7 @@ class Record:
             observation=None if observation is None else _read("observation", Observation.from_dict, observation),
             start=copy.deepcopy(parts["start"]),
             snapshot_files=dict(parts["snapshot_files"]),
+            teacher=parts["teacher"],
         )
 
 
@@ -107,6 +116,8 @@ def _checked(written: object) -> dict[str, Any]:
             f"LowRankCompression: the checkpoint was written by a newer lr_callback, its record of the run is of "
             f"version {written['version']}, this one reads up to {VERSION}. Update lr_callback to go on. {_WAY_OUT}"
         )
+    for version, added in _SINCE.items():
+        written = {**(added if written["version"] < version else {}), **written}
     names = {one.name for one in fields(Record)}
     differ = sorted(map(str, names ^ (written.keys() - {"version"})))
     if differ:
@@ -146,6 +157,12 @@ def _are_files(value: object) -> bool:
     return isinstance(value, dict) and all(isinstance(one, str) for pair in value.items() for one in pair)
 
 
+def _is_state(value: object) -> bool:
+    return value is None or (
+        isinstance(value, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
+    )
+
+
 def _is_dict_or_none(value: object) -> bool:
     return value is None or isinstance(value, dict)
 
@@ -156,4 +173,5 @@ _PARTS: Mapping[str, tuple[Callable[[object], bool], str]] = {
     "observation": (_is_dict_or_none, "a dict or None"),
     "start": (_is_start, "None or a dict with the lists `groups` and `schedulers`"),
     "snapshot_files": (_are_files, "a dict of names and paths"),
+    "teacher": (_is_state, "None or a dict of names and tensors"),
 }

@@ -71,20 +71,20 @@ class Repairing:
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        targets: Mapping[str, nn.Module],
-        made: Mapping[str, nn.Module],
         calls: list[Probe],
         undo: ExitStack,
+        targets: Mapping[str, nn.Module],
+        made: Mapping[str, nn.Module],
     ) -> None:
         """Refit layers that are about to be put into a module, and measure BatchNorm statistics as they will be.
 
         Args:
             trainer: at the start of an epoch.
             pl_module: that still has the layers before the cut.
-            targets: layer name -> the layer that stands there.
-            made: layer name -> the layer that takes its place.
             calls: from :meth:`calls`.
             undo: given what puts back the statistics, and the biases, which stay the same parameters.
+            targets: layer name -> the layer that stands there.
+            made: layer name -> the layer that takes its place.
         """
         if not calls or not made:
             return

@@ -57,8 +57,23 @@ def test_compression_passes_all_events_until_its_epoch(record):
 
 def test_newer_version_is_refused_with_the_way_out(record):
     written = {**record.to_dict(), "version": VERSION + 1, "new": 1}
-    with pytest.raises(ValueError, match=rf"written by a newer lr_callback.* of version 2, .*up to 1\..*{WAY_OUT}"):
+    with pytest.raises(ValueError, match=rf"written by a newer lr_callback.* of version 3, .*up to 2\..*{WAY_OUT}"):
         Record.from_dict(written)
+
+
+def test_record_of_the_version_before_is_read(record):
+    written = {**record.to_dict(), "version": 1}
+    del written["teacher"]
+    assert Record.from_dict(written) == record
+
+
+def test_teacher_comes_back_bit_for_bit():
+    weights = {"weight": torch.randn(3, 2), "running": torch.tensor(3)}
+    buffer = io.BytesIO()
+    torch.save(Record(teacher=weights).to_dict(), buffer)
+    buffer.seek(0)
+    found = Record.from_dict(torch.load(buffer, weights_only=True)).teacher
+    assert found.keys() == weights.keys() and all(torch.equal(found[name], one) for name, one in weights.items())
 
 
 @pytest.mark.parametrize(
@@ -75,6 +90,7 @@ def test_newer_version_is_refused_with_the_way_out(record):
         ({"observation": {"calls": {}}}, r"`observation` cannot be read \(KeyError: 'dense_multiply_adds'\)"),
         ({"observation": {"calls": {"0": [1]}}}, r"`observation` cannot be read \(TypeError"),
         ({"start": {"groups": []}}, r"`start` must be None or a dict with the lists `groups` and `schedulers`"),
+        ({"teacher": {"weight": 3}}, r"`teacher` must be None or a dict of names and tensors, got \{'weight': 3\}"),
         ({"snapshot_files": {"cut": None}}, r"`snapshot_files` must be a dict of names and paths, got \{'cut': None\}"),
     ],
 )
