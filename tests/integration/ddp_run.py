@@ -192,6 +192,17 @@ def uneven() -> dict[str, Any]:
     return {**watch.seen(module), "allocation": compression.allocation.to_dict()}
 
 
+def distilled() -> dict[str, Any]:
+    """Learn from the network before the first cut, whose statistics each rank has of its own batches."""
+    compression, own = events(distill=0.5), []
+
+    def note(host: Trainer, module: LightningModule) -> None:
+        own.append(digest(module.named_buffers()))
+
+    found = run(OnEpoch(1, note), module=Module(norm=True), compression=compression)
+    return {**found, "own": own, "teacher": digest(compression.state_dict()["teacher"].items())}
+
+
 class OnlyInTraining(Module):
     """A network that cannot be run in eval mode on one rank."""
 
@@ -241,6 +252,7 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
         module=Module(norm=True), compression=events(method=lrc.ALDS("batchnorm", "loss"))
     ),
     "weighed by Adam": lambda: run(module=Module(adam=True), compression=events(method=lrc.ALDS("fisher", "sum"))),
+    "distilled": distilled,
     "factors of other signs": other_signs,
     "averages of other bits": other_averages,
     "averages on one rank": lambda: failure(lambda: run(compression=OnOneRank(0.5, 1, show_table=False))),

@@ -39,6 +39,7 @@ TRAINED = {
     "weighed by effects": "DDP, errors weighted by activations, layers by their effects, repaired",
     "weighed by BatchNorm": "DDP, errors weighted by BatchNorm",
     "weighed by Adam": "DDP, errors weighted by mean squared gradients",
+    "distilled": "DDP, distillation",
     "factors of other signs": "DDP with init_sync=False",
 }
 """Case -> the situation."""
@@ -118,6 +119,12 @@ def test_averages_are_the_same_on_every_rank_whatever_its_own_bits(read):
     assert all_same(found, "weights", "averages")
     assert len(set(found[0]["averages"])) == len(found[0]["averages"]) >= 4
     assert [one["turned"] for one in found] == [True] * len(found)
+
+
+def test_teacher_is_the_same_on_every_rank_whatever_its_own_statistics(read):
+    found = read("distilled")
+    assert len({one["own"][0] for one in found}) == len(found)
+    assert all_same(found, "teacher")
 
 
 def test_averages_that_not_all_ranks_have_are_refused_on_all(read):
