@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import kl_div, log_softmax
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -25,8 +25,8 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> T
         True
     """
     wide = torch.promote_types(student.dtype, torch.float32)
-    own, wanted = (F.log_softmax(scores.to(wide) / temperature, 1) for scores in (student, teacher))
-    every = F.kl_div(own, wanted, reduction="none", log_target=True)
+    own, wanted = (log_softmax(scores.to(wide) / temperature, 1) for scores in (student, teacher))
+    every = kl_div(own, wanted, reduction="none", log_target=True)
     return temperature**2 * every.sum(1).mean()
 
 

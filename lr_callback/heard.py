@@ -47,7 +47,7 @@ class Invocation:
 class Heard:
     """The outermost calls of some modules, those without parameters left out; a call inside another is a part of it.
 
-    Hooks stay where they are between two times of :meth:`listening`: what is compiled would be compiled anew for others.
+    Hooks stay where they are between two times of :meth:`listening`: for others, what is compiled is compiled anew.
 
     Attributes:
         invocations: with copies of the arguments, which the call itself may write to.

@@ -67,6 +67,13 @@ class Repairing:
             return []
         return processes_of(trainer).agree(lambda: calibration_calls(trainer, pl_module, self.batches), long=True)
 
+    def measure(
+        self, trainer: Trainer, pl_module: LightningModule, scope: Scope
+    ) -> tuple[list[Probe], dict[str, Importance] | None]:
+        """Return what :meth:`calls` does, and the importance of the layers, for a method that weighs by it."""
+        calls = self.calls(trainer, pl_module, scope.method)
+        return calls, importance_of(trainer, pl_module, scope, calls)
+
     def repair(
         self,
         trainer: Trainer,

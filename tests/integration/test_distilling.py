@@ -1,4 +1,4 @@
-"""Distillation inside ``Trainer.fit``: the loss is the formula, the teacher the network before, and all else as it was."""
+"""Distillation inside ``Trainer.fit``: the loss is the formula, the teacher the network before, the rest as it was."""
 
 import copy
 from itertools import pairwise
@@ -102,7 +102,7 @@ def same(one, other):
 @pytest.mark.situation("Repair", "distillation from the network before the first cut", "works")
 @pytest.mark.parametrize("form", ["tensor", "dict"])
 def test_loss_and_gradients_are_those_of_the_formula_written_by_hand(train, form):
-    trainer, noted, _ = train(Network(form), distill=0.3, distill_temperature=2.5)
+    _, noted, _ = train(Network(form), distill=0.3, distill_temperature=2.5)
     for step in (0, 3, 5):
         module, (images, labels), state = noted.before[step]
         teacher = noted.dense[1]
@@ -243,8 +243,8 @@ def test_a_run_that_is_resumed_has_the_same_teacher_and_the_same_end(train, tmp_
         assert again.losses == noted.losses[3 * (epoch + 1) :]
 
 
-def test_a_run_that_goes_on_in_the_same_process_has_the_same_teacher(train, new_trainer, tmp_path):
-    trainer, noted, compression = train()
+def test_a_run_that_goes_on_in_the_same_process_has_the_same_teacher(train):
+    trainer, noted, _ = train()
     trainer.fit_loop.max_epochs = 3
     trainer.fit(trainer.lightning_module, batches())
     assert len(noted.teachers) == 9 and same(noted.teachers[-1], noted.teachers[3])
