@@ -203,6 +203,14 @@ def distilled() -> dict[str, Any]:
     return {**found, "own": own, "teacher": digest(compression.state_dict()["teacher"].items())}
 
 
+def automatic() -> dict[str, Any]:
+    """Compress when the spectra have settled."""
+    compression = LowRankCompression(0.5, when="auto", show_table=False)
+    found = run(module=Module(norm=True), compression=compression)
+    state = compression.state_dict()
+    return {**found, "applied": state["applied"], "ranks": state["stable_ranks"]}
+
+
 class OnlyInTraining(Module):
     """A network that cannot be run in eval mode on one rank."""
 
@@ -261,6 +269,7 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "buffers": buffers,
     "batches of other sizes": uneven,
     "uncountable": uncountable,
+    "auto": automatic,
     **ddp_failures.CASES,
     **ddp_files.CASES,
 }

@@ -57,7 +57,7 @@ FAILED = {
 OTHERS = [
     *("averages of other bits", "averages on one rank", "momentum of other bits"),
     *("double", "buffers", "fails to agree", "fails apart", "resume", "logs", "batches of other sizes", "uncountable"),
-    *("network that talks", "fsdp2"),
+    *("network that talks", "fsdp2", "auto"),
 ]
 needs_fork = pytest.mark.skipif(
     torch.cuda.is_available(), reason="where there is a GPU, a process that has trained cannot be forked"
@@ -125,6 +125,13 @@ def test_teacher_is_the_same_on_every_rank_whatever_its_own_statistics(read):
     found = read("distilled")
     assert len({one["own"][0] for one in found}) == len(found)
     assert all_same(found, "teacher")
+
+
+@pytest.mark.situation("Strategies", "DDP, when='auto'", "works")
+def test_ranks_that_wait_for_the_spectra_cut_in_the_same_epoch(read):
+    found = read("auto")
+    assert all_same(found, "weights", "sizes", "applied", "ranks")
+    assert len(found[0]["applied"]) == 1 and len(found[0]["ranks"]) == 3 and found[0]["factorized"]
 
 
 def test_averages_that_not_all_ranks_have_are_refused_on_all(read):
