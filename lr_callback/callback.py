@@ -56,7 +56,7 @@ class LowRankCompression(Checkpointed):
         learning_rate_rewind: after each compression let learning rates and schedulers start again as the run began.
         refit: refit the factors at each compression by least squares (:mod:`lr_callback.refit`), layer after layer on
             the inputs that the compressed network gives them (``cut``), or at once on those of the network before it
-            (``dense``); None: not at all.
+            (``dense``); ``auto``: as ``cut`` where the training can be run for it, else a warning; None: not at all.
         recalibrate_batchnorm: measure the statistics of BatchNorm layers anew at each compression.
         calibration_batches: number of training batches, on each process, that these take, an error that is weighted by
             activations, and the objective ``loss``: from a copy of the training loader, with its augmentation.

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lr_callback.collect import collect_moments
@@ -21,13 +23,14 @@ from lr_callback.host.strategies import processes_of
 from lr_callback.importance import Importance
 from lr_callback.layers import dense_bias
 from lr_callback.methods import Method
+from lr_callback.observe import untouched
 from lr_callback.optimizers import optimizers_in
 from lr_callback.probe import Probe
-from lr_callback.refit import refit_
+from lr_callback.refit import Inputs, refit_
 from lr_callback.repair import batchnorm_layers, recalibrate_batchnorm_
 from lr_callback.surgery import standing_in
 
-Refit = Literal["cut", "dense"]
+Refit = Literal["auto", "cut", "dense"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,8 @@ class Repairing:
 
     Args:
         refit: factors by least squares, on the inputs of the cut network (``cut``) or of the network before it
-            (``dense``); None: not at all.
+            (``dense``); ``auto``: as ``cut`` where the training can be run for it, else not at all, with a warning;
+            None: not at all.
         batchnorm: whether statistics of BatchNorm layers are measured anew.
         batches: number of training batches that it takes, on each process.
 
@@ -50,8 +54,8 @@ class Repairing:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
-        if self.refit not in (None, "cut", "dense"):
-            raise ValueError(f"`refit` must be 'cut', 'dense' or None, got {self.refit!r}.")
+        if self.refit not in (None, "auto", "cut", "dense"):
+            raise ValueError(f"`refit` must be 'auto', 'cut', 'dense' or None, got {self.refit!r}.")
         if not isinstance(self.batchnorm, bool):
             raise ValueError(f"`recalibrate_batchnorm` must be true or false, got {self.batchnorm!r}.")
         if not isinstance(self.batches, int) or isinstance(self.batches, bool) or self.batches < 1:
@@ -61,11 +65,35 @@ class Repairing:
         """Return the calls on the training batches that the method or a repair needs; none, if nothing does.
 
         Raises:
-            MisconfigurationException: If they cannot be had.
+            MisconfigurationException: If they cannot be had, and not only ``refit="auto"`` needs them.
         """
-        if not (self.refit or self.batchnorm or method.needs_effects or method.error in _MEASURED):
-            return []
-        return processes_of(trainer).agree(lambda: calibration_calls(trainer, pl_module, self.batches), long=True)
+        asked = self.refit in ("cut", "dense") or self.batchnorm
+        if asked or method.needs_effects or method.error in _MEASURED:
+            return processes_of(trainer).agree(lambda: calibration_calls(trainer, pl_module, self.batches), long=True)
+        return self._calls_if_possible(trainer, pl_module) if self.refit else []
+
+    def _calls_if_possible(self, trainer: Trainer, pl_module: LightningModule) -> list[Probe]:
+        """Return the calls, if every process can have them and make them again; else none, with a warning."""
+        calls: list[Probe] = []
+
+        def attempt() -> str | None:
+            try:
+                calls.extend(calibration_calls(trainer, pl_module, self.batches))
+                with untouched(pl_module):
+                    next(one for one in calls if one.seen).repeat()
+            except Exception as error:
+                own = isinstance(error, MisconfigurationException)
+                return str(error).removeprefix("LowRankCompression: ") if own else f"{type(error).__name__}: {error}"
+            return None
+
+        reasons = [reason for reason in processes_of(trainer).gather(attempt, long=True) if reason is not None]
+        if reasons:
+            rank_zero_warn(
+                "LowRankCompression: the factors are not refitted, a cut costs more accuracy without. refit='auto' "
+                "needs some training batches, and the network's calls on them once more in eval mode, which could not "
+                f"be had: {reasons[0]} With refit=None this is not tried, with refit='cut' it is an error."
+            )
+        return [] if reasons else calls
 
     def measure(
         self, trainer: Trainer, pl_module: LightningModule, scope: Scope
@@ -102,7 +130,8 @@ class Repairing:
                     if bias is not None:  # it is the one of the layer that stands there, too
                         undo.callback(_set, bias, bias.detach().clone())
                 replaced = {name: targets[name] for name in made}
-                refit_(pl_module, replaced, calls, forward=Probe.repeat, inputs=self.refit, processes=processes)
+                inputs: Inputs = "dense" if self.refit == "dense" else "cut"
+                refit_(pl_module, replaced, calls, forward=Probe.repeat, inputs=inputs, processes=processes)
             if self.batchnorm:
                 layers = batchnorm_layers(pl_module)
                 for layer in layers:
