@@ -28,6 +28,7 @@ from lr_callback.optimizers import optimizers_in
 from lr_callback.probe import Probe
 from lr_callback.refit import Inputs, refit_
 from lr_callback.repair import batchnorm_layers, recalibrate_batchnorm_
+from lr_callback.report import Told, progress_line
 from lr_callback.surgery import standing_in
 
 Refit = Literal["auto", "cut", "dense"]
@@ -124,6 +125,7 @@ class Repairing:
         if not calls or not made:
             return
         processes = processes_of(trainer)
+        bar = trainer.progress_bar_callback
         with standing_in(pl_module, {targets[name]: layer for name, layer in made.items()}):
             if self.refit is not None:
                 for bias in [dense_bias(layer) for layer in made.values()]:
@@ -131,12 +133,15 @@ class Repairing:
                         undo.callback(_set, bias, bias.detach().clone())
                 replaced = {name: targets[name] for name in made}
                 inputs: Inputs = "dense" if self.refit == "dense" else "cut"
-                refit_(pl_module, replaced, calls, forward=Probe.repeat, inputs=inputs, processes=processes)
+                options: dict[str, Any] = {"forward": Probe.repeat, "inputs": inputs, "processes": processes}
+                with progress_line(bar, "refit") as progress:
+                    refit_(pl_module, replaced, calls, progress=progress, **options)
             if self.batchnorm:
                 layers = batchnorm_layers(pl_module)
                 for layer in layers:
                     undo.callback(layer.load_state_dict, {n: v.clone() for n, v in layer.named_buffers()}, strict=False)
-                recalibrate_batchnorm_(pl_module, calls, Probe.repeat, processes)
+                with progress_line(bar, "BatchNorm", "batch") as progress:
+                    recalibrate_batchnorm_(pl_module, Told(calls, progress), Probe.repeat, processes)
 
 
 def _set(parameter: nn.Parameter, value: Tensor) -> None:
@@ -154,13 +159,15 @@ def importance_of(
     """Return the importance of the layers on some calls, for a method that weighs errors by it, or layers."""
     method, known = scope.method, None
     options: dict[str, Any] = {"include": scope.include, "exclude": scope.exclude, "processes": processes_of(trainer)}
+    bar = trainer.progress_bar_callback
     if method.error in _MEASURED:
-        known = _MEASURED[method.error](pl_module, calls, forward=Probe.repeat, **options)
+        with progress_line(bar, "importance", "batch") as progress:
+            known = _MEASURED[method.error](pl_module, Told(calls, progress), forward=Probe.repeat, **options)
     if method.error == "fisher":
         optimizers = [*trainer.optimizers, *optimizers_in(pl_module)]
         known = fisher_importance(pl_module, optimizers=optimizers, **options)
     if not method.needs_effects:
         return known
-    return measure_effects(
-        pl_module, calls, method, known, forward=Probe.repeat, embeddings=scope.embeddings, **options
-    )
+    options |= {"forward": Probe.repeat, "embeddings": scope.embeddings}
+    with progress_line(bar, "effects", "batch") as progress:
+        return measure_effects(pl_module, Told(calls, progress), method, known, **options)

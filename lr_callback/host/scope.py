@@ -20,7 +20,7 @@ from lr_callback.importance import Importance
 from lr_callback.methods import Method
 from lr_callback.observe import Observation
 from lr_callback.optimizers import optimizers_in, with_inner
-from lr_callback.report import analysis_progress
+from lr_callback.report import progress_line
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Scope:
         importance: Mapping[str, Importance] | None = None,
     ) -> Analysis:
         """Analyse the module as it stands, shared out over the processes of the run; show the progress in its bar."""
-        with analysis_progress(trainer.progress_bar_callback) as progress:
+        with progress_line(trainer.progress_bar_callback) as progress:
             options = {"progress": progress, "processes": processes_of(trainer), **self._layers}
             return analyze(pl_module, self.method, observation=unit, importance=importance, **options)
 
