@@ -167,9 +167,8 @@ class _Refit:
         if only is None:
             self._warn_of_unseen(found)
         self._warn_of_few({name: float(one.count) for name, one in found.items()})
-        return {
-            name: self._solve(name, found[name]) for name in self._told([one for one in self._fits if one in found])
-        }
+        order = [name for name in self._fits if name in found]
+        return {name: self._solve(name, found[name]) for name in self._told(order)}
 
     def one_by_one(self) -> dict[str, float]:
         """Refit one layer after the other, in the order of their calls, on the inputs of the model as it stands."""
