@@ -18,11 +18,12 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torchmetrics.aggregation import MeanMetric
 
-from lr_callback.checkpoint import restore_
+from lr_callback.checkpoint import adapt_structure
 from lr_callback.distillation import check_scores, distillation_loss
 from lr_callback.heard import Heard, Invocation
 from lr_callback.host.strategies import processes_of
 from lr_callback.observe import as_written
+from lr_callback.table import listed
 
 _LOGGED = "compression/distillation_loss"
 _STEP = "training_step"
@@ -60,8 +61,7 @@ class Distilling:
     @property
     def weights(self) -> Mapping[str, Tensor] | None:
         """The teacher's weights, by name; None before the first cut."""
-        # Not its own `state_dict`, which a LightningModule may have override to leave out what it can get elsewhere.
-        return self.written if self._teacher is None else nn.Module.state_dict(self._teacher)
+        return self.written if self._teacher is None else _tensors(self._teacher)
 
     def check(self, pl_module: LightningModule) -> None:
         """Refuse a module whose loss is not handed over.
@@ -85,7 +85,7 @@ class Distilling:
             cut: whether the run was compressed before.
 
         Raises:
-            MisconfigurationException: If there is no copy of the network before the cut.
+            MisconfigurationException: If there is no copy of the network before the cut, or it is of another one.
         """
         written, self.written = self.written, None
         if self._weight is None or not cut:
@@ -96,9 +96,7 @@ class Distilling:
                 f"that is gone on with{f' from {trainer.ckpt_path}' if trainer.ckpt_path else ''} was compressed "
                 "without keeping it. Go on with distill=None, or begin again from a file of before the compression."
             )
-        made = frozen_copy(trainer, pl_module)
-        restore_(made, dict(written))
-        self._teacher = made.eval().requires_grad_(False)
+        self._teacher = _restored(frozen_copy(trainer, pl_module), written)
 
     def keep(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep a copy of a network that is about to be cut for the first time; the same on every process.
@@ -111,7 +109,7 @@ class Distilling:
         processes = processes_of(trainer)
         made = processes.agree(lambda: frozen_copy(trainer, pl_module), long=True)
         # Running statistics differ between processes, and the file of a run has those of the first.
-        processes.share(list(nn.Module.state_dict(made).values()), pl_module.device, "the entries of the state dict")
+        processes.share(list(_tensors(made).values()), pl_module.device, "the entries of the state dict")
         self._teacher = made
 
     def watch(self, pl_module: LightningModule) -> None:
@@ -143,7 +141,7 @@ class Distilling:
         """Give the device's memory back; the weights stay, in main memory, for files that are written later."""
         self.stop()
         self._heard.detach()
-        self._watched = None
+        self._watched = self._name = None
         weights = self.weights
         self.written = None if weights is None else {name: value.cpu() for name, value in weights.items()}
         self._teacher = None
@@ -198,6 +196,34 @@ class Distilling:
         penalty = distillation_loss(scores, wanted, self._temperature)
         self._metric.to(scores.device).update(penalty.detach(), weight=len(scores))
         return penalty
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors in a module's state dict."""
+    # Not by its own method, which a LightningModule may override to leave out what it can get elsewhere.
+    state = nn.Module.state_dict(module)
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+@torch.no_grad()
+def _restored(made: LightningModule, written: Mapping[str, Tensor]) -> LightningModule:
+    """Give a copy the structure and the values that were written, bit for bit."""
+    adapt_structure(made, written)
+    own = _tensors(made)
+    differ = sorted(name for name in own.keys() | written.keys() if _shape(own, name) != _shape(written, name))
+    if differ:
+        raise MisconfigurationException(
+            "LowRankCompression: the network before the first compression, which the checkpoint keeps for `distill`, "
+            f"must have the entries and shapes of this one, they differ at {listed(differ)}. Resume with the module of "
+            "the run before, or with distill=None."
+        )
+    for name, value in own.items():
+        value.copy_(written[name])
+    return made.eval().requires_grad_(False)
+
+
+def _shape(state: Mapping[str, Tensor], name: str) -> object:
+    return (state[name].shape, state[name].dtype) if name in state else None
 
 
 def _is_number(value: object) -> bool:

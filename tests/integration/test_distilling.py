@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -248,6 +248,80 @@ def test_a_run_that_goes_on_in_the_same_process_has_the_same_teacher(train):
     trainer.fit_loop.max_epochs = 3
     trainer.fit(trainer.lightning_module, batches())
     assert len(noted.teachers) == 9 and same(noted.teachers[-1], noted.teachers[3])
+
+
+class Particular(Network):
+    """Keeps what is no tensor in its files, leaves a part out of them, and has a hook that cannot be copied."""
+
+    def __init__(self):
+        super().__init__(dropout=0.0)
+        self.part = nn.Linear(2, 2)
+
+    def get_extra_state(self):
+        return {"version": 1}
+
+    def set_extra_state(self, state):
+        assert state == {"version": 1}
+
+    def state_dict(self, *arguments, **named):
+        state = super().state_dict(*arguments, **named)
+        return {name: one for name, one in state.items() if not name.startswith("part")}
+
+    def load_state_dict(self, state, strict=True):
+        return super().load_state_dict(state, strict=False)
+
+    def on_fit_start(self):
+        self.head.register_forward_hook(Holder(self.trainer).see)
+
+
+class Holder:
+    def __init__(self, trainer):
+        self.trainer, self.uncopied, self.seen = trainer, (one for one in ()), 0
+
+    def see(self, layer, inputs, output):
+        self.seen += 1
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_what_a_module_has_beside_its_weights_is_no_hindrance(new_trainer, tmp_path):
+    ends = []
+    for path in (None, tmp_path / "half.ckpt"):
+        torch.manual_seed(1)
+        compression = LowRankCompression(0.5, 1, distill=0.5, show_table=False)
+        module = Particular()
+        epochs = (3,) if path else (2, 3)
+        for last in epochs:
+            trainer = new_trainer(tmp_path, compression, max_epochs=last)
+            trainer.fit(module, batches(), ckpt_path=path if path or last == 2 else tmp_path / "half.ckpt")
+            if last == 2:
+                trainer.save_checkpoint(tmp_path / "half.ckpt")
+                teacher = compression.state_dict()["teacher"]
+                assert "part.weight" in teacher and not any("extra" in name for name in teacher)
+        ends.append(module.state_dict())
+    assert all(torch.equal(one, ends[1][name]) for name, one in ends[0].items() if torch.is_tensor(one))
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_teacher_of_another_network_is_refused(train, tmp_path):
+    trainer, _, compression = train()
+    compression._distilling.written = {
+        name: one for name, one in compression._distilling.written.items() if name != "head.bias"
+    }
+    trainer.save_checkpoint(tmp_path / "other.ckpt")
+    with pytest.raises(
+        MisconfigurationException, match=r"the entries and shapes of this one, they differ at head\.bias"
+    ):
+        train(ckpt_path=tmp_path / "other.ckpt", max_epochs=3)
+
+
+@pytest.mark.situation("Repair", "distillation beside an average of the weights", "works")
+def test_averages_go_on_beside_a_teacher(new_trainer, tmp_path):
+    compression = LowRankCompression(0.5, 1, distill=0.5, show_table=False)
+    average = EMAWeightAveraging(decay=0.5)
+    trainer = new_trainer(tmp_path, average, compression, max_epochs=3)
+    trainer.fit(Network(), batches())
+    assert trainer.callback_metrics[LOGGED] > 0
+    assert "head.weight" in compression.state_dict()["teacher"]
 
 
 @pytest.mark.situation("Repair", "distillation of a run that was compressed without", "refused")
