@@ -220,11 +220,11 @@ class OnlyInTraining(Module):
         return super().forward(images)
 
 
-def uncountable() -> dict[str, Any]:
+def uncountable(text: str = "multiply-adds are not reported", **settings: Any) -> dict[str, Any]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        found = run(module=OnlyInTraining())
-    return {**found, "warned": sum("multiply-adds are not reported" in str(one.message) for one in caught)}
+        found = run(module=OnlyInTraining(), **settings)
+    return {**found, "warned": sum(text in str(one.message) for one in caught)}
 
 
 CASES: dict[str, Callable[[], dict[str, Any]]] = {
@@ -270,6 +270,7 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "batches of other sizes": uneven,
     "uncountable": uncountable,
     "auto": automatic,
+    "gentle refit": lambda: uncountable("the factors are not refitted", compression=events(refit="auto")),
     **ddp_failures.CASES,
     **ddp_files.CASES,
 }

@@ -57,7 +57,7 @@ FAILED = {
 OTHERS = [
     *("averages of other bits", "averages on one rank", "momentum of other bits"),
     *("double", "buffers", "fails to agree", "fails apart", "resume", "logs", "batches of other sizes", "uncountable"),
-    *("network that talks", "fsdp2", "auto"),
+    *("network that talks", "fsdp2", "auto", "gentle refit"),
 ]
 needs_fork = pytest.mark.skipif(
     torch.cuda.is_available(), reason="where there is a GPU, a process that has trained cannot be forked"
@@ -132,6 +132,12 @@ def test_ranks_that_wait_for_the_spectra_cut_in_the_same_epoch(read):
     found = read("auto")
     assert all_same(found, "weights", "sizes", "applied", "ranks")
     assert len(found[0]["applied"]) == 1 and len(found[0]["ranks"]) == 3 and found[0]["factorized"]
+
+
+def test_where_one_rank_cannot_be_calibrated_a_gentle_refit_is_left_out_on_all(read):
+    found = read("gentle refit")
+    assert all_same(found, "grads", "weights")
+    assert [one["warned"] for one in found] == [2] + [0] * (len(found) - 1), "at each of two cuts"
 
 
 def test_averages_that_not_all_ranks_have_are_refused_on_all(read):
