@@ -11,6 +11,7 @@ from lr_callback.analysis import Analysis as Analysis
 from lr_callback.analysis import allocate as allocate
 from lr_callback.analysis import analyze as analyze
 from lr_callback.checkpoint import restore_ as restore_
+from lr_callback.distillation import distillation_loss as distillation_loss
 from lr_callback.exporting import Exported as Exported
 from lr_callback.exporting import export as export
 from lr_callback.hook import prepare as prepare
@@ -85,6 +86,7 @@ __all__ = [
     "collect_moments",
     "correct_biases_",
     "densify_",
+    "distillation_loss",
     "export",
     "factorize_",
     "fisher_importance",

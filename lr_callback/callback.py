@@ -2,77 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from time import perf_counter
-from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
-from lr_callback.allocation import Allocation
-from lr_callback.costs import check_cost
-from lr_callback.events import check_flags, due, read_events
-from lr_callback.find import check_patterns, factorized_in
+from lr_callback.events import check_flags
+from lr_callback.find import factorized_in
 from lr_callback.hook import hold_structure, install_hook, release_structure
-from lr_callback.host.counting import Counting
+from lr_callback.host.checkpointed import Checkpointed
 from lr_callback.host.cut import cut, start_of
 from lr_callback.host.journal import log_multiply_adds, tell
 from lr_callback.host.monitors import warn_of_no_best
 from lr_callback.host.neighbours import align_averages, check_alone, check_neighbours, held_averages
-from lr_callback.host.packages import CallbackBase
-from lr_callback.host.record import Record
-from lr_callback.host.repairing import Refit, Repairing, importance_of
-from lr_callback.host.resume import Resuming, note_groups
+from lr_callback.host.repairing import Refit, Repairing
+from lr_callback.host.resume import Resuming
+from lr_callback.host.schedule import Schedule, When
 from lr_callback.host.scope import Scope
 from lr_callback.host.snapshots import publish, write_part, write_snapshot
 from lr_callback.host.strategies import check_same_weights, check_strategy, processes_of, same_on_all
-from lr_callback.host.trainer import check_optimizers, is_smoke_test, lacks, warn_of_late_events
+from lr_callback.host.trainer import check_optimizers, is_smoke_test, lacks
 from lr_callback.interrupts import held
 from lr_callback.methods import Method, check_method
 from lr_callback.projection import OptimizerState, check_optimizer_state
 from lr_callback.surgery import SurgeryReport
 
 
-class LowRankCompression(CallbackBase):
+class LowRankCompression(Checkpointed):
     """Factorize a network's layers in place at chosen epochs of ``Trainer.fit``, and train on.
 
-    At the start of each chosen epoch the errors of all layers are computed, one budget is allocated over them, and each
-    chosen layer is replaced by two smaller ones. Optimizers and schedulers go on as they are; checkpoints can be
-    resumed, tested and restored whether they are from before or after. A Trainer takes one of these callbacks; for
-    several compressions give it lists.
+    At the start of each chosen epoch one budget is allocated over all layers, and each chosen one is replaced by two
+    smaller ones. Optimizers and schedulers go on; checkpoints from before and after can be resumed, tested and
+    restored. A Trainer takes one of these callbacks; for several compressions give it lists.
 
     Args:
         keep_ratio: fraction of all parameters (or of ``cost``) to keep, in (0, 1]; or one for each epoch in ``epochs``.
         epochs: at the start of which epoch, counted from 0; or several, ascending. Each later one multiplies the
             factors back and allocates anew.
+        when: ``epochs``; or ``auto``: once, when the spectra of the layers have settled, the median stable rank being
+            within 2 % of what it was in each of the last two epochs, at the latest at half of ``max_epochs``.
         ramp: reach ``keep_ratio`` step by step over several ``epochs``, see :func:`lr_callback.events.cubic_ramp`.
         method: how to choose ranks; by default ``ALDS()``.
         cost: ``parameters``, or ``multiply_adds`` as counted on the first training batch (for epoch 0 on the module's
             ``example_input_array``).
         include: glob patterns of layer names; only these are factorized. By default all.
         exclude: glob patterns of layer names that stay dense.
-        embeddings: whether ``nn.Embedding`` layers are factorized, too.
+        embeddings: whether ``nn.Embedding`` is factorized, too.
         optimizer_state: what the optimizer knows of new factors: ``reset``, nothing; or ``project``, the momentum of
             their dense weight through the chain rule, for SGD, Adam and AdamW (:mod:`lr_callback.projection`).
-        learning_rate_rewind: after each compression let all learning rates and their schedulers start again as they
-            did when the run began; by default they go on as if nothing had happened.
+        learning_rate_rewind: after each compression let learning rates and schedulers start again as the run began.
         refit: refit the factors at each compression by least squares (:mod:`lr_callback.refit`), layer after layer on
             the inputs that the compressed network gives them (``cut``), or at once on those of the network before it
-            (``dense``); None: not at all.
+            (``dense``); ``auto``: as ``cut`` where the training can be run for it, else a warning; None: not at all.
         recalibrate_batchnorm: measure the statistics of BatchNorm layers anew at each compression.
         calibration_batches: number of training batches, on each process, that these take, an error that is weighted by
             activations, and the objective ``loss``: from a copy of the training loader, with its augmentation.
+        distill: from the first compression on let the loss be ``(1 - distill)`` times what ``training_step`` returns
+            plus ``distill`` times the distance of the network's scores from those of a frozen copy of the network
+            before (:func:`lr_callback.distillation_loss`); None: not at all. Takes the memory of all dense weights, on
+            the device and in each checkpoint, and that of a forward pass without gradients.
+        distill_temperature: of both softmaxes.
         show_table: print the table of all layers at each compression.
         snapshots: write weights-only checkpoints ``dense.ckpt`` (before the first compression), ``cut.ckpt`` (after the
-            latest) and ``final.ckpt`` into ``compression`` in the log folder, or else in ``default_root_dir``; under
-            ``fast_dev_run`` they are gone with the Trainer.
+            latest) and ``final.ckpt`` into ``compression`` in the log folder, or else in ``default_root_dir``.
         reset_monitors: let EarlyStopping and ModelCheckpoint begin anew at each compression: what was best so far was
             of another model; files stay.
 
     Raises:
-        TypeError: If ``method`` is no method.
+        TypeError: If ``method`` is no method, or a switch neither True nor False.
         ValueError: If an argument is out of range.
         MisconfigurationException: If the Trainer's strategy, precision plugin or another callback is not supported.
 
@@ -87,6 +87,7 @@ class LowRankCompression(CallbackBase):
         keep_ratio: float | list[float] = 0.5,
         epochs: int | list[int] = 1,
         *,
+        when: When = "epochs",
         ramp: bool = False,
         method: Method | None = None,
         cost: str = "parameters",
@@ -98,74 +99,55 @@ class LowRankCompression(CallbackBase):
         refit: Refit | None = None,
         recalibrate_batchnorm: bool = False,
         calibration_batches: int = 8,
+        distill: float | None = None,
+        distill_temperature: float = 4.0,
         show_table: bool = True,
         snapshots: bool = False,
         reset_monitors: bool = True,
     ) -> None:
-        super().__init__()
-        check_cost(cost)
+        super().__init__(cost, distill, distill_temperature, learning_rate_rewind)
         check_optimizer_state(optimizer_state)
-        check_patterns(include=include, exclude=exclude)
-        self.ramp = ramp
-        check_flags(self, "ramp")
-        self.events = read_events(keep_ratio, epochs, ramp)
-        self.cost = cost
+        self.schedule = Schedule(keep_ratio, epochs, ramp, when)
         self.repairing = Repairing(refit, recalibrate_batchnorm, calibration_batches)
         self.scope = Scope(check_method(method), include, exclude, embeddings)
         self.optimizer_state, self.learning_rate_rewind = optimizer_state, learning_rate_rewind
         self.show_table, self.snapshots, self.reset_monitors = show_table, snapshots, reset_monitors
-        check_flags(self.scope, "embeddings")
         check_flags(self, "learning_rate_rewind", "show_table", "snapshots", "reset_monitors")
-        self._forget()
-        self._resuming = Resuming()
 
     @property
-    def allocation(self) -> Allocation | None:
-        """What the latest compression made of each layer; None before the first."""
-        return self._record.allocation
-
-    @property
-    def snapshot_files(self) -> dict[str, str]:
-        """The snapshots that were written: name -> path."""
-        return dict(self._record.snapshot_files)
+    def events(self) -> dict[int, float]:
+        """Epoch -> fraction to keep; with ``when="auto"`` the latest epoch at which it may be."""
+        return self.schedule.events
 
     def should_compress(self, trainer: Trainer, pl_module: LightningModule) -> float | None:
         """Return the fraction to keep if the model is to be compressed at the start of this epoch, else None.
 
-        Override it to compress at other moments. By default: the latest event that is due and was not applied, also
-        where its own epoch was passed in a run without this callback; under ``fast_dev_run`` the first, at once.
+        Override it for other moments. By default the latest event that is due; under ``fast_dev_run`` the first.
         """
-        if is_smoke_test(trainer) and not self._record.applied:
-            return self.events[min(self.events)]
-        return due(self.events, self._record.applied, trainer.current_epoch)
+        return self.schedule.due(trainer, self._record)
 
     def averages(self, trainer: Trainer, pl_module: LightningModule) -> list[nn.Module]:
         """Return the averages of the module's weights, which are compressed along with it, in its basis.
 
         By default every ``AveragedModel`` that a callback holds, and the copy of StochasticWeightAveraging. Override it
-        to add a copy of your own of the module or of a part of it; it is asked in ``setup``, too.
+        to add a copy of your own; it is asked in ``setup``, too.
         """
         return held_averages(trainer)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, and let the module take the structure of any checkpoint."""
-        if stage == "fit":
+        fits = stage == "fit"
+        if fits:
             check_strategy(trainer, pl_module)
             check_alone(trainer, LowRankCompression)
             check_neighbours(trainer, pl_module)
+            self.schedule.begin(trainer)
         for module in (pl_module, *self.averages(trainer, pl_module)):
             install_hook(module)
         release_structure(pl_module)
-        self._resuming = Resuming(expected=stage == "fit")
-        if stage == "fit" and trainer.current_epoch == 0:
+        self._resuming = Resuming(expected=fits)
+        if fits and trainer.current_epoch == 0:
             self._forget()
-        if stage == "fit":
-            warn_of_late_events(trainer, self.events)
-
-    def _forget(self) -> None:
-        """Begin anew: an earlier run of this callback may have been with another model or other batches."""
-        self._record = Record()
-        self._counting = Counting(required=self.cost == "multiply_adds")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the optimizers' parameters in the order of the file; check optimizers, schedules and budgets."""
@@ -174,6 +156,7 @@ class LowRankCompression(CallbackBase):
         self._resuming.check(trainer)
         self._resuming.order_optimizers(trainer, pl_module)
         check_optimizers(trainer, self.optimizer_state)
+        self._distilling.check(pl_module)
         self.scope.check_optimizers(trainer, pl_module)
         align_averages(pl_module, self.averages(trainer, pl_module))
         if self.learning_rate_rewind:
@@ -185,12 +168,12 @@ class LowRankCompression(CallbackBase):
 
     def _check_budgets(self, pl_module: LightningModule) -> None:
         """Refuse budgets that cannot be met before the training, not in the middle of it."""
-        ratios = [keep_ratio for event, keep_ratio in self.events.items() if event > self._record.last]
-        self.scope.check_budgets(pl_module, ratios, self._counting.unit)
+        self.scope.check_budgets(pl_module, self.schedule.left(self._record), self._counting.unit)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse from now on a state dict of another structure, and begin an epoch that is to begin."""
         hold_structure(pl_module)
+        self._distilling.begin(trainer, pl_module, self.allocation is not None)
         self._resuming.begin(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -199,6 +182,7 @@ class LowRankCompression(CallbackBase):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compress, if it is time."""
+        self._record = self.schedule.measure(trainer, pl_module, self.scope, self._record)
         keep_ratio = same_on_all(trainer, lambda: self.should_compress(trainer, pl_module))
         if keep_ratio is not None:
             self.compress(trainer, pl_module, keep_ratio)
@@ -206,57 +190,53 @@ class LowRankCompression(CallbackBase):
     def compress(self, trainer: Trainer, pl_module: LightningModule, keep_ratio: float) -> SurgeryReport:
         """Analyse, allocate, replace the layers and let the optimizers follow; write snapshots, log and print.
 
-        It is done as a whole or not at all: whatever is raised on the way, also by a logger, a full disk or a person's
-        interrupt, leaves the model, the optimizers and this callback as they were. Signals wait while layers are
-        exchanged, so that none finds half a compression.
+        It is done as a whole or not at all: whatever is raised on the way leaves all as it was.
 
         Args:
             trainer: whose optimizers are edited.
             pl_module: whose layers are replaced.
-            keep_ratio: fraction to keep, in (0, 1].
+            keep_ratio: in (0, 1].
 
         Raises:
-            ValueError: If the budget cannot be met or a weight is not finite. Nothing was changed.
-            MisconfigurationException: If multiply-adds are to be counted and no input is known. Nothing was changed.
+            ValueError: If the budget cannot be met or a weight is not finite.
+            MisconfigurationException: If multiply-adds are to be counted and no input is known.
         """
         started, processes = perf_counter(), processes_of(trainer)
         with held(), ExitStack() as undo:
-            for noted in (vars(self), vars(self._counting)):
+            for noted in (vars(self), vars(self._counting), vars(self._distilling)):
                 undo.callback(noted.update, dict(noted))
-            if "dense" not in self.snapshot_files and not factorized_in(pl_module):
-                self._snapshot(trainer, "dense")
+            if not factorized_in(pl_module):
+                self._snapshot(trainer, "dense", again=False)
             self._counting.observe_example(trainer, pl_module)
-            calls = self.repairing.calls(trainer, pl_module, self.scope.method)
-            importance = importance_of(trainer, pl_module, self.scope, calls)
+            calls, importance = self.repairing.measure(trainer, pl_module, self.scope)
             analysis = self.scope.analyze(trainer, pl_module, self._counting.unit, importance)
             check_same_weights(trainer, pl_module)
             allocation = processes.first(lambda: analysis.allocate(keep_ratio))
             averages = processes.agree(lambda: self.averages(trainer, pl_module))
+            self._distilling.keep(trainer, pl_module)
             options = (averages, self.reset_monitors, self.optimizer_state, self._record.start, importance)
-
-            def repair(targets: Mapping[str, nn.Module], made: Mapping[str, nn.Module]) -> None:
-                self.repairing.repair(trainer, pl_module, targets, made, calls, undo)
-
+            repair = partial(self.repairing.repair, trainer, pl_module, calls, undo)
             report = cut(trainer, pl_module, allocation, undo, *options, repair)
             seconds = processes.first(lambda: perf_counter() - started)
             part = write_part(trainer, "cut", undo) if self.snapshots else None
-            counted = self._counting.observation
-            processes.agree(lambda: tell(trainer, pl_module, allocation, counted, seconds, self.show_table))
-            passed = min(self.events) if is_smoke_test(trainer) else trainer.current_epoch
-            self._record = self._record.after(allocation, self.events, passed)
+            told = (allocation, self._counting.observation, seconds, self.show_table)
+            processes.agree(lambda: tell(trainer, pl_module, *told))
+            self._record = self._record.after(allocation, self.schedule.passed(trainer))
             undo.pop_all()
             self._record = self._record.with_files(publish(trainer, part))
         return report
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
-        """Watch the first batch: how the network is called is not known before."""
+        """Watch the first batch: how the network is called is not known before; distil."""
         self._counting.watch(pl_module)
+        self._distilling.watch(pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
-        """Count the multiply-adds of the first batch."""
+        """Count the multiply-adds of the first batch; log the distillation."""
+        self._distilling.log(pl_module)
         if not self._counting.count(trainer):
             return
-        if self.cost == "multiply_adds":
+        if self._counting.required:
             self._check_budgets(pl_module)
         if self.allocation is not None:
             log_multiply_adds(trainer, pl_module, self._counting.observation)
@@ -265,35 +245,16 @@ class LowRankCompression(CallbackBase):
         """Leave no hooks of ours behind."""
         release_structure(pl_module)
         self._counting.stop()
+        self._distilling.end()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the last snapshot; warn if no file is of the compressed model."""
+        self._distilling.end()
         if self.allocation is not None:
             self._snapshot(trainer, "final")
-        if self.allocation is not None and self.reset_monitors and not is_smoke_test(trainer):
-            warn_of_no_best(trainer)
+            if self.reset_monitors and not is_smoke_test(trainer):
+                warn_of_no_best(trainer)
 
-    def _snapshot(self, trainer: Trainer, name: str) -> None:
-        if self.snapshots:
+    def _snapshot(self, trainer: Trainer, name: str, again: bool = True) -> None:
+        if self.snapshots and (again or name not in self.snapshot_files):
             self._record = self._record.with_files(write_snapshot(trainer, name))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs, as plain data."""
-        return replace(self._record, observation=self._counting.observation).to_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` wrote.
-
-        Raises:
-            ValueError: If a newer version or something else wrote it. Nothing was changed.
-        """
-        self._record = Record.from_dict(state_dict).resumed(self.learning_rate_rewind)
-        self._counting.observation = self._record.observation
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Write the names of the parameters in each optimizer's groups."""
-        note_groups(trainer, pl_module, checkpoint)
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Read the names of the parameters in each optimizer's groups, and whether an epoch is to begin."""
-        self._resuming.read(checkpoint, trainer.max_epochs)

@@ -5,6 +5,8 @@ Their values are those of one model, the same on every process of a distributed 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
@@ -88,6 +90,19 @@ def compression_metrics(
         metrics["kept_multiply_adds"] = _kept(multiply_adds)
     # The states of these metrics differ in meaning where they agree in value, and must not be shared.
     return MetricCollection({f"compression/{name}": one for name, one in metrics.items()}, compute_groups=False)
+
+
+def stable_rank_metric(ranks: Iterable[float]) -> Metric:
+    """Return the mean of the stable ranks of layers, filled.
+
+    Example::
+
+        >>> stable_rank_metric([2.0, 4.0]).compute()
+        tensor(3.)
+    """
+    metric = MeanMetric()
+    metric.update(torch.tensor(list(ranks) or [0.0]))
+    return metric
 
 
 def _mean_of(value: float) -> Metric:

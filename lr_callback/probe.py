@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -13,25 +12,11 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lr_callback.example import Example
+from lr_callback.heard import Invocation
 from lr_callback.observe import Observation, observe_run, untouched
 
 _LEAST_SECONDS = 0.5
 _LEAST_RUNS = 10
-
-
-@dataclass(frozen=True)
-class _Call:
-    """A call, and what it was called under: the device's type, and the dtype of autocast where that was on."""
-
-    module: nn.Module
-    arguments: tuple[Any, ...]
-    named: dict[str, Any]
-    device: str
-    autocast: torch.dtype | None
-
-
-def _autocast_dtype(device: str) -> torch.dtype | None:
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def _in_backward() -> bool:
@@ -62,7 +47,7 @@ class Probe:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._names: dict[nn.Module, str] = {}
-        self._calls: list[_Call] = []
+        self._calls: list[Invocation] = []
         self._handles: list[RemovableHandle] = []
         self._inside: list[bool] = []
 
@@ -97,8 +82,7 @@ class Probe:
         # the calls to repeat are those that the step makes.
         is_step = not self._inside and module is self._model and "forward" in vars(module)
         if weight is not None and not is_step and not any(self._inside) and not _in_backward():
-            kind = weight.device.type
-            self._calls.append(_Call(module, arguments, named, kind, _autocast_dtype(kind)))
+            self._calls.append(Invocation.of(module, arguments, named, weight))
         self._inside.append(not is_step)
 
     def _leave(self, module: nn.Module, arguments: object, outputs: object) -> None:
@@ -106,12 +90,7 @@ class Probe:
 
     def repeat(self) -> list[object]:
         """Make the recorded calls again, of what stands in the places of the modules now; return what they give."""
-        results: list[object] = []
-        for call in self._calls:
-            module = self._model.get_submodule(self._names[call.module])
-            with torch.autocast(call.device, dtype=call.autocast, enabled=call.autocast is not None):
-                results.append(module(*call.arguments, **call.named))
-        return results
+        return [call.repeat(self._model.get_submodule(self._names[call.module])) for call in self._calls]
 
     def observe(self) -> Observation:
         """Count the multiply-adds of the recorded calls, and see how each layer is called in them."""

@@ -21,6 +21,7 @@ from lr_callback.collect import add_rows, merged
 from lr_callback.fitting import Fit, fit_of
 from lr_callback.following import look
 from lr_callback.layers import FactorizedLayer, dense_bias
+from lr_callback.layerwise import Progress
 from lr_callback.lockstep import Walk, walks
 from lr_callback.moments import SecondMoments
 from lr_callback.observe import as_written, untouched
@@ -46,6 +47,7 @@ def refit_(
     inputs: Inputs = "cut",
     factors: Factors = "both",
     processes: Processes | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, float]:
     """Refit each factorized layer to the layer that it stands for, in place, all or nothing.
 
@@ -64,6 +66,7 @@ def refit_(
             and a position has at most :data:`~lr_callback.collect.LARGEST` inputs; else, and for ``decoder``, the
             decoder alone.
         processes: of a distributed run, each with batches of its own; all get the same decoders. None: this one alone.
+        progress: told of each layer before it is refitted.
 
     Returns:
         Layer name -> the fraction of the squared error of its outputs that is left. Layers that are not called on the
@@ -95,7 +98,7 @@ def refit_(
     kept = {name: [value.clone() for value in _values(layer)] for name, layer in students.items()}
     try:
         with torch.no_grad(), _own_biases(replaced[name] for name in students):
-            refit = _Refit(model, fits, batches, forward, processes or Processes())
+            refit = _Refit(model, fits, batches, forward, processes or Processes(), progress)
             calls = refit.look()
             left = refit.one_by_one(calls) if inputs == "cut" else refit.all_at_once()
             for fit in fits.values():
@@ -137,6 +140,7 @@ class _Refit:
         batches: see :func:`refit_`.
         forward: see :func:`refit_`.
         processes: see :func:`refit_`.
+        progress: see :func:`refit_`.
     """
 
     def __init__(
@@ -146,8 +150,9 @@ class _Refit:
         batches: Sequence[object],
         forward: Callable[[Any], object] | None,
         processes: Processes,
+        progress: Progress | None,
     ) -> None:
-        self._model, self._fits = model, fits
+        self._model, self._fits, self._progress = model, fits, progress
         self._batches, self._forward, self._processes = batches, forward, processes
         self._instead: dict[nn.Module, nn.Module] = {fit.student: fit.teacher for fit in fits.values()}
 
@@ -168,7 +173,8 @@ class _Refit:
         if only is None:
             self._warn_of_unseen(found)
         self._warn_of_few({name: float(one.count) for name, one in found.items()})
-        return {name: self._solve(name, found[name]) for name in self._fits if name in found}
+        order = [name for name in self._fits if name in found]
+        return {name: self._solve(name, found[name]) for name in self._told(order)}
 
     def one_by_one(self, calls: Mapping[str, int]) -> dict[str, float]:
         """Refit one layer after the other, in the order of their calls, on the inputs of the model as it stands."""
@@ -197,7 +203,7 @@ class _Refit:
         counts: dict[str, float] = {}
         for name in set(stations) - set(order):
             stations[name].is_open = True
-        for name in order:
+        for name in self._told(order):
             found = merged(self._processes.gather(partial(self._measure, name, before, after), long=True))
             if name in found:
                 counts[name], left[name] = float(found[name].count), self._solve(name, found[name])
@@ -230,6 +236,13 @@ class _Refit:
         """Change one layer; return the fraction of the squared error that is left."""
         fit = self._fits[name]
         return fit.solve(moments.to(fit.student.factors[0].device))
+
+    def _told(self, names: Collection[str]) -> Iterator[str]:
+        """Go through layers, and tell of each."""
+        for done, name in enumerate(names):
+            if self._progress is not None:
+                self._progress(done, len(names), name)
+            yield name
 
     def _warn_of_few(self, counts: Mapping[str, float]) -> None:
         """Warn of layers that were seen at hardly more positions than there are inputs to fit to."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
@@ -14,6 +14,8 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lr_callback.layerwise import Progress
 from lr_callback.table import align
+
+Item = TypeVar("Item")
 
 
 def is_disabled(bar: object) -> bool:
@@ -32,23 +34,26 @@ class _RichProgress(Protocol):
 
 
 @contextmanager
-def analysis_progress(bar: object | None) -> Iterator[Progress | None]:
-    """Show the progress of an analysis in the style of a Lightning progress bar, for as long as it takes.
+def progress_line(bar: object | None, what: str = "analysis", unit: str = "layer") -> Iterator[Progress | None]:
+    """Show the progress of a part of a compression in the style of a Lightning progress bar, for as long as it takes.
 
     Args:
         bar: the Trainer's bar, Rich or tqdm; without one, or with a disabled one, nothing is shown.
+        what: is done.
+        unit: of what is counted.
     """
     if bar is None or is_disabled(bar):
         yield None
         return
     rich = getattr(bar, "progress", None)
-    with _tqdm_line() if rich is None else _rich_line(rich) as progress:
+    title = f"Low-rank {what}"
+    with _tqdm_line(title, unit) if rich is None else _rich_line(rich, title) as progress:
         yield progress
 
 
 @contextmanager
-def _rich_line(rich: _RichProgress) -> Iterator[Progress]:
-    task = rich.add_task("Low-rank analysis", total=1)  # the number of layers is not known yet
+def _rich_line(rich: _RichProgress, title: str) -> Iterator[Progress]:
+    task = rich.add_task(title, total=1)  # the number of layers is not known yet
     try:
         yield lambda done, total, name: rich.update(task, completed=done, total=total)
     finally:
@@ -56,14 +61,37 @@ def _rich_line(rich: _RichProgress) -> Iterator[Progress]:
 
 
 @contextmanager
-def _tqdm_line() -> Iterator[Progress]:
-    with Tqdm(desc="Low-rank analysis", leave=False, file=sys.stdout, unit="layer") as line:
+def _tqdm_line(title: str, unit: str) -> Iterator[Progress]:
+    with Tqdm(desc=title, leave=False, file=sys.stdout, unit=unit) as line:
 
         def advance(done: int, total: int, name: str) -> None:
             line.total, line.n = total, done
             line.set_postfix_str(name)  # draws the line: a layer may take long, and must not wait for the next one
 
         yield advance
+
+
+class Told(list[Item]):
+    """Items, and a progress that is told of each one when they are gone through.
+
+    Example::
+
+        >>> list(Told("ab", lambda done, total, name: print(f"{done} of {total}")))
+        0 of 2
+        1 of 2
+        ['a', 'b']
+    """
+
+    def __init__(self, items: Iterable[Item], progress: Progress | None) -> None:
+        super().__init__(items)
+        self._progress = progress
+
+    def __iter__(self) -> Iterator[Item]:
+        """Go through the items."""
+        for done, item in enumerate(super().__iter__()):
+            if self._progress is not None:
+                self._progress(done, len(self), "")
+            yield item
 
 
 def show(trainer: Trainer, text: str) -> None:

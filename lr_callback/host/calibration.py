@@ -26,6 +26,7 @@ from torchmetrics import Metric
 
 from lr_callback.observe import untouched
 from lr_callback.probe import Probe
+from lr_callback.report import progress_line
 
 _WAYS_OUT = "Set refit=None and recalibrate_batchnorm=False, and choose an error that needs no calibration"
 
@@ -49,10 +50,13 @@ def calibration_calls(trainer: Trainer, pl_module: LightningModule, count: int) 
     _check(trainer, pl_module)
     calls: list[Probe] = []
     with isolate_rng(), untouched(pl_module), _silent(pl_module), ExitStack() as stack:
+        progress = stack.enter_context(progress_line(trainer.progress_bar_callback, "calibration", "batch"))
         _seed(trainer)
         for batch, index, _ in _batches(trainer, stack):
             if index >= count:
                 break
+            if progress is not None:
+                progress(index, count, "")
             probe = Probe(pl_module)
             probe.start()
             try:

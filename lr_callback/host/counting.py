@@ -7,6 +7,7 @@ from collections.abc import Callable
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
+from lr_callback.costs import check_cost
 from lr_callback.host.strategies import processes_of
 from lr_callback.host.trainer import observe_example
 from lr_callback.observe import Observation
@@ -17,14 +18,19 @@ class Counting:
     """What a run knows of how its network is called.
 
     Args:
-        required: whether budgets are in multiply-adds; then a network that cannot be counted is an error.
+        cost: unit of the budgets; where it is multiply-adds, a network that cannot be counted is an error.
 
     Attributes:
+        required: whether budgets are in multiply-adds.
         observation: of one batch; None until one was seen.
+
+    Raises:
+        ValueError: If there is no such unit.
     """
 
-    def __init__(self, required: bool) -> None:
-        self._required = required
+    def __init__(self, cost: str) -> None:
+        check_cost(cost)
+        self.required = cost == "multiply_adds"
         self._probe: Probe | None = None
         self._possible = True
         self.observation: Observation | None = None
@@ -32,12 +38,12 @@ class Counting:
     @property
     def is_due(self) -> bool:
         """Whether budgets wait for a batch."""
-        return self._required and self.observation is None
+        return self.required and self.observation is None
 
     @property
     def unit(self) -> Observation | None:
         """What costs are counted on: None for parameters, and for multiply-adds while no input was seen."""
-        return self.observation if self._required else None
+        return self.observation if self.required else None
 
     def observe_example(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count on the module's example input, where a budget in multiply-adds is due before any batch was seen.
@@ -69,7 +75,7 @@ class Counting:
         try:
             return probe.observe()
         except Exception as error:
-            if self._required:
+            if self.required:
                 raise
             rank_zero_warn(
                 "LowRankCompression: multiply-adds are not reported, the network's calls of the first batch could not "

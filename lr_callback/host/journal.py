@@ -36,7 +36,7 @@ def tell(
     metrics.to(pl_module.device)
     for name, metric in metrics.items():
         pl_module.log(name, metric, on_step=False, on_epoch=True, logger=False, metric_attribute=name)
-    _log_now(trainer, {name: float(value) for name, value in metrics.compute().items()})
+    log_now(trainer, {name: float(value) for name, value in metrics.compute().items()})
     if show_table:
         show(trainer, f"Low-rank compression at the start of epoch {trainer.current_epoch}\n{allocation}")
 
@@ -47,7 +47,7 @@ def log_multiply_adds(trainer: Trainer, pl_module: LightningModule, observation:
     if counted is not None:
         name, value = "compression/kept_multiply_adds", counted[0] / counted[1]
         pl_module.log(name, value, on_step=False, on_epoch=True, logger=False, batch_size=1, sync_dist=True)
-        _log_now(trainer, {name: value})
+        log_now(trainer, {name: value})
 
 
 def _multiply_adds(pl_module: LightningModule, observation: Observation | None) -> tuple[int, int] | None:
@@ -57,6 +57,7 @@ def _multiply_adds(pl_module: LightningModule, observation: Observation | None) 
     return observation.multiply_adds(pl_module), observation.dense_multiply_adds
 
 
-def _log_now(trainer: Trainer, values: Mapping[str, float]) -> None:
+def log_now(trainer: Trainer, values: Mapping[str, float]) -> None:
+    """Tell the loggers, at this step."""
     for logger in trainer.loggers:
         logger.log_metrics(dict(values), step=trainer.global_step)

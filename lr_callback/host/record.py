@@ -12,11 +12,16 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 from lr_callback.allocation import Allocation
 from lr_callback.observe import Observation
 
 Part = TypeVar("Part")
-VERSION = 1
+VERSION = 2
+_SINCE: Mapping[int, Mapping[str, object]] = {2: {"teacher": None, "stable_ranks": []}}
+"""Version -> the fields that it brought, with what stands for them in a record of an older one."""
+
 _WAY_OUT = (
     "Take its weights alone: `lr_callback.load_from_checkpoint(cls, path)` or `lr_callback.restore_(model, path)`. "
     "The callback was not changed."
@@ -33,6 +38,9 @@ class Record:
         observation: of one batch.
         start: where learning rates and schedulers began, as :mod:`lr_callback.rewind` notes them.
         snapshot_files: name of a snapshot -> its path.
+        teacher: the weights of the network before the first compression, of which a run with distillation learns.
+        stable_ranks: epoch -> layer name -> stable rank at its start, of the latest epochs of a run that waits for them
+            to settle.
 
     Example::
 
@@ -45,16 +53,22 @@ class Record:
     observation: Observation | None = None
     start: dict[str, Any] | None = None
     snapshot_files: Mapping[str, str] = field(default_factory=dict)
+    teacher: Mapping[str, Tensor] | None = None
+    stable_ranks: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
 
     @property
     def last(self) -> int:
         """The latest event that has passed; -1 if none has."""
         return max(self.applied, default=-1)
 
-    def after(self, allocation: Allocation, events: Iterable[int], epoch: int) -> Record:
-        """Return the record after a compression at the start of an epoch: the events until then have passed."""
-        passed = {*self.applied, *(event for event in events if event <= epoch)}
-        return replace(self, allocation=allocation, applied=tuple(sorted(passed)))
+    def after(self, allocation: Allocation, passed: Iterable[int]) -> Record:
+        """Return the record after a compression with which some events have passed."""
+        return replace(self, allocation=allocation, applied=tuple(sorted({*self.applied, *passed})))
+
+    def with_ranks(self, epoch: int, ranks: Mapping[str, float], most: int) -> Record:
+        """Return the record with the stable ranks at the start of an epoch, and at most so many others before."""
+        known = sorted({**self.stable_ranks, epoch: ranks}.items())
+        return replace(self, stable_ranks=dict(known[-most:]))
 
     def with_files(self, written: Mapping[str, str]) -> Record:
         """Return the record with more snapshots, or newer ones."""
@@ -78,6 +92,8 @@ class Record:
             "observation": None if self.observation is None else self.observation.to_dict(),
             "start": copy.deepcopy(self.start),
             "snapshot_files": dict(self.snapshot_files),
+            "stable_ranks": [[epoch, dict(ranks)] for epoch, ranks in self.stable_ranks.items()],
+            "teacher": None if self.teacher is None else dict(self.teacher),
         }
 
     @classmethod
@@ -95,6 +111,8 @@ class Record:
             observation=None if observation is None else _read("observation", Observation.from_dict, observation),
             start=copy.deepcopy(parts["start"]),
             snapshot_files=dict(parts["snapshot_files"]),
+            teacher=parts["teacher"],
+            stable_ranks={epoch: dict(ranks) for epoch, ranks in parts["stable_ranks"]},
         )
 
 
@@ -107,6 +125,8 @@ def _checked(written: object) -> dict[str, Any]:
             f"LowRankCompression: the checkpoint was written by a newer lr_callback, its record of the run is of "
             f"version {written['version']}, this one reads up to {VERSION}. Update lr_callback to go on. {_WAY_OUT}"
         )
+    for version, added in _SINCE.items():
+        written = {**(added if written["version"] < version else {}), **written}
     names = {one.name for one in fields(Record)}
     differ = sorted(map(str, names ^ (written.keys() - {"version"})))
     if differ:
@@ -146,6 +166,23 @@ def _are_files(value: object) -> bool:
     return isinstance(value, dict) and all(isinstance(one, str) for pair in value.items() for one in pair)
 
 
+def _is_state(value: object) -> bool:
+    return value is None or (
+        isinstance(value, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
+    )
+
+
+def _are_ranks(value: object) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(one, (list, tuple)) and len(one) == 2 and type(one[0]) is int and _are_numbers(one[1])
+        for one in value
+    )
+
+
+def _are_numbers(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(k, str) and isinstance(v, float) for k, v in value.items())
+
+
 def _is_dict_or_none(value: object) -> bool:
     return value is None or isinstance(value, dict)
 
@@ -156,4 +193,6 @@ _PARTS: Mapping[str, tuple[Callable[[object], bool], str]] = {
     "observation": (_is_dict_or_none, "a dict or None"),
     "start": (_is_start, "None or a dict with the lists `groups` and `schedulers`"),
     "snapshot_files": (_are_files, "a dict of names and paths"),
+    "stable_ranks": (_are_ranks, "a list of epochs, each with a dict of names and numbers"),
+    "teacher": (_is_state, "None or a dict of names and tensors"),
 }

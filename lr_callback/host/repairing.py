@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lr_callback.collect import collect_moments
@@ -22,13 +24,15 @@ from lr_callback.host.strategies import processes_of
 from lr_callback.importance import Importance
 from lr_callback.layers import dense_bias
 from lr_callback.methods import Method
+from lr_callback.observe import untouched
 from lr_callback.optimizers import optimizers_in
 from lr_callback.probe import Probe
-from lr_callback.refit import refit_
+from lr_callback.refit import Inputs, refit_
 from lr_callback.repair import recalibrate_batchnorm_
+from lr_callback.report import Told, progress_line
 from lr_callback.surgery import standing_in
 
-Refit = Literal["cut", "dense"]
+Refit = Literal["auto", "cut", "dense"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,8 @@ class Repairing:
 
     Args:
         refit: factors by least squares, on the inputs of the cut network (``cut``) or of the network before it
-            (``dense``); None: not at all.
+            (``dense``); ``auto``: as ``cut`` where the training can be run for it, else not at all, with a warning;
+            None: not at all.
         batchnorm: whether statistics of BatchNorm layers are measured anew.
         batches: number of training batches that it takes, on each process.
 
@@ -51,8 +56,8 @@ class Repairing:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
-        if self.refit not in (None, "cut", "dense"):
-            raise ValueError(f"`refit` must be 'cut', 'dense' or None, got {self.refit!r}.")
+        if self.refit not in (None, "auto", "cut", "dense"):
+            raise ValueError(f"`refit` must be 'auto', 'cut', 'dense' or None, got {self.refit!r}.")
         if not isinstance(self.batchnorm, bool):
             raise ValueError(f"`recalibrate_batchnorm` must be true or false, got {self.batchnorm!r}.")
         if not isinstance(self.batches, int) or isinstance(self.batches, bool) or self.batches < 1:
@@ -62,34 +67,66 @@ class Repairing:
         """Return the calls on the training batches that the method or a repair needs; none, if nothing does.
 
         Raises:
-            MisconfigurationException: If they cannot be had.
+            MisconfigurationException: If they cannot be had, and not only ``refit="auto"`` needs them.
         """
-        if not (self.refit or self.batchnorm or method.needs_effects or method.error in _MEASURED):
-            return []
-        return processes_of(trainer).agree(lambda: calibration_calls(trainer, pl_module, self.batches), long=True)
+        asked = self.refit in ("cut", "dense") or self.batchnorm
+        if asked or method.needs_effects or method.error in _MEASURED:
+            return processes_of(trainer).agree(lambda: calibration_calls(trainer, pl_module, self.batches), long=True)
+        return self._calls_if_possible(trainer, pl_module) if self.refit else []
+
+    def _calls_if_possible(self, trainer: Trainer, pl_module: LightningModule) -> list[Probe]:
+        """Return the calls, if every process can have them and make them again; else none, with a warning."""
+        calls: list[Probe] = []
+
+        def attempt() -> str | None:
+            try:
+                calls.extend(calibration_calls(trainer, pl_module, self.batches))
+                with untouched(pl_module):
+                    next(one for one in calls if one.seen).repeat()
+            except Exception as error:
+                own = isinstance(error, MisconfigurationException)
+                return str(error).removeprefix("LowRankCompression: ") if own else f"{type(error).__name__}: {error}"
+            return None
+
+        reasons = [reason for reason in processes_of(trainer).gather(attempt, long=True) if reason is not None]
+        if reasons:
+            rank_zero_warn(
+                "LowRankCompression: the factors are not refitted, a cut costs more accuracy without. refit='auto' "
+                "needs some training batches, and the network's calls on them once more in eval mode, which could not "
+                f"be had: {reasons[0]} With refit=None this is not tried, with refit='cut' it is an error."
+            )
+        return [] if reasons else calls
+
+    def measure(
+        self, trainer: Trainer, pl_module: LightningModule, scope: Scope
+    ) -> tuple[list[Probe], dict[str, Importance] | None]:
+        """Return what :meth:`calls` does, and the importance of the layers, for a method that weighs by it."""
+        calls = self.calls(trainer, pl_module, scope.method)
+        return calls, importance_of(trainer, pl_module, scope, calls)
 
     def repair(
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        targets: Mapping[str, nn.Module],
-        made: Mapping[str, nn.Module],
         calls: list[Probe],
         undo: ExitStack,
+        targets: Mapping[str, nn.Module],
+        made: Mapping[str, nn.Module],
     ) -> None:
         """Refit layers that are about to be put into a module, and measure BatchNorm statistics as they will be.
 
         Args:
             trainer: at the start of an epoch.
             pl_module: that still has the layers before the cut.
-            targets: layer name -> the layer that stands there.
-            made: layer name -> the layer that takes its place.
             calls: from :meth:`calls`.
             undo: given what puts back the statistics, and the biases, which stay the same parameters.
+            targets: layer name -> the layer that stands there.
+            made: layer name -> the layer that takes its place.
         """
         if not calls or not made:
             return
         processes = processes_of(trainer)
+        bar = trainer.progress_bar_callback
         for norm in batchnorm_layers(pl_module):
             undo.callback(norm.load_state_dict, {n: v.clone() for n, v in norm.named_buffers()}, strict=False)
         with standing_in(pl_module, {targets[name]: layer for name, layer in made.items()}):
@@ -98,9 +135,13 @@ class Repairing:
                     if bias is not None:  # it is the one of the layer that stands there, too
                         undo.callback(_set, bias, bias.detach().clone())
                 replaced = {name: targets[name] for name in made}
-                refit_(pl_module, replaced, calls, forward=Probe.repeat, inputs=self.refit, processes=processes)
+                inputs: Inputs = "dense" if self.refit == "dense" else "cut"
+                options: dict[str, Any] = {"forward": Probe.repeat, "inputs": inputs, "processes": processes}
+                with progress_line(bar, "refit") as progress:
+                    refit_(pl_module, replaced, calls, progress=progress, **options)
             if self.batchnorm:
-                recalibrate_batchnorm_(pl_module, calls, Probe.repeat, processes)
+                with progress_line(bar, "BatchNorm", "batch") as progress:
+                    recalibrate_batchnorm_(pl_module, Told(calls, progress), Probe.repeat, processes)
 
 
 def _set(parameter: nn.Parameter, value: Tensor) -> None:
@@ -118,13 +159,15 @@ def importance_of(
     """Return the importance of the layers on some calls, for a method that weighs errors by it, or layers."""
     method, known = scope.method, None
     options: dict[str, Any] = {"include": scope.include, "exclude": scope.exclude, "processes": processes_of(trainer)}
+    bar = trainer.progress_bar_callback
     if method.error in _MEASURED:
-        known = _MEASURED[method.error](pl_module, calls, forward=Probe.repeat, **options)
+        with progress_line(bar, "importance", "batch") as progress:
+            known = _MEASURED[method.error](pl_module, Told(calls, progress), forward=Probe.repeat, **options)
     if method.error == "fisher":
         optimizers = [*trainer.optimizers, *optimizers_in(pl_module)]
         known = fisher_importance(pl_module, optimizers=optimizers, **options)
     if not method.needs_effects:
         return known
-    return measure_effects(
-        pl_module, calls, method, known, forward=Probe.repeat, embeddings=scope.embeddings, **options
-    )
+    options |= {"forward": Probe.repeat, "embeddings": scope.embeddings}
+    with progress_line(bar, "effects", "batch") as progress:
+        return measure_effects(pl_module, Told(calls, progress), method, known, **options)

@@ -12,14 +12,15 @@ from torch import nn
 from torch.optim import SparseAdam
 
 from lr_callback.analysis import Analysis, analyze, survey
-from lr_callback.find import find_layers
+from lr_callback.events import check_flags
+from lr_callback.find import check_patterns, find_layers
 from lr_callback.fisher import WITHOUT
 from lr_callback.host.strategies import processes_of
 from lr_callback.importance import Importance
 from lr_callback.methods import Method
 from lr_callback.observe import Observation
 from lr_callback.optimizers import optimizers_in, with_inner
-from lr_callback.report import analysis_progress
+from lr_callback.report import progress_line
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,21 @@ class Scope:
         include: glob patterns of layer names; None: all.
         exclude: glob patterns of layer names that stay dense.
         embeddings: whether ``nn.Embedding`` layers are factorized, too.
+
+    Raises:
+        TypeError: If ``embeddings`` is no switch.
+        ValueError: If a pattern is no text.
     """
 
     method: Method
     include: list[str] | None = None
     exclude: list[str] | None = None
     embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant."""
+        check_patterns(include=self.include, exclude=self.exclude)
+        check_flags(self, "embeddings")
 
     def check_budgets(self, pl_module: LightningModule, ratios: Iterable[float], unit: Observation | None) -> None:
         """Refuse fractions to keep that no choice of ranks meets.
@@ -91,7 +101,7 @@ class Scope:
         importance: Mapping[str, Importance] | None = None,
     ) -> Analysis:
         """Analyse the module as it stands, shared out over the processes of the run; show the progress in its bar."""
-        with analysis_progress(trainer.progress_bar_callback) as progress:
+        with progress_line(trainer.progress_bar_callback) as progress:
             options = {"progress": progress, "processes": processes_of(trainer), **self._layers}
             return analyze(pl_module, self.method, observation=unit, importance=importance, **options)
 

@@ -192,6 +192,25 @@ def uneven() -> dict[str, Any]:
     return {**watch.seen(module), "allocation": compression.allocation.to_dict()}
 
 
+def distilled() -> dict[str, Any]:
+    """Learn from the network before the first cut, whose statistics each rank has of its own batches."""
+    compression, own = events(distill=0.5), []
+
+    def note(host: Trainer, module: LightningModule) -> None:
+        own.append(digest(module.named_buffers()))
+
+    found = run(OnEpoch(1, note), module=Module(norm=True), compression=compression)
+    return {**found, "own": own, "teacher": digest(compression.state_dict()["teacher"].items())}
+
+
+def automatic() -> dict[str, Any]:
+    """Compress when the spectra have settled."""
+    compression = LowRankCompression(0.5, when="auto", show_table=False)
+    found = run(module=Module(norm=True), compression=compression)
+    state = compression.state_dict()
+    return {**found, "applied": state["applied"], "ranks": state["stable_ranks"]}
+
+
 class OnlyInTraining(Module):
     """A network that cannot be run in eval mode on one rank."""
 
@@ -201,11 +220,11 @@ class OnlyInTraining(Module):
         return super().forward(images)
 
 
-def uncountable() -> dict[str, Any]:
+def uncountable(text: str = "multiply-adds are not reported", **settings: Any) -> dict[str, Any]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        found = run(module=OnlyInTraining())
-    return {**found, "warned": sum("multiply-adds are not reported" in str(one.message) for one in caught)}
+        found = run(module=OnlyInTraining(), **settings)
+    return {**found, "warned": sum(text in str(one.message) for one in caught)}
 
 
 CASES: dict[str, Callable[[], dict[str, Any]]] = {
@@ -241,6 +260,7 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
         module=Module(norm=True), compression=events(method=lrc.ALDS("batchnorm", "loss"))
     ),
     "weighed by Adam": lambda: run(module=Module(adam=True), compression=events(method=lrc.ALDS("fisher", "sum"))),
+    "distilled": distilled,
     "factors of other signs": other_signs,
     "averages of other bits": other_averages,
     "averages on one rank": lambda: failure(lambda: run(compression=OnOneRank(0.5, 1, show_table=False))),
@@ -249,6 +269,8 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "buffers": buffers,
     "batches of other sizes": uneven,
     "uncountable": uncountable,
+    "auto": automatic,
+    "gentle refit": lambda: uncountable("the factors are not refitted", compression=events(refit="auto")),
     **ddp_failures.CASES,
     **ddp_files.CASES,
 }

@@ -39,6 +39,7 @@ TRAINED = {
     "weighed by effects": "DDP, errors weighted by activations, layers by their effects, repaired",
     "weighed by BatchNorm": "DDP, errors weighted by BatchNorm",
     "weighed by Adam": "DDP, errors weighted by mean squared gradients",
+    "distilled": "DDP, distillation",
     "factors of other signs": "DDP with init_sync=False",
 }
 """Case -> the situation."""
@@ -56,7 +57,7 @@ FAILED = {
 OTHERS = [
     *("averages of other bits", "averages on one rank", "momentum of other bits"),
     *("double", "buffers", "fails to agree", "fails apart", "resume", "logs", "batches of other sizes", "uncountable"),
-    *("network that talks", "fsdp2"),
+    *("network that talks", "fsdp2", "auto", "gentle refit"),
 ]
 needs_fork = pytest.mark.skipif(
     torch.cuda.is_available(), reason="where there is a GPU, a process that has trained cannot be forked"
@@ -118,6 +119,25 @@ def test_averages_are_the_same_on_every_rank_whatever_its_own_bits(read):
     assert all_same(found, "weights", "averages")
     assert len(set(found[0]["averages"])) == len(found[0]["averages"]) >= 4
     assert [one["turned"] for one in found] == [True] * len(found)
+
+
+def test_teacher_is_the_same_on_every_rank_whatever_its_own_statistics(read):
+    found = read("distilled")
+    assert len({one["own"][0] for one in found}) == len(found)
+    assert all_same(found, "teacher")
+
+
+@pytest.mark.situation("Strategies", "DDP, when='auto'", "works")
+def test_ranks_that_wait_for_the_spectra_cut_in_the_same_epoch(read):
+    found = read("auto")
+    assert all_same(found, "weights", "sizes", "applied", "ranks")
+    assert len(found[0]["applied"]) == 1 and len(found[0]["ranks"]) == 3 and found[0]["factorized"]
+
+
+def test_where_one_rank_cannot_be_calibrated_a_gentle_refit_is_left_out_on_all(read):
+    found = read("gentle refit")
+    assert all_same(found, "grads", "weights")
+    assert [one["warned"] for one in found] == [2] + [0] * (len(found) - 1), "at each of two cuts"
 
 
 def test_averages_that_not_all_ranks_have_are_refused_on_all(read):

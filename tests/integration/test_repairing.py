@@ -1,11 +1,14 @@
 """Repairs at a cut inside ``Trainer.fit``: refit and statistics, on batches of the run's own training."""
 
 import copy
+import re
+import warnings
 
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchmetrics import MeanMetric
@@ -244,16 +247,18 @@ def test_a_failure_in_the_repair_leaves_the_run_as_it_was(tmp_path):
     assert "log" not in vars(module)
 
 
+class Manual(Network):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(super().training_step(batch, batch_idx))
+        self.optimizers().step()
+
+
 @pytest.mark.situation("Repair", "automatic_optimization=False", "refused")
 def test_what_cannot_be_calibrated_is_refused_with_the_way_out(tmp_path):
-    class Manual(Network):
-        def __init__(self):
-            super().__init__()
-            self.automatic_optimization = False
-
-        def training_step(self, batch, batch_idx):
-            self.manual_backward(super().training_step(batch, batch_idx))
-
     with pytest.raises(MisconfigurationException, match=r"steps its optimizers itself.* Set refit=None"):
         fit(tmp_path, module=Manual(), refit="cut")
 
@@ -269,27 +274,94 @@ def test_what_cannot_be_calibrated_is_refused_with_the_way_out(tmp_path):
 
 @pytest.mark.situation("Repair", "a training loader that can be gone through once", "refused")
 def test_a_loader_that_can_be_gone_through_once_is_refused(tmp_path):
-    class Once:
-        """A stream: an iterator that has no beginning to return to."""
+    with pytest.raises(MisconfigurationException, match="a Stream can be gone through only once"):
+        fit(tmp_path, loader=Stream(), refit="cut", epochs=2, limit=4)
 
-        def __init__(self):
-            self.left = iter(DataLoader(Augmented(), batch_size=8))
 
-        def __iter__(self):
-            return self
+class OnlyInTraining(Network):
+    """A network that cannot be run in eval mode again."""
 
-        def __next__(self):
-            return next(self.left)
+    def forward(self, images):
+        if not self.training and not self.__dict__.get("asked", True):
+            raise ValueError("not now")
+        self.asked = self.training
+        return super().forward(images)
 
-    with pytest.raises(MisconfigurationException, match="a Once can be gone through only once"):
-        fit(tmp_path, loader=Once(), refit="cut", epochs=2, limit=4)
+
+class Stream:
+    """An iterator that has no beginning to return to."""
+
+    def __init__(self):
+        self.left = iter(DataLoader(Augmented(), batch_size=8))
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return next(self.left)
+
+
+UNREPEATED = {
+    "manual optimization": (Manual, r"this module's steps its optimizers itself \(automatic_optimization=False\)"),
+    "a stream": (Network, "a Stream can be gone through only once"),
+    "a network that is not run again": (OnlyInTraining, "not now"),
+}
+
+
+@pytest.mark.situation("Repair", "refit='auto' where the training cannot be run for it: goes without", "works")
+@pytest.mark.filterwarnings("ignore:.*multiply-adds are not reported")
+@pytest.mark.parametrize("case", UNREPEATED)
+def test_a_gentle_refit_goes_without_and_says_why(tmp_path, case):
+    make, text = UNREPEATED[case]
+    ends = []
+    for refit in ("auto", None):
+        loader = Stream() if case == "a stream" else DataLoader(Augmented(), batch_size=32)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            _, _, callback = fit(tmp_path, module=make(), loader=loader, refit=refit, limit=3)
+        told = [str(one.message) for one in caught if "the factors are not refitted" in str(one.message)]
+        assert len(told) == (refit is not None)
+        assert all(re.search(rf"had: .*{text}.* With refit=None this is not tried", one) for one in told)
+        assert callback.allocation is not None
+        ends.append(callback.off)
+    assert ends[0] == ends[1]
+    if case != "a stream":
+        with pytest.raises((MisconfigurationException, ValueError), match=text):
+            fit(tmp_path, module=make(), refit="cut")
+
+
+@pytest.mark.situation("Repair", "refit='auto' where the training can be run for it: as 'cut'", "works")
+def test_a_gentle_refit_is_that_of_cut_where_it_can_be(tmp_path):
+    ends = []
+    for refit in ("auto", "cut"):
+        _, module, callback = fit(tmp_path, refit=refit)
+        ends.append((callback.off, module.state_dict()))
+    assert ends[0][0] == ends[1][0]
+    assert all(torch.equal(value, ends[1][1][name]) for name, value in ends[0][1].items())
+
+
+def test_a_method_that_needs_the_batches_raises_as_ever(tmp_path):
+    with pytest.raises(MisconfigurationException, match="steps its optimizers itself"):
+        fit(tmp_path, module=Manual(), refit="auto", method=lrc.ALDS("activation"))
+
+
+def test_each_part_of_a_cut_that_takes_time_is_shown_in_the_trainers_bar(tmp_path, capsys):
+    options = {"refit": "cut", "recalibrate_batchnorm": True, "method": lrc.ALDS("activation", "loss")}
+    compression = lrc.LowRankCompression(0.5, 0, show_table=False, **options)
+    shown = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+    trainer = Trainer(max_epochs=1, callbacks=[compression, TQDMProgressBar()], default_root_dir=tmp_path, **shown)
+    trainer.fit(Network(), DataLoader(Augmented(), batch_size=32))
+    found = capsys.readouterr().out
+    for what, unit in [("calibration", "2/8"), ("importance", "2/3"), ("effects", "2/3"), ("refit", "body.4")]:
+        assert re.search(rf"Low-rank {what}:[^\r]*{unit}", found), what
+    assert re.search(r"Low-rank BatchNorm:[^\r]*2/3", found)
 
 
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"refit": True}, "`refit` must be 'cut', 'dense' or None, got True"),
-        ({"refit": "both"}, "`refit` must be 'cut', 'dense' or None, got 'both'"),
+        ({"refit": True}, "`refit` must be 'auto', 'cut', 'dense' or None, got True"),
+        ({"refit": "both"}, "`refit` must be 'auto', 'cut', 'dense' or None, got 'both'"),
         ({"recalibrate_batchnorm": 1}, "`recalibrate_batchnorm` must be true or false, got 1"),
         ({"calibration_batches": 0}, "`calibration_batches` must be a whole number of at least 1, got 0"),
         ({"calibration_batches": 2.5}, "`calibration_batches` must be a whole number of at least 1, got 2.5"),

@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ def record(tmp_path):
         allocation=lrc.allocate(model, 0.5),
         observation=observe(model, torch.zeros(2, 32)),
         start={"groups": [[{"lr": 0.5}]], "schedulers": [{"last_epoch": 0}]},
+        stable_ranks={4: {"0": 3.5}, 5: {"0": 3.0}},
         snapshot_files={"cut": str(written), "dense": str(tmp_path / "gone.ckpt")},
     )
 
@@ -51,14 +53,30 @@ def test_run_that_goes_on_keeps_what_still_holds(record):
 
 
 def test_compression_passes_all_events_until_its_epoch(record):
-    assert Record(applied=(3,)).after(record.allocation, [0, 3, 5, 9], 6).applied == (0, 3, 5)
+    assert Record(applied=(3,)).after(record.allocation, [0, 5, 3]).applied == (0, 3, 5)
     assert Record().last == -1
 
 
 def test_newer_version_is_refused_with_the_way_out(record):
     written = {**record.to_dict(), "version": VERSION + 1, "new": 1}
-    with pytest.raises(ValueError, match=rf"written by a newer lr_callback.* of version 2, .*up to 1\..*{WAY_OUT}"):
+    with pytest.raises(ValueError, match=rf"written by a newer lr_callback.* of version 3, .*up to 2\..*{WAY_OUT}"):
         Record.from_dict(written)
+
+
+def test_record_of_the_version_before_is_read(record):
+    record = replace(record, stable_ranks={})
+    written = {**record.to_dict(), "version": 1}
+    del written["teacher"], written["stable_ranks"]
+    assert Record.from_dict(written) == record
+
+
+def test_teacher_comes_back_bit_for_bit():
+    weights = {"weight": torch.randn(3, 2), "running": torch.tensor(3)}
+    buffer = io.BytesIO()
+    torch.save(Record(teacher=weights).to_dict(), buffer)
+    buffer.seek(0)
+    found = Record.from_dict(torch.load(buffer, weights_only=True)).teacher
+    assert found.keys() == weights.keys() and all(torch.equal(found[name], one) for name, one in weights.items())
 
 
 @pytest.mark.parametrize(
@@ -75,6 +93,11 @@ def test_newer_version_is_refused_with_the_way_out(record):
         ({"observation": {"calls": {}}}, r"`observation` cannot be read \(KeyError: 'dense_multiply_adds'\)"),
         ({"observation": {"calls": {"0": [1]}}}, r"`observation` cannot be read \(TypeError"),
         ({"start": {"groups": []}}, r"`start` must be None or a dict with the lists `groups` and `schedulers`"),
+        (
+            {"stable_ranks": [[1, {"0": "3"}]]},
+            r"`stable_ranks` must be a list of epochs, each with a dict",
+        ),
+        ({"teacher": {"weight": 3}}, r"`teacher` must be None or a dict of names and tensors, got \{'weight': 3\}"),
         ({"snapshot_files": {"cut": None}}, r"`snapshot_files` must be a dict of names and paths, got \{'cut': None\}"),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 
-from lr_callback.report import Stage, analysis_progress, comparison, is_disabled
+from lr_callback.report import Stage, Told, comparison, is_disabled, progress_line
 
 rich = pytest.importorskip("rich")
 pytest.importorskip("rich.console")
@@ -37,13 +37,13 @@ def disabled():
 
 @pytest.mark.parametrize("bar", [None, disabled()])
 def test_without_a_bar_nothing_is_shown(bar, capsys):
-    with analysis_progress(bar) as progress:
+    with progress_line(bar) as progress:
         assert progress is None
     assert capsys.readouterr() == ("", "")
 
 
 def test_beside_a_tqdm_bar_a_line_counts_the_layers_and_goes_away(capsys):
-    with analysis_progress(TQDMProgressBar()) as progress:
+    with progress_line(TQDMProgressBar()) as progress:
         progress(0, 3, "conv1")
         progress(1, 3, "conv2")
         progress(2, 3, "linear")
@@ -51,6 +51,17 @@ def test_beside_a_tqdm_bar_a_line_counts_the_layers_and_goes_away(capsys):
     assert "Low-rank analysis" in shown
     assert [name for name in ("0/3", "conv1", "1/3", "conv2", "2/3", "linear") if name not in shown] == []
     assert shown.endswith("\r")  # the line is wiped
+
+
+def test_what_is_done_and_its_unit_can_be_named(capsys):
+    with progress_line(TQDMProgressBar(), "calibration", "batch") as progress:
+        assert [*Told("abc", progress)] == ["a", "b", "c"]
+    shown = capsys.readouterr().out
+    assert "Low-rank calibration" in shown and "2/3" in shown and "batch" in shown
+
+
+def test_items_without_a_progress_are_those_of_a_list():
+    assert [*Told("abc", None)] == ["a", "b", "c"] == Told("abc", None)[:]
 
 
 @pytest.fixture
@@ -61,7 +72,7 @@ def rich_bar():
 
 
 def test_beside_a_rich_bar_a_task_counts_the_layers_and_is_hidden(rich_bar):
-    with analysis_progress(rich_bar) as progress:
+    with progress_line(rich_bar) as progress:
         progress(2, 5, "conv3")
         [task] = rich_bar.progress.tasks
         assert (task.description, task.completed, task.total) == ("Low-rank analysis", 2, 5)
@@ -70,7 +81,7 @@ def test_beside_a_rich_bar_a_task_counts_the_layers_and_is_hidden(rich_bar):
 
 
 def test_rich_task_is_hidden_after_an_error_too(rich_bar):
-    with pytest.raises(RuntimeError, match="broken"), analysis_progress(rich_bar):
+    with pytest.raises(RuntimeError, match="broken"), progress_line(rich_bar):
         raise RuntimeError("broken")
     assert not rich_bar.progress.tasks[0].visible
 
@@ -79,7 +90,7 @@ def test_rich_bar_of_a_trainer_that_has_not_started_shows_its_own_line(capsys):
     bar = RichProgressBar()
     Trainer(accelerator="cpu", callbacks=[bar], logger=False, enable_checkpointing=False)
     bar.setup(SimpleNamespace(is_global_zero=True), LightningModule(), "fit")
-    with analysis_progress(bar) as progress:
+    with progress_line(bar) as progress:
         progress(0, 1, "linear")
     assert "Low-rank analysis" in capsys.readouterr().out
 

@@ -1,0 +1,73 @@
+"""Checkpointed: what a callback knows of its run, and the hooks by which checkpoints keep it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+
+from lr_callback.allocation import Allocation
+from lr_callback.host.counting import Counting
+from lr_callback.host.distilling import Distilling
+from lr_callback.host.packages import CallbackBase
+from lr_callback.host.record import Record
+from lr_callback.host.resume import Resuming, note_groups
+
+
+class Checkpointed(CallbackBase):
+    """A callback with the knowledge of its run.
+
+    Args:
+        cost: unit of the budgets.
+        distill: weight of the distillation loss, or None.
+        temperature: of its softmaxes.
+        keeps_start: whether learning rates are rewound to where they began.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    def __init__(self, cost: str, distill: float | None, temperature: float, keeps_start: bool) -> None:
+        super().__init__()
+        self._options, self._keeps_start = (cost, distill, temperature), keeps_start
+        self._forget()
+        self._resuming = Resuming()
+
+    def _forget(self) -> None:
+        """Begin anew: an earlier run of this callback may have been with another model or other batches."""
+        cost, weight, temperature = self._options
+        self._record, self._counting, self._distilling = Record(), Counting(cost), Distilling(weight, temperature)
+
+    @property
+    def allocation(self) -> Allocation | None:
+        """What the latest compression made of each layer; None before the first."""
+        return self._record.allocation
+
+    @property
+    def snapshot_files(self) -> dict[str, str]:
+        """The snapshots that were written: name -> path."""
+        return dict(self._record.snapshot_files)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs, as plain data and tensors."""
+        observation, teacher = self._counting.observation, self._distilling.weights
+        return replace(self._record, observation=observation, teacher=teacher).to_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what :meth:`state_dict` wrote.
+
+        Raises:
+            ValueError: If a newer version or something else wrote it. Nothing was changed.
+        """
+        record = Record.from_dict(state_dict).resumed(self._keeps_start)
+        self._counting.observation, self._distilling.written = record.observation, record.teacher
+        self._record = replace(record, teacher=None)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Write the names of the parameters in each optimizer's groups."""
+        note_groups(trainer, pl_module, checkpoint)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Read the names of the parameters in each optimizer's groups, and whether an epoch is to begin."""
+        self._resuming.read(checkpoint, trainer.max_epochs)
