@@ -87,7 +87,8 @@ class Lanczos:
         self._limits, self._pivots, self._highest, self._scale = (
             each[rows, columns] for each in (self._limits, self._pivots, self._highest, self._scale)
         )
-        self._diagonal = list(torch.stack(self._diagonal)[:, rows, columns])
+        if self._diagonal:  # none before the first step
+            self._diagonal = list(torch.stack(self._diagonal)[:, rows, columns])
         self._beside = list(torch.stack(self._beside)[:, rows, columns])
 
 

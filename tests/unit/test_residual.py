@@ -123,3 +123,12 @@ def test_where_every_norm_reaches_its_limit_nothing_is_left(crew):
     slices = draw(4, 90, 100)
     norms = residual_norms(scaled_vectors(slices), 80, crew, 0.5 * norms_one_by_one(slices, 80))
     assert norms.isinf().all()
+
+
+@pytest.mark.parametrize("last", [1, 2])
+def test_where_only_rank_0_is_given_up_before_the_first_step_the_others_are_exact(last, crew):
+    slices = draw(2, 80, 90)
+    limit = torch.tensor([0.0, torch.inf, torch.inf], dtype=torch.float64)[: last + 1]
+    norms = residual_norms(scaled_vectors(slices), last, crew, limit)
+    assert norms[0].isinf()
+    torch.testing.assert_close(norms[1:], norms_one_by_one(slices, last)[1:], rtol=1e-7, atol=1e-9)
