@@ -26,7 +26,7 @@ from lr_callback.host.snapshots import publish, write_part, write_snapshot
 from lr_callback.host.strategies import check_same_weights, check_strategy, processes_of, same_on_all
 from lr_callback.host.trainer import check_optimizers, is_smoke_test, lacks
 from lr_callback.interrupts import held
-from lr_callback.methods import Method, check_method
+from lr_callback.methods import Method
 from lr_callback.projection import OptimizerState, check_optimizer_state
 from lr_callback.surgery import SurgeryReport
 
@@ -45,7 +45,8 @@ class LowRankCompression(Checkpointed):
         when: ``epochs``; or ``auto``: once, when the spectra of the layers have settled, the median stable rank being
             within 2 % of what it was in each of the last two epochs, at the latest at half of ``max_epochs``.
         ramp: reach ``keep_ratio`` step by step over several ``epochs``, see :func:`lr_callback.events.cubic_ramp`.
-        method: how to choose ranks; by default ``ALDS()``.
+        method: how to choose ranks; None: ``ALDS("activation", "loss", power=4)``, which weighs errors by what comes
+            into the layers and what they do to the outputs; where that cannot be measured ``ALDS()``, with a warning.
         cost: ``parameters``, or ``multiply_adds`` as counted on the first training batch (for epoch 0 on the module's
             ``example_input_array``).
         include: glob patterns of layer names; only these are factorized. By default all.
@@ -96,7 +97,7 @@ class LowRankCompression(Checkpointed):
         embeddings: bool = False,
         optimizer_state: OptimizerState = "reset",
         learning_rate_rewind: bool = False,
-        refit: Refit | None = None,
+        refit: Refit | None = "auto",
         recalibrate_batchnorm: bool = False,
         calibration_batches: int = 8,
         distill: float | None = None,
@@ -109,7 +110,7 @@ class LowRankCompression(Checkpointed):
         check_optimizer_state(optimizer_state)
         self.schedule = Schedule(keep_ratio, epochs, ramp, when)
         self.repairing = Repairing(refit, recalibrate_batchnorm, calibration_batches)
-        self.scope = Scope(check_method(method), include, exclude, embeddings)
+        self.scope = Scope(method, include, exclude, embeddings)
         self.optimizer_state, self.learning_rate_rewind = optimizer_state, learning_rate_rewind
         self.show_table, self.snapshots, self.reset_monitors = show_table, snapshots, reset_monitors
         check_flags(self, "learning_rate_rewind", "show_table", "snapshots", "reset_monitors")
@@ -208,14 +209,14 @@ class LowRankCompression(Checkpointed):
             if not factorized_in(pl_module):
                 self._snapshot(trainer, "dense", again=False)
             self._counting.observe_example(trainer, pl_module)
-            calls, importance = self.repairing.measure(trainer, pl_module, self.scope)
-            analysis = self.scope.analyze(trainer, pl_module, self._counting.unit, importance)
+            scope, calls, importance = self.repairing.measure(trainer, pl_module, self.scope)
+            analysis = scope.analyze(trainer, pl_module, self._counting.unit, importance)
             check_same_weights(trainer, pl_module)
             allocation = processes.first(lambda: analysis.allocate(keep_ratio))
             averages = processes.agree(lambda: self.averages(trainer, pl_module))
             self._distilling.keep(trainer, pl_module)
             options = (averages, self.reset_monitors, self.optimizer_state, self._record.start, importance)
-            repair = partial(self.repairing.repair, trainer, pl_module, calls, undo)
+            repair = partial(self.repairing.repair, trainer, pl_module, calls, importance, undo)
             report = cut(trainer, pl_module, allocation, undo, *options, repair)
             seconds = processes.first(lambda: perf_counter() - started)
             part = write_part(trainer, "cut", undo) if self.snapshots else None

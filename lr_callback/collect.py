@@ -43,6 +43,7 @@ def collect_moments(
     include: Sequence[str] | str | None = None,
     exclude: Sequence[str] | str | None = None,
     largest: int = LARGEST,
+    gentle: bool = False,
     processes: Processes | None = None,
 ) -> dict[str, Importance]:
     """Measure the second moments of the inputs of every layer, for ``error="activation"``.
@@ -56,6 +57,8 @@ def collect_moments(
         exclude: glob patterns of layer names that are left out.
         largest: size of the largest matrix of moments that is kept. Of a layer with more inputs those of its channels
             are measured, with none between the positions of the kernel; and where these are too many, mean squares.
+        gentle: of a layer that is seen at fewer than two positions for each of its inputs take mean squares alone, in
+            place of a matrix of few directions and a warning.
         processes: of a distributed run, each with batches of its own; all get the moments of all batches.
 
     Returns:
@@ -95,13 +98,16 @@ def collect_moments(
     processes = processes or Processes()
     parts = processes.gather(measure, long=True)
     whole, mended = merged([part for part, _ in parts]), parts[0][1]
-    if processes.rank == 0:
+    if processes.rank == 0 and not gentle:
         _warn_of_few(whole)
-    return {name: _importance(one, name in mended) for name, one in whole.items()}
+    return {name: _importance(one, name in mended, gentle) for name, one in whole.items()}
 
 
-def _importance(moments: SecondMoments, mended: bool) -> Importance:
-    return Importance(moments.compute().reshape(moments.total.shape), means=moments.means if mended else None)
+def _importance(moments: SecondMoments, mended: bool, gentle: bool) -> Importance:
+    inputs = moments.compute().reshape(moments.total.shape)
+    if gentle and not moments.diagonal and moments.count < 2 * inputs.shape[1]:
+        inputs = inputs.diagonal(dim1=1, dim2=2).clone()
+    return Importance(inputs, means=moments.means if mended else None)
 
 
 def _rows(layer: nn.Module, inputs: Tensor, outputs: Tensor, largest: int) -> Tensor | None:

@@ -46,6 +46,7 @@ def refit_(
     forward: Callable[[Batch], object] | None = None,
     inputs: Inputs = "cut",
     factors: Factors = "both",
+    gentle: bool = False,
     processes: Processes | None = None,
     progress: Progress | None = None,
 ) -> dict[str, float]:
@@ -60,11 +61,12 @@ def refit_(
         inputs: ``cut``: the layers one after the other in the order of their calls, each on the inputs that the layers
             before, cut and refitted, give it; in two runs of the model, layer by layer for all batches together,
             which holds what the runs are at in memory. A layer that is called several times is fitted as in ``dense``.
-            ``dense``: all
-            at once on the inputs that they had before the cut, in one run; less accurate.
+            ``dense``: all at once on the inputs that they had before the cut, in one run; less accurate.
         factors: ``both``: encoder and decoder in turn (:mod:`lr_callback.alternate`), where the decoder has no kernel
             and a position has at most :data:`~lr_callback.collect.LARGEST` inputs; else, and for ``decoder``, the
             decoder alone.
+        gentle: leave a layer as it is that is seen at fewer than two positions for each of its inputs, in place of a
+            warning.
         processes: of a distributed run, each with batches of its own; all get the same decoders. None: this one alone.
         progress: told of each layer before it is refitted.
 
@@ -98,7 +100,7 @@ def refit_(
     kept = {name: [value.clone() for value in _values(layer)] for name, layer in students.items()}
     try:
         with torch.no_grad(), _own_biases(replaced[name] for name in students):
-            refit = _Refit(model, fits, batches, forward, processes or Processes(), progress)
+            refit = _Refit(model, fits, batches, forward, processes or Processes(), progress, gentle)
             calls = refit.look()
             left = refit.one_by_one(calls) if inputs == "cut" else refit.all_at_once()
             for fit in fits.values():
@@ -141,6 +143,7 @@ class _Refit:
         forward: see :func:`refit_`.
         processes: see :func:`refit_`.
         progress: see :func:`refit_`.
+        gentle: see :func:`refit_`.
     """
 
     def __init__(
@@ -151,8 +154,9 @@ class _Refit:
         forward: Callable[[Any], object] | None,
         processes: Processes,
         progress: Progress | None,
+        gentle: bool,
     ) -> None:
-        self._model, self._fits, self._progress = model, fits, progress
+        self._model, self._fits, self._progress, self._gentle = model, fits, progress, gentle
         self._batches, self._forward, self._processes = batches, forward, processes
         self._instead: dict[nn.Module, nn.Module] = {fit.student: fit.teacher for fit in fits.values()}
 
@@ -172,8 +176,9 @@ class _Refit:
         found = merged(self._processes.gather(measure, long=True))
         if only is None:
             self._warn_of_unseen(found)
-        self._warn_of_few({name: float(one.count) for name, one in found.items()})
-        order = [name for name in self._fits if name in found]
+        few = self._few(found)
+        self._warn_of_few(few)
+        order = [name for name in self._fits if name in found and not (self._gentle and name in few)]
         return {name: self._solve(name, found[name]) for name in self._told(order)}
 
     def one_by_one(self, calls: Mapping[str, int]) -> dict[str, float]:
@@ -200,17 +205,18 @@ class _Refit:
     ) -> dict[str, float]:
         """Take all runs from layer to layer, and refit each one as they come to it."""
         left: dict[str, float] = {}
-        counts: dict[str, float] = {}
+        few: list[str] = []
         for name in set(stations) - set(order):
             stations[name].is_open = True
         for name in self._told(order):
             found = merged(self._processes.gather(partial(self._measure, name, before, after), long=True))
-            if name in found:
-                counts[name], left[name] = float(found[name].count), self._solve(name, found[name])
+            few += self._few(found)
+            if name in found and not (self._gentle and name in few):
+                left[name] = self._solve(name, found[name])
             stations[name].refresh()
             for walk in after:
                 walk.at = None if walk.at == name else walk.at
-        self._warn_of_few(counts)
+        self._warn_of_few(few)
         return left
 
     def _measure(self, name: str, before: Sequence[Walk], after: Sequence[Walk]) -> dict[str, SecondMoments]:
@@ -244,10 +250,12 @@ class _Refit:
                 self._progress(done, len(names), name)
             yield name
 
-    def _warn_of_few(self, counts: Mapping[str, float]) -> None:
-        """Warn of layers that were seen at hardly more positions than there are inputs to fit to."""
-        few = [name for name, count in counts.items() if count < 2 * self._fits[name].width]
-        if few and self._processes.rank == 0:
+    def _few(self, found: Mapping[str, SecondMoments]) -> list[str]:
+        """Return the layers that were seen at hardly more positions than there are inputs to fit to."""
+        return [name for name, one in found.items() if one.count < 2 * self._fits[name].width]
+
+    def _warn_of_few(self, few: Sequence[str]) -> None:
+        if few and not self._gentle and self._processes.rank == 0:
             warn(
                 f"The calibration batches are few for {len(few)} layer(s) ({listed(few)}): it is fitted to less than "
                 "two positions for each of its inputs, and may be worse on others; give more batches.",

@@ -23,12 +23,11 @@ from lr_callback.host.scope import Scope
 from lr_callback.host.strategies import processes_of
 from lr_callback.importance import Importance
 from lr_callback.layers import dense_bias
-from lr_callback.methods import Method
 from lr_callback.observe import untouched
 from lr_callback.optimizers import optimizers_in
 from lr_callback.probe import Probe
 from lr_callback.refit import Inputs, refit_
-from lr_callback.repair import recalibrate_batchnorm_
+from lr_callback.repair import correct_biases_, recalibrate_batchnorm_
 from lr_callback.report import Told, progress_line
 from lr_callback.surgery import standing_in
 
@@ -63,19 +62,29 @@ class Repairing:
         if not isinstance(self.batches, int) or isinstance(self.batches, bool) or self.batches < 1:
             raise ValueError(f"`calibration_batches` must be a whole number of at least 1, got {self.batches!r}.")
 
-    def calls(self, trainer: Trainer, pl_module: LightningModule, method: Method) -> list[Probe]:
-        """Return the calls on the training batches that the method or a repair needs; none, if nothing does.
+    def measure(
+        self, trainer: Trainer, pl_module: LightningModule, scope: Scope
+    ) -> tuple[Scope, list[Probe], dict[str, Importance] | None]:
+        """Return which scope it is, calls on training batches, and the importance of the layers on them.
+
+        No calls, if neither the method nor a repair needs them; or if only what was left open does, and they cannot be
+        had: then the scope is that without calibration, and a warning says so.
 
         Raises:
-            MisconfigurationException: If they cannot be had, and not only ``refit="auto"`` needs them.
+            MisconfigurationException: If they cannot be had, and something that was asked for needs them.
         """
-        asked = self.refit in ("cut", "dense") or self.batchnorm
-        if asked or method.needs_effects or method.error in _MEASURED:
-            return processes_of(trainer).agree(lambda: calibration_calls(trainer, pl_module, self.batches), long=True)
-        return self._calls_if_possible(trainer, pl_module) if self.refit else []
+        needs = scope.chosen is not None and (scope.method.needs_effects or scope.method.error in _MEASURED)
+        if needs or self.batchnorm or self.refit in ("cut", "dense"):
+            calls = processes_of(trainer).agree(lambda: calibration_calls(trainer, pl_module, self.batches), long=True)
+            return scope, calls, importance_of(trainer, pl_module, scope, calls)
+        if scope.chosen is not None and self.refit is None:
+            return scope, [], importance_of(trainer, pl_module, scope, [])
+        return self._measure_if_possible(trainer, pl_module, scope)
 
-    def _calls_if_possible(self, trainer: Trainer, pl_module: LightningModule) -> list[Probe]:
-        """Return the calls, if every process can have them and make them again; else none, with a warning."""
+    def _measure_if_possible(
+        self, trainer: Trainer, pl_module: LightningModule, scope: Scope
+    ) -> tuple[Scope, list[Probe], dict[str, Importance] | None]:
+        """Return what :meth:`measure` does, if every process can; else go without calibration, with a warning."""
         calls: list[Probe] = []
 
         def attempt() -> str | None:
@@ -84,31 +93,26 @@ class Repairing:
                 with untouched(pl_module):
                     next(one for one in calls if one.seen).repeat()
             except Exception as error:
-                own = isinstance(error, MisconfigurationException)
-                return str(error).removeprefix("LowRankCompression: ") if own else f"{type(error).__name__}: {error}"
+                return _reason(error)
             return None
 
         reasons = [reason for reason in processes_of(trainer).gather(attempt, long=True) if reason is not None]
-        if reasons:
-            rank_zero_warn(
-                "LowRankCompression: the factors are not refitted, a cut costs more accuracy without. refit='auto' "
-                "needs some training batches, and the network's calls on them once more in eval mode, which could not "
-                f"be had: {reasons[0]} With refit=None this is not tried, with refit='cut' it is an error."
-            )
-        return [] if reasons else calls
-
-    def measure(
-        self, trainer: Trainer, pl_module: LightningModule, scope: Scope
-    ) -> tuple[list[Probe], dict[str, Importance] | None]:
-        """Return what :meth:`calls` does, and the importance of the layers, for a method that weighs by it."""
-        calls = self.calls(trainer, pl_module, scope.method)
-        return calls, importance_of(trainer, pl_module, scope, calls)
+        if not reasons:
+            try:
+                return scope, calls, importance_of(trainer, pl_module, scope, calls)
+            except (ValueError, RuntimeError) as error:
+                # What is raised on one process is raised on all: none goes on alone.
+                reasons = [_reason(error)]
+        without = scope.without_calibration
+        rank_zero_warn(_WITHOUT.format(reasons[0]))
+        return without, [], importance_of(trainer, pl_module, without, [])
 
     def repair(
         self,
         trainer: Trainer,
         pl_module: LightningModule,
         calls: list[Probe],
+        importance: Mapping[str, Importance] | None,
         undo: ExitStack,
         targets: Mapping[str, nn.Module],
         made: Mapping[str, nn.Module],
@@ -118,7 +122,8 @@ class Repairing:
         Args:
             trainer: at the start of an epoch.
             pl_module: that still has the layers before the cut.
-            calls: from :meth:`calls`.
+            calls: from :meth:`measure`.
+            importance: from :meth:`measure`.
             undo: given what puts back the statistics, and the biases, which stay the same parameters.
             targets: layer name -> the layer that stands there.
             made: layer name -> the layer that takes its place.
@@ -129,25 +134,44 @@ class Repairing:
         bar = trainer.progress_bar_callback
         for norm in batchnorm_layers(pl_module):
             undo.callback(norm.load_state_dict, {n: v.clone() for n, v in norm.named_buffers()}, strict=False)
+        for bias in [dense_bias(layer) for layer in made.values()]:
+            if bias is not None:  # it is the one of the layer that stands there, too
+                undo.callback(_set, bias, bias.detach().clone())
+        replaced = {name: targets[name] for name in made}
+        options: dict[str, Any] = {"forward": Probe.repeat, "processes": processes}
         with standing_in(pl_module, {targets[name]: layer for name, layer in made.items()}):
             if self.refit is not None:
-                for bias in [dense_bias(layer) for layer in made.values()]:
-                    if bias is not None:  # it is the one of the layer that stands there, too
-                        undo.callback(_set, bias, bias.detach().clone())
-                replaced = {name: targets[name] for name in made}
                 inputs: Inputs = "dense" if self.refit == "dense" else "cut"
-                options: dict[str, Any] = {"forward": Probe.repeat, "inputs": inputs, "processes": processes}
                 with progress_line(bar, "refit") as progress:
-                    refit_(pl_module, replaced, calls, progress=progress, **options)
+                    gentle = self.refit == "auto"
+                    refit_(pl_module, replaced, calls, inputs=inputs, gentle=gentle, progress=progress, **options)
+            elif importance is not None:
+                correct_biases_(pl_module, replaced, importance, calls, **options)
             if self.batchnorm:
                 with progress_line(bar, "BatchNorm", "batch") as progress:
-                    recalibrate_batchnorm_(pl_module, Told(calls, progress), Probe.repeat, processes)
+                    recalibrate_batchnorm_(pl_module, Told(calls, progress), **options)
+
+
+def _reason(error: Exception) -> str:
+    own = isinstance(error, MisconfigurationException)
+    return str(error).removeprefix("LowRankCompression: ") if own else f"{type(error).__name__}: {error}"
+
+
+_WITHOUT = (
+    "LowRankCompression: a cut costs more accuracy than it need, for errors are not weighted by activations, factors "
+    "not refitted: that takes some training batches and the network's calls on them once more in eval mode, which "
+    "could not be had. {} With method=ALDS() and refit=None this is not tried, with refit='cut' it is an error."
+)
+"""Why less than the best is done where nothing was asked for."""
 
 
 def _set(parameter: nn.Parameter, value: Tensor) -> None:
     with torch.no_grad():
         parameter.copy_(value)
 
+
+EFFECTS = 2
+"""Number of batches that the effects are measured on, at most: each takes as many runs as there are layers."""
 
 _MEASURED = {"activation": collect_moments, "batchnorm": batchnorm_importance}
 """Errors that are weighted by what is seen on some calls -> what sees it."""
@@ -158,11 +182,13 @@ def importance_of(
 ) -> dict[str, Importance] | None:
     """Return the importance of the layers on some calls, for a method that weighs errors by it, or layers."""
     method, known = scope.method, None
+    gentle: dict[str, Any] = {"gentle": scope.chosen is None} if method.error == "activation" else {}
     options: dict[str, Any] = {"include": scope.include, "exclude": scope.exclude, "processes": processes_of(trainer)}
     bar = trainer.progress_bar_callback
     if method.error in _MEASURED:
         with progress_line(bar, "importance", "batch") as progress:
-            known = _MEASURED[method.error](pl_module, Told(calls, progress), forward=Probe.repeat, **options)
+            own = {"forward": Probe.repeat, **gentle, **options}
+            known = _MEASURED[method.error](pl_module, Told(calls, progress), **own)
     if method.error == "fisher":
         optimizers = [*trainer.optimizers, *optimizers_in(pl_module)]
         known = fisher_importance(pl_module, optimizers=optimizers, **options)
@@ -170,4 +196,4 @@ def importance_of(
         return known
     options |= {"forward": Probe.repeat, "embeddings": scope.embeddings}
     with progress_line(bar, "effects", "batch") as progress:
-        return measure_effects(pl_module, Told(calls, progress), method, known, **options)
+        return measure_effects(pl_module, Told(calls[:EFFECTS], progress), method, known, **options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -17,7 +17,7 @@ from lr_callback.find import check_patterns, find_layers
 from lr_callback.fisher import WITHOUT
 from lr_callback.host.strategies import processes_of
 from lr_callback.importance import Importance
-from lr_callback.methods import Method
+from lr_callback.methods import Method, best_method, check_method
 from lr_callback.observe import Observation
 from lr_callback.optimizers import optimizers_in, with_inner
 from lr_callback.report import progress_line
@@ -28,25 +28,36 @@ class Scope:
     """What the analyses of a run have in common.
 
     Args:
-        method: that chooses the ranks.
+        chosen: the method that chooses the ranks; None: the best one for what can be measured.
         include: glob patterns of layer names; None: all.
         exclude: glob patterns of layer names that stay dense.
         embeddings: whether ``nn.Embedding`` layers are factorized, too.
 
     Raises:
-        TypeError: If ``embeddings`` is no switch.
+        TypeError: If ``chosen`` is no method, or ``embeddings`` no switch.
         ValueError: If a pattern is no text.
     """
 
-    method: Method
+    chosen: Method | None = None
     include: list[str] | None = None
     exclude: list[str] | None = None
     embeddings: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
+        check_method(self.chosen)
         check_patterns(include=self.include, exclude=self.exclude)
         check_flags(self, "embeddings")
+
+    @property
+    def method(self) -> Method:
+        """The method, as it is where the training can be run for a calibration."""
+        return best_method() if self.chosen is None else self.chosen
+
+    @property
+    def without_calibration(self) -> Scope:
+        """The same where no batches can be had: a method that was left open needs none."""
+        return self if self.chosen is not None else replace(self, chosen=check_method(None))
 
     def check_budgets(self, pl_module: LightningModule, ratios: Iterable[float], unit: Observation | None) -> None:
         """Refuse fractions to keep that no choice of ranks meets.

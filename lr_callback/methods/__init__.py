@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lr_callback.methods.alds import ALDS as ALDS
 from lr_callback.methods.alds import OBJECTIVES as OBJECTIVES
+from lr_callback.methods.alds import best_method as best_method
 from lr_callback.methods.alds import check_method as check_method
 from lr_callback.methods.base import Choice as Choice
 from lr_callback.methods.base import Method as Method

@@ -9,7 +9,7 @@ from hashlib import sha256
 from typing import Any, Literal
 
 from lr_callback.analysis import check_keep_ratio
-from lr_callback.methods import Method, check_method
+from lr_callback.methods import Method, best_method
 
 CONTROL = "dense"
 """Name of the runs of the network as it is, trained for the same epochs."""
@@ -20,8 +20,9 @@ class Treatment:
     """What is done to a network to make it smaller: by the callback, or by filter pruning.
 
     Args:
-        method: of the callback, that chooses the ranks; by default ALDS().
-        refit: see ``LowRankCompression``.
+        method: of the callback, that chooses the ranks. With neither a method nor a refit it is the callback as it is
+            by default, with both.
+        refit: see ``LowRankCompression``; None: not at all, as for a method of the paper.
         recalibrate_batchnorm: see ``LowRankCompression``.
         calibration_batches: see ``LowRankCompression``.
         filter_pruning: drop whole filters by this norm of their weights, with the library torch-pruning, and do none of
@@ -37,7 +38,7 @@ class Treatment:
     """
 
     method: Method | None = None
-    refit: Literal["cut", "dense"] | None = None
+    refit: Literal["auto", "cut", "dense"] | None = None
     recalibrate_batchnorm: bool = False
     calibration_batches: int = 8
     filter_pruning: Literal["l1", "l2"] | None = None
@@ -55,14 +56,15 @@ class Treatment:
         """Return it as plain data."""
         if self.filter_pruning:
             return {"filter_pruning": self.filter_pruning}
-        method = check_method(self.method).to_dict()
-        return {**asdict(self), "method": method}
+        method = best_method() if self.method is None else self.method
+        return {**asdict(self), **self.options, "method": method.to_dict()}
 
     @property
     def options(self) -> dict[str, Any]:
         """The arguments of the callback."""
         names = ("method", "refit", "recalibrate_batchnorm", "calibration_batches")
-        return {name: getattr(self, name) for name in names}
+        refit = "auto" if self.method is None and self.refit is None else self.refit
+        return {name: getattr(self, name) for name in names} | {"refit": refit}
 
 
 @dataclass(frozen=True)
