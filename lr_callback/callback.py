@@ -28,7 +28,7 @@ from lr_callback.host.trainer import check_optimizers, is_smoke_test, lacks
 from lr_callback.interrupts import held
 from lr_callback.methods import Method
 from lr_callback.projection import OptimizerState, check_optimizer_state
-from lr_callback.surgery import SurgeryReport
+from lr_callback.surgery import SurgeryReport, keep_places
 
 
 class LowRankCompression(Checkpointed):
@@ -206,6 +206,7 @@ class LowRankCompression(Checkpointed):
         with held(), ExitStack() as undo:
             for noted in (vars(self), vars(self._counting), vars(self._distilling)):
                 undo.callback(noted.update, dict(noted))
+            keep_places(pl_module, undo)
             if not factorized_in(pl_module):
                 self._snapshot(trainer, "dense", again=False)
             self._counting.observe_example(trainer, pl_module)

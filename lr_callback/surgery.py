@@ -185,6 +185,16 @@ def standing_in(model: nn.Module, instead: Mapping[nn.Module, nn.Module]) -> Ite
         _put_back(places)
 
 
+def keep_places(model: nn.Module, undo: ExitStack) -> None:
+    """Have every module of a model put back into its place, if it comes to that.
+
+    What stands in for layers for a while is gone after that while: but not if its very end was interrupted.
+    """
+    for parent in model.modules():
+        for child, module in parent._modules.items():
+            undo.callback(parent._modules.__setitem__, child, module)
+
+
 def _report(model: nn.Module, made: Mapping[str, nn.Module], before: int) -> SurgeryReport:
     return SurgeryReport(
         factorized=tuple(name for name, layer in made.items() if isinstance(layer, FactorizedLayer)),

@@ -97,6 +97,8 @@ class Repairing:
             return None
 
         reasons = [reason for reason in processes_of(trainer).gather(attempt, long=True) if reason is not None]
+        if not reasons and scope.chosen is not None:
+            return scope, calls, importance_of(trainer, pl_module, scope, calls)
         if not reasons:
             try:
                 return scope, calls, importance_of(trainer, pl_module, scope, calls)
@@ -104,7 +106,9 @@ class Repairing:
                 # What is raised on one process is raised on all: none goes on alone.
                 reasons = [_reason(error)]
         without = scope.without_calibration
-        rank_zero_warn(_WITHOUT.format(reasons[0]))
+        missing = [] if scope.chosen is not None else ["errors are not weighted by activations"]
+        missing += [] if self.refit is None else ["factors are not refitted"]
+        rank_zero_warn(_WITHOUT.format(" and ".join(missing), reasons[0]))
         return without, [], importance_of(trainer, pl_module, without, [])
 
     def repair(
@@ -158,9 +162,9 @@ def _reason(error: Exception) -> str:
 
 
 _WITHOUT = (
-    "LowRankCompression: a cut costs more accuracy than it need, for errors are not weighted by activations, factors "
-    "not refitted: that takes some training batches and the network's calls on them once more in eval mode, which "
-    "could not be had. {} With method=ALDS() and refit=None this is not tried, with refit='cut' it is an error."
+    "LowRankCompression: a cut costs more accuracy than it need, for {}: that takes some training batches, and the "
+    "network's calls on them once more in eval mode, which could not be had: {} With method=ALDS() and refit=None this "
+    "is not tried, with refit='cut' it is an error."
 )
 """Why less than the best is done where nothing was asked for."""
 

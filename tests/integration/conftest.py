@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torch.utils.data import DataLoader, TensorDataset
 
-from lr_callback import LowRankCompression
+from lr_callback import ALDS, LowRankCompression
 
 collect_ignore_glob = ["ddp_*.py"]
 """Programs that the tests start, and what these share."""
@@ -282,7 +282,8 @@ def trained(fit: Callable[..., Trainer]) -> Callable[..., Trainer]:
     """
 
     def run(module: LightningModule, *callbacks: Callback, options: dict[str, Any], **settings: Any) -> Trainer:
-        around, cut = Around(), LowRankCompression(0.5, 1, show_table=False, **options)
+        plain = {"method": ALDS(), "refit": None, "show_table": False}
+        around, cut = Around(), LowRankCompression(0.5, 1, **{**plain, **options})
         trainer = fit(module, around, cut, around, *callbacks, max_epochs=3, **settings)
         (before, after), now = around.weights, dict(module.named_parameters())
         factors = [name for name in after if name not in before and name.endswith("coder.weight")]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam
 from torch.utils.data import DataLoader, TensorDataset
 
-from lr_callback import LowRankCompression
+from lr_callback import ALDS, LowRankCompression
 from lr_callback.layers import FactorizedLayer
 
 BATCH = 4
@@ -163,7 +163,7 @@ def loader(**settings: Any) -> DataLoader[Any]:
 
 
 def events(**settings: Any) -> LowRankCompression:
-    return LowRankCompression([0.6, 0.35], [1, 3], **{"show_table": False, **settings})
+    return LowRankCompression([0.6, 0.35], [1, 3], **{"method": ALDS(), "refit": None, "show_table": False, **settings})
 
 
 def run(

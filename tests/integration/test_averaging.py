@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import (
 from torch.optim.swa_utils import AveragedModel
 
 import lr_callback as lrc
-from lr_callback import LowRankCompression
+from lr_callback import ALDS, LowRankCompression
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -44,7 +44,7 @@ AVERAGES = {
 
 
 def compression():
-    return LowRankCompression(*EVENTS, show_table=False)
+    return LowRankCompression(*EVENTS, method=ALDS(), refit=None, show_table=False)
 
 
 def ordered(average, before):

@@ -7,7 +7,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import nn
 
 import lr_callback as lrc
-from lr_callback import LowRankCompression
+from lr_callback import ALDS, LowRankCompression
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -141,7 +141,7 @@ class Break(Callback):
 
 def test_nan_at_the_event_ends_the_run_with_the_layer_named_and_nothing_changed(fit, new_module):
     module, steps = new_module(), Steps()
-    compression = LowRankCompression(0.5, 1, snapshots=True)
+    compression = LowRankCompression(0.5, 1, method=ALDS(), refit=None, snapshots=True)
     match = r"network\.8: every weight must be finite, found 1 of 8192 NaN or infinite"
     modules = list(module.modules())
     with pytest.raises(ValueError, match=match):

@@ -13,7 +13,7 @@ from torch.optim import SGD, Adam, lr_scheduler
 from torch.utils.flop_counter import FlopCounterMode
 
 import lr_callback as lrc
-from lr_callback import LowRankCompression
+from lr_callback import ALDS, LowRankCompression
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LAYERS = ["network.0", "network.3", "network.8", "network.10"]
@@ -81,7 +81,7 @@ class Keep(Callback):
 def test_later_event_composes_back_and_allocates_anew(fit, new_module):
     module, before = new_module(), Keep()
     dense = parameters_of(module)
-    compression = LowRankCompression([0.5, 0.3], [1, 2])
+    compression = LowRankCompression([0.5, 0.3], [1, 2], method=ALDS(), refit=None)
     fit(module, before, compression, max_epochs=3)
     composed = before.copies[2]
     assert factorized_in(composed)

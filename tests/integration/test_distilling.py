@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lr_callback import FactorizedConv2d, LowRankCompression
+from lr_callback import ALDS, FactorizedConv2d, LowRankCompression
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -85,7 +85,7 @@ def train(tmp_path, new_trainer):
 
     def run(module=None, distill=0.3, epochs=1, ratios=0.5, ckpt_path=None, loader=None, callbacks=(), **settings):
         torch.manual_seed(1)
-        own = {name: settings.pop(name) for name in ("refit", "distill_temperature") if name in settings}
+        own = {name: settings.pop(name) for name in ("method", "refit", "distill_temperature") if name in settings}
         compression = LowRankCompression(ratios, epochs, distill=distill, show_table=False, **own)
         noted = Noted(compression)
         trainer = new_trainer(tmp_path, noted, compression, *callbacks, **{"max_epochs": 2, **settings})
@@ -427,7 +427,7 @@ class Holds(Network):
 
 def test_a_copy_that_runs_the_networks_own_weights_is_refused(train):
     with pytest.raises(MisconfigurationException, match="does not come from its own weights alone"):
-        train(Holds(), epochs=0, max_epochs=1)
+        train(Holds(), epochs=0, max_epochs=1, method=ALDS(), refit=None)
 
 
 def test_a_module_that_cannot_be_copied_is_refused(tmp_path, new_trainer):
@@ -436,7 +436,7 @@ def test_a_module_that_cannot_be_copied_is_refused(tmp_path, new_trainer):
             self.kept = super().training_step(batch, batch_idx)
             return self.kept
 
-    compression = LowRankCompression(0.5, 1, distill=0.5, show_table=False)
+    compression = LowRankCompression(0.5, 1, method=ALDS(), refit=None, distill=0.5, show_table=False)
     with pytest.raises(MisconfigurationException, match=r"it could not be copied \(RuntimeError: Only Tensors created"):
         new_trainer(tmp_path, compression, max_epochs=2).fit(Keeps(), batches())
 

@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lr_callback import LowRankCompression, restore_
+from lr_callback import ALDS, LowRankCompression, restore_
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -49,7 +49,7 @@ class Net(LightningModule):
 def train(root: Path, ckpt_path: Path | None = None) -> Trainer:
     """Train with two compressions; one file is written over and over, the others stay."""
     files = ModelCheckpoint(root, "{epoch}", save_top_k=-1, save_last=True)
-    compression = LowRankCompression([0.7, 0.5], [1, 3], show_table=False, snapshots=True)
+    compression = LowRankCompression([0.7, 0.5], [1, 3], method=ALDS(), refit=None, show_table=False, snapshots=True)
     quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
     trainer = Trainer(
         accelerator="cpu", max_epochs=EPOCHS, default_root_dir=root, callbacks=[compression, files], **quiet

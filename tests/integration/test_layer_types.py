@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import SGD, Adam
 
 import lr_callback as lrc
-from lr_callback import LowRankCompression
+from lr_callback import ALDS, LowRankCompression
 from lr_callback.layers import FactorizedLayer
 from lr_callback.observe import observe
 
@@ -70,7 +70,9 @@ def made(new_module, optimize=None):
 
 def compression(**options):
     method = lrc.ALDS(foldings=["kernel_in_encoder", "depth_in_decoder", "height_in_decoder"])
-    return LowRankCompression([0.6, 0.4], [1, 3], method=method, embeddings=True, show_table=False, **options)
+    return LowRankCompression(
+        [0.6, 0.4], [1, 3], method=method, refit=None, embeddings=True, show_table=False, **options
+    )
 
 
 def types_in(module):
@@ -173,7 +175,7 @@ class Tokens(LightningModule):
 @pytest.mark.parametrize("kind", [SGD, torch.optim.Adagrad])
 def test_factors_of_a_table_with_sparse_gradients_learn(kind, new_trainer, loader, tmp_path):
     module, started = Tokens(kind), []
-    callback = LowRankCompression(0.5, 1, embeddings=True, show_table=False)
+    callback = LowRankCompression(0.5, 1, method=ALDS(), refit=None, embeddings=True, show_table=False)
     watching = LambdaCallback(on_train_epoch_start=lambda *_: started.append(copy.deepcopy(module.tokens)))
     new_trainer(tmp_path, callback, watching).fit(module, loader())
     assert isinstance(module.tokens, lrc.FactorizedEmbedding)
@@ -188,11 +190,13 @@ def test_a_table_that_sparse_adam_trains_is_refused_before_the_training_unless_i
 ):
     module = Tokens(torch.optim.SparseAdam)
     before = copy.deepcopy(module.state_dict())
-    callback = LowRankCompression(0.5, 1, embeddings=True, show_table=False)
+    callback = LowRankCompression(0.5, 1, method=ALDS(), refit=None, embeddings=True, show_table=False)
     with pytest.raises(MisconfigurationException, match=r"SparseAdam, which trains tokens, does not\. Name it in"):
         new_trainer(tmp_path, callback).fit(module, loader())
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
-    left_out = LowRankCompression(0.9, 1, embeddings=True, exclude=["tokens"], show_table=False)
+    left_out = LowRankCompression(
+        0.9, 1, method=ALDS(), refit=None, embeddings=True, exclude=["tokens"], show_table=False
+    )
     new_trainer(tmp_path, left_out).fit(module, loader())
     assert isinstance(module.head, lrc.FactorizedLinear)
     assert type(module.tokens) is nn.Embedding

@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import SGD
 
 import lr_callback as lrc
-from lr_callback import LowRankCompression, LowRankMixin, load_from_checkpoint
+from lr_callback import ALDS, LowRankCompression, LowRankMixin, load_from_checkpoint
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -77,7 +77,7 @@ def files(tmp_path_factory, loader, new_trainer):
                 path = root / f"{kind}-{trainer.current_epoch}.ckpt"
                 trainer.save_checkpoint(path, weights_only=kind == "weights")
 
-    callback = LowRankCompression([0.6, 0.4], [1, 2], show_table=False)
+    callback = LowRankCompression([0.6, 0.4], [1, 2], method=ALDS(), refit=None, show_table=False)
     new_trainer(root, callback, Save()).fit(Small(48), loader(), loader())
     return {path.stem: path for path in root.glob("*.ckpt")}
 
@@ -266,7 +266,8 @@ def test_best_may_be_on_either_side_and_fit_goes_on_afterwards(epoch, stage, tmp
             pl_module.log("score", float(trainer.current_epoch == epoch))
 
     best = ModelCheckpoint(tmp_path, "{epoch}", monitor="score", mode="max")
-    callback, module = LowRankCompression(0.4, 1, show_table=False, reset_monitors=False), Small(48)
+    callback = LowRankCompression(0.4, 1, method=ALDS(), refit=None, show_table=False, reset_monitors=False)
+    module = Small(48)
     trainer = new_trainer(tmp_path, Score(), callback, best, max_epochs=3, enable_checkpointing=True)
     trainer.fit(module, loader(), loader())
     expected = load_from_checkpoint(Small, best.best_model_path)

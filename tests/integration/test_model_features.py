@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import SGD
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
-from lr_callback import FactorizedConv2d, FactorizedLinear, LowRankCompression
+from lr_callback import ALDS, FactorizedConv2d, FactorizedLinear, LowRankCompression
 from lr_callback.layers import FactorizedLayer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -54,7 +54,7 @@ class RecomputedInParts(Plain):
 
 
 def compression(**settings):
-    return LowRankCompression([0.6, 0.3], [1, 2], show_table=False, **settings)
+    return LowRankCompression([0.6, 0.3], [1, 2], method=ALDS(), refit=None, show_table=False, **settings)
 
 
 class Losses(Callback):
@@ -141,7 +141,7 @@ class HeldByAClosure(HeldElsewhere):
 
 @pytest.mark.situation("Model features", "layers called from a plain list, a closure or an object", "works")
 def test_layer_that_a_closure_holds_stays_dense_and_says_why(fit):
-    module, callback = HeldByAClosure(), LowRankCompression(0.5, 1, show_table=False)
+    module, callback = HeldByAClosure(), LowRankCompression(0.5, 1, method=ALDS(), refit=None, show_table=False)
     losses = train(fit, module, callback)
     assert losses[-1] < losses[0]
     assert isinstance(module.last[1], FactorizedLinear)
@@ -153,13 +153,17 @@ def test_layer_that_is_called_from_elsewhere_is_reported_at_the_first_batch(fit)
     # Without the report the dense layers would go on being called, and nothing that is called would train.
     module, losses = HeldElsewhere(), Losses()
     with pytest.raises(RuntimeError, match=r"this layer was replaced by LowRankCompression.*exclude=\['first.2'\]"):
-        fit(module, losses, LowRankCompression(0.9, 1, include=["first.2"], show_table=False))
+        fit(
+            module, losses, LowRankCompression(0.9, 1, method=ALDS(), refit=None, include=["first.2"], show_table=False)
+        )
     assert len(losses.values) == 4
 
 
 def test_layer_that_is_held_elsewhere_may_be_excluded(fit):
     module = HeldElsewhere()
-    losses = train(fit, module, LowRankCompression(0.5, 1, exclude=["first.*"], show_table=False))
+    losses = train(
+        fit, module, LowRankCompression(0.5, 1, method=ALDS(), refit=None, exclude=["first.*"], show_table=False)
+    )
     assert losses[-1] < losses[0]
     assert isinstance(module.last[1], FactorizedLinear)
     assert not any(isinstance(one, FactorizedConv2d) for one in module.modules())
@@ -197,7 +201,7 @@ class Attention(Base):
 @pytest.mark.situation("Model features", "nn.MultiheadAttention, nn.TransformerEncoderLayer", "works")
 def test_attention_trains_and_is_evaluated_while_its_own_projections_stay(fit):
     module = Attention()
-    losses = train(fit, module, LowRankCompression([0.9, 0.8], [1, 2], show_table=False))
+    losses = train(fit, module, LowRankCompression([0.9, 0.8], [1, 2], method=ALDS(), refit=None, show_table=False))
     assert losses[-1] < losses[0]
     assert isinstance(module.encoder.linear1, FactorizedLinear)
     assert not any(isinstance(one, FactorizedLayer) for one in module.attention.modules())
@@ -236,10 +240,10 @@ def test_attributes_of_a_weight_are_on_its_factors_after_a_cut_and_a_resumed_one
         module.network[8].weight._no_weight_decay = True
         return module
 
-    first = new_trainer(tmp_path, LowRankCompression(0.5, 1, show_table=False), max_epochs=2)
+    first = new_trainer(tmp_path, LowRankCompression(0.5, 1, method=ALDS(), refit=None, show_table=False), max_epochs=2)
     first.fit(marked(), loader(), loader())
     first.save_checkpoint(tmp_path / "cut.ckpt")
-    again = new_trainer(tmp_path, LowRankCompression(0.5, 1, show_table=False), max_epochs=3)
+    again = new_trainer(tmp_path, LowRankCompression(0.5, 1, method=ALDS(), refit=None, show_table=False), max_epochs=3)
     again.fit(marked(), loader(), loader(), ckpt_path=tmp_path / "cut.ckpt")
     for trainer in (first, again):
         assert all(factor._no_weight_decay for factor in trainer.lightning_module.network[8].factors)
@@ -249,4 +253,4 @@ def test_hook_on_the_gradient_of_a_weight_is_warned_of_at_the_cut(fit, new_modul
     module = new_module()
     module.network[8].weight.register_hook(lambda gradient: None)
     with pytest.warns(UserWarning, match=r"found some at network\.8\. Register it again on the new weights"):
-        fit(module, LowRankCompression(0.5, 1, show_table=False))
+        fit(module, LowRankCompression(0.5, 1, method=ALDS(), refit=None, show_table=False))

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchmetrics import MeanMetric
 
 import lr_callback as lrc
+from lr_callback.host.calibration import calibration_calls
 
 pytestmark = pytest.mark.filterwarnings("ignore:The calibration batches are few")
 
@@ -87,7 +88,7 @@ def trainer_of(callback, **options):
 
 def fit(tmp_path, module=None, loader=None, epochs=2, ckpt_path=None, limit=None, **options):
     torch.manual_seed(1)
-    callback = Compared(0.5, epochs=1, show_table=False, **options)
+    callback = Compared(0.5, epochs=1, show_table=False, **{"method": lrc.ALDS(), "refit": None, **options})
     trainer = trainer_of(callback, max_epochs=epochs, limit_train_batches=limit, default_root_dir=tmp_path)
     module = module or Network()
     loader = loader or DataLoader(Augmented(), batch_size=32, shuffle=True, generator=torch.Generator().manual_seed(3))
@@ -178,7 +179,7 @@ def test_the_calibration_leaves_no_trace(tmp_path):
                     len(pl_module.losses),
                     torch.get_rng_state(),
                 ]
-                calls = self.repairing.calls(trainer, pl_module, self.scope.method)
+                calls = calibration_calls(trainer, pl_module, 2)
                 assert len(calls) == 2 and pl_module.training and all(one.seen for one in calls)
                 assert torch.equal(before[0], pl_module.seen.mean_value)
                 del pl_module.losses[before[1] :]
@@ -314,17 +315,21 @@ UNREPEATED = {
 def test_a_gentle_refit_goes_without_and_says_why(tmp_path, case):
     make, text = UNREPEATED[case]
     ends = []
-    for refit in ("auto", None):
+    for method, refit in ((None, "auto"), (lrc.ALDS(), "auto"), (lrc.ALDS(), None)):
         loader = Stream() if case == "a stream" else DataLoader(Augmented(), batch_size=32)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            _, _, callback = fit(tmp_path, module=make(), loader=loader, refit=refit, limit=3)
-        told = [str(one.message) for one in caught if "the factors are not refitted" in str(one.message)]
+            _, _, callback = fit(tmp_path, module=make(), loader=loader, method=method, refit=refit, limit=3)
+        told = [str(one.message) for one in caught if "factors are not refitted" in str(one.message)]
         assert len(told) == (refit is not None)
-        assert all(re.search(rf"had: .*{text}.* With refit=None this is not tried", one) for one in told)
+        assert all(
+            re.search(rf"had: .*{text}.* With method=ALDS\(\) and refit=None this is not tried", one) for one in told
+        )
+        assert all(("errors are not weighted by activations" in one) == (method is None) for one in told)
+        assert callback.allocation.error == "slice"
         assert callback.allocation is not None
         ends.append(callback.off)
-    assert ends[0] == ends[1]
+    assert ends[0] == ends[1] == ends[2]
     if case != "a stream":
         with pytest.raises((MisconfigurationException, ValueError), match=text):
             fit(tmp_path, module=make(), refit="cut")
@@ -334,10 +339,37 @@ def test_a_gentle_refit_goes_without_and_says_why(tmp_path, case):
 def test_a_gentle_refit_is_that_of_cut_where_it_can_be(tmp_path):
     ends = []
     for refit in ("auto", "cut"):
-        _, module, callback = fit(tmp_path, refit=refit)
+        loader = DataLoader(Augmented(640), batch_size=64)
+        _, module, callback = fit(tmp_path, loader=loader, refit=refit, calibration_batches=10)
         ends.append((callback.off, module.state_dict()))
     assert ends[0][0] == ends[1][0]
     assert all(torch.equal(value, ends[1][1][name]) for name, value in ends[0][1].items())
+
+
+@pytest.mark.situation("Repair", "by default: ranks by what layers see and do, and a refit", "works")
+def test_the_default_is_the_best_method_and_a_refit(tmp_path):
+    off, loader = {}, DataLoader(Augmented(640), batch_size=64)
+    for name, options in {"default": {"method": None, "refit": "auto"}, "paper": {}}.items():
+        _, _, callback = fit(tmp_path, loader=loader, calibration_batches=10, **options)
+        off[name] = callback.off
+    assert off["default"] < off["paper"]
+    callback = lrc.LowRankCompression(0.5, 1, show_table=False)
+    trainer_of(callback, max_epochs=2).fit(Network(), loader)
+    method = callback.allocation.method
+    assert (method["error"], method["objective"], method["power"]) == ("activation", "loss", 4)
+    assert callback.allocation.weights
+
+
+def test_few_batches_are_no_harm(tmp_path):
+    """Layers that are hardly seen keep their factors, and their inputs count by mean squares alone."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message=".*LeafSpec")
+        warnings.filterwarnings("ignore", message="The '.*_dataloader' does not have many workers")
+        loader = DataLoader(Augmented(), batch_size=4)
+        _, module, callback = fit(tmp_path, loader=loader, method=None, refit="auto", limit=2)
+    assert callback.allocation.error == "activation" and callback.allocation.factorized
+    assert all(torch.isfinite(value).all() for value in module.state_dict().values())
 
 
 def test_a_method_that_needs_the_batches_raises_as_ever(tmp_path):
@@ -352,7 +384,7 @@ def test_each_part_of_a_cut_that_takes_time_is_shown_in_the_trainers_bar(tmp_pat
     trainer = Trainer(max_epochs=1, callbacks=[compression, TQDMProgressBar()], default_root_dir=tmp_path, **shown)
     trainer.fit(Network(), DataLoader(Augmented(), batch_size=32))
     found = capsys.readouterr().out
-    for what, unit in [("calibration", "2/8"), ("importance", "2/3"), ("effects", "2/3"), ("refit", "body.4")]:
+    for what, unit in [("calibration", "2/8"), ("importance", "2/3"), ("effects", "1/2"), ("refit", "body.4")]:
         assert re.search(rf"Low-rank {what}:[^\r]*{unit}", found), what
     assert re.search(r"Low-rank BatchNorm:[^\r]*2/3", found)
 

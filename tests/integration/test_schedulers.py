@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
 from torch.optim import SGD, Adam, AdamW, lr_scheduler
 from torch.optim.swa_utils import SWALR
 
-from lr_callback import LowRankCompression
+from lr_callback import ALDS, LowRankCompression
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -115,7 +115,7 @@ def copied(value):
 
 
 def compression(**options):
-    return LowRankCompression([0.6, 0.4], CUTS, show_table=False, **options)
+    return LowRankCompression([0.6, 0.4], CUTS, method=ALDS(), refit=None, show_table=False, **options)
 
 
 def rates(fit, module, *callbacks, **settings):

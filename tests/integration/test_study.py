@@ -100,7 +100,7 @@ def test_right_after_the_cut_is_the_same_whether_there_is_training_or_none(labor
 
 
 def test_without_epochs_nothing_is_trained(laboratory, monkeypatch):
-    room = laboratory(epochs=0)
+    room = laboratory({"ALDS": Treatment(lrc.ALDS())}, epochs=0)
     steps = []
     monkeypatch.setattr(type(room.make()[0]), "training_step", lambda *_: steps.append(1))
     assert room.run(Run("ALDS", 0.5, 0)).reason is None
@@ -163,7 +163,8 @@ def test_the_dense_network_is_trained_once_for_each_seed(laboratory, tmp_path):
 DIGITS = ["--config", str(CONFIGS / "study_digits.yaml"), "--model.init_args.warmup_epochs", "0"]
 DIGITS += ["--seeds", "[0]", "--keep_ratios", "[0.4]", "--dense_epochs", "1", "--epochs", "1"]
 DIGITS += ["--trainer.limit_train_batches", "3", "--trainer.limit_test_batches", "2"]
-TWO = {"ALDS": {}, "L-Rank": {"method": {"class_path": "lr_callback.LRank"}}}
+PLAIN = {"method": {"class_path": "lr_callback.ALDS"}}
+TWO = {"ALDS": PLAIN, "L-Rank": {"method": {"class_path": "lr_callback.LRank"}}}
 
 
 def command(folder, *more, methods=TWO):
@@ -205,16 +206,16 @@ def test_one_command_writes_rows_figure_and_table(tmp_path, monkeypatch, capsys)
 
 
 def test_what_was_run_is_not_repeated_and_a_study_can_grow(tmp_path):
-    lines = command(tmp_path, methods={"ALDS": {}})
+    lines = command(tmp_path, methods={"ALDS": PLAIN})
     assert sum("done before" in line for line in lines) == 0
     before = rows_of(tmp_path)
-    lines = command(tmp_path, "--metric", "test_loss", methods={"K": TWO["L-Rank"], "ours": {}})
+    lines = command(tmp_path, "--metric", "test_loss", methods={"K": TWO["L-Rank"], "ours": PLAIN})
     assert [line.endswith("(done before)") for line in lines[:3]] == [True, False, True]
     assert lines[2].startswith("[3/3] ours, keep 0.4, seed 0: test_loss ")
     after = rows_of(tmp_path)
     assert {**after[2], "method": "ALDS"} == before[1]
     assert [one["method"] for one in after] == ["dense", "K", "ours"]
-    changed = command(tmp_path, "--epochs", "0", methods={"ALDS": {}})
+    changed = command(tmp_path, "--epochs", "0", methods={"ALDS": PLAIN})
     assert not any("done before" in line for line in changed)
     assert len(json.loads((tmp_path / "study.json").read_text(encoding="utf-8"))["rows"]) == 5
 
@@ -267,7 +268,7 @@ def test_ctrl_c_in_the_middle_of_a_run_leaves_whole_files_and_all_runs_before(tm
 def test_without_matplotlib_the_rows_are_written(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(SystemExit, match=r"The figure was not drawn: matplotlib must be installed"):
-        command(tmp_path, "--epochs", "0", methods={"ALDS": {}})
+        command(tmp_path, "--epochs", "0", methods={"ALDS": PLAIN})
     assert len(rows_of(tmp_path)) == 2
     assert not (tmp_path / "study.png").exists()
 
