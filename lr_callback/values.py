@@ -135,7 +135,8 @@ def _with_versions(model: nn.Module, state: Mapping[str, Tensor], given: Mapping
     and shapes are those of the model as it is now.
     """
     versioned = OrderedDict(state)
-    vars(versioned)["_metadata"] = {**vars(model.state_dict())["_metadata"], **given}
+    own = getattr(model.state_dict(), "_metadata", {})  # a module may give a plain dict
+    vars(versioned)["_metadata"] = {**own, **given}
     return versioned
 
 

@@ -177,3 +177,13 @@ def test_what_a_later_module_refuses_is_put_back_past_what_cannot_be_written(ext
     assert model[1].saved.tolist() == [3, 3, 3]
     assert torch.equal(model[0].weight, weight)
     assert extra is not None or model[1].counted == {"calls": 3}
+
+
+def test_a_module_whose_state_dict_is_a_plain_dict_is_restored():
+    class Plain(nn.Linear):
+        def state_dict(self, *arguments, **named):
+            return dict(super().state_dict(*arguments, **named))
+
+    source, model = Plain(4, 3), Plain(4, 3)
+    lrc.restore_(model, source.state_dict())
+    assert torch.equal(model.weight, source.weight)
