@@ -185,7 +185,7 @@ def _stand_in(
     form = Factorization(candidate.folding, candidate.num_slices, rank, 0.0, candidate.cost(rank), cost.dense)
     made, weight = skeleton(layer, form), dense_weight(layer)
     made.set_factors(*factors(weight, cost.geometry, form, crew, importance))
-    shift = None if importance is None else importance.shift(weight.double() - made.weight.double())
+    shift = None if importance is None else importance.shift(weight.double() - dense_weight(made).double())
     if shift is not None:  # a constant that is made up for after a cut is no effect of it
         bias = dense_bias(layer)
         mended = shift if bias is None else shift + bias.double()

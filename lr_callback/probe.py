@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lr_callback.example import Example
-from lr_callback.heard import Invocation
+from lr_callback.heard import Invocation, copied
 from lr_callback.observe import Observation, observe_run, untouched
 
 _LEAST_SECONDS = 0.5
@@ -32,6 +32,7 @@ class Probe:
 
     Args:
         model: whose modules are watched.
+        copies: whether the calls are repeated with copies of their arguments: a model may write to them.
 
     Example::
 
@@ -44,8 +45,8 @@ class Probe:
         72
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, copies: bool = False) -> None:
+        self._model, self._copies = model, copies
         self._names: dict[nn.Module, str] = {}
         self._calls: list[Invocation] = []
         self._handles: list[RemovableHandle] = []
@@ -82,7 +83,8 @@ class Probe:
         # the calls to repeat are those that the step makes.
         is_step = not self._inside and module is self._model and "forward" in vars(module)
         if weight is not None and not is_step and not any(self._inside) and not _in_backward():
-            self._calls.append(Invocation.of(module, arguments, named, weight))
+            given = copied((arguments, named)) if self._copies else (arguments, named)
+            self._calls.append(Invocation.of(module, *given, weight))
         self._inside.append(not is_step)
 
     def _leave(self, module: nn.Module, arguments: object, outputs: object) -> None:
@@ -90,7 +92,9 @@ class Probe:
 
     def repeat(self) -> list[object]:
         """Make the recorded calls again, of what stands in the places of the modules now; return what they give."""
-        return [call.repeat(self._model.get_submodule(self._names[call.module])) for call in self._calls]
+        return [
+            call.repeat(self._model.get_submodule(self._names[call.module]), self._copies) for call in self._calls
+        ]
 
     def observe(self) -> Observation:
         """Count the multiply-adds of the recorded calls, and see how each layer is called in them."""

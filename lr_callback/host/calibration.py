@@ -57,7 +57,7 @@ def calibration_calls(trainer: Trainer, pl_module: LightningModule, count: int) 
                 break
             if progress is not None:
                 progress(index, count, "")
-            probe = Probe(pl_module)
+            probe = Probe(pl_module, copies=True)
             probe.start()
             try:
                 with trainer.precision_plugin.train_step_context():
