@@ -62,6 +62,7 @@ def measure_effects(
     include: Sequence[str] | str | None = None,
     exclude: Sequence[str] | str | None = None,
     embeddings: bool = False,
+    gentle: bool = False,
     processes: Processes | None = None,
 ) -> dict[str, Importance]:
     """Measure what the error of each layer does to the outputs of a model, for ``objective="loss"``.
@@ -77,6 +78,7 @@ def measure_effects(
         include: glob patterns of layer names; only these are measured. None: all.
         exclude: glob patterns of layer names that are left out.
         embeddings: whether ``nn.Embedding`` layers are measured, too.
+        gentle: do not warn of layers that are not called.
         processes: of a distributed run, each with batches of its own; all get the effects on all batches.
 
     Returns:
@@ -112,7 +114,7 @@ def measure_effects(
 
     whole = _merged(processes.gather(measure, long=True))
     weights = _weights(whole, method.power)
-    if processes.rank == 0:
+    if processes.rank == 0 and not gentle:
         _warn_of_unmeasured([name for name in whole.errors if name not in weights])
     measured = {name: replace(known.get(name, Importance()), weight=weight) for name, weight in weights.items()}
     exact = {name: Importance() for name in costs if name not in whole.errors}

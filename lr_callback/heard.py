@@ -17,8 +17,7 @@ Values = TypeVar("Values")
 
 @dataclass(frozen=True)
 class Invocation:
-    """A call, and what it was made under: the device's type, and the dtypes of autocast, where that was on, and of
-    tensors that a module makes.
+    """A call, and what it was made under: the device's type, and the dtypes of autocast and of new tensors.
 
     Args:
         module: that was called.

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-
 _ROUNDING = 1e-2
 """Of the norm of an output: what two runs that are the same may differ by, in bfloat16."""
 

@@ -92,9 +92,7 @@ class Probe:
 
     def repeat(self) -> list[object]:
         """Make the recorded calls again, of what stands in the places of the modules now; return what they give."""
-        return [
-            call.repeat(self._model.get_submodule(self._names[call.module]), self._copies) for call in self._calls
-        ]
+        return [call.repeat(self._model.get_submodule(self._names[call.module]), self._copies) for call in self._calls]
 
     def observe(self) -> Observation:
         """Count the multiply-adds of the recorded calls, and see how each layer is called in them."""

@@ -283,7 +283,7 @@ class _Refit:
 
     def _warn_of_unseen(self, seen: Iterable[str], where: str = "calibration batches") -> None:
         names = set(self._fits) - set(seen)
-        if names and self._processes.rank == 0:
+        if names and not self._gentle and self._processes.rank == 0:
             warn(
                 f"{len(names)} layer(s) are not called on the {where} and keep the factors that they have: "
                 f"{listed(sorted(names), 5)}.",
