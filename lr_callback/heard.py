@@ -118,7 +118,7 @@ class Heard:
         if not self._on:
             return
         if not self._depth:
-            arguments, named = copied((arguments, named))
+            arguments, named = tree_map(_own, (arguments, named))
             self.invocations.append(Invocation.of(module, arguments, named, next(module.parameters())))
         self._depth += 1
 
@@ -149,3 +149,8 @@ def copied(values: Values) -> Values:
 
     copies: Values = tree_map(copy, values)
     return copies
+
+
+def _own(value: object) -> object:
+    # Dynamo compiles the hook along with the network, anew for each other id that it would look at.
+    return value.detach().clone() if isinstance(value, Tensor) else value

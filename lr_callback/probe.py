@@ -24,6 +24,12 @@ def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def _is_wrapped(module: nn.Module) -> bool:
+    """Return whether a module has a forward of its own; its class's, put back after a step, is none."""
+    forward = vars(module).get("forward")
+    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
+
+
 class Probe:
     """Record the outermost calls of a model's modules, from :meth:`start` to :meth:`stop`.
 
@@ -81,7 +87,7 @@ class Probe:
         weight = next(module.parameters(), None)
         # On several processes a host runs its step through the model's call, with a forward that is there only then:
         # the calls to repeat are those that the step makes.
-        is_step = not self._inside and module is self._model and "forward" in vars(module)
+        is_step = not self._inside and module is self._model and _is_wrapped(module)
         if weight is not None and not is_step and not any(self._inside) and not _in_backward():
             given = copied((arguments, named)) if self._copies else (arguments, named)
             self._calls.append(Invocation.of(module, *given, weight))

@@ -25,7 +25,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
-from lr_callback.observe import untouched
+from lr_callback.observe import as_written, untouched
 from lr_callback.probe import Probe
 from lr_callback.report import progress_line
 
@@ -62,7 +62,7 @@ def calibration_calls(trainer: Trainer, pl_module: LightningModule, count: int) 
             probe = Probe(pl_module, copies=True)
             probe.start()
             try:
-                with trainer.precision_plugin.train_step_context():
+                with as_written(), trainer.precision_plugin.train_step_context():
                     _step(pl_module, _transferred(trainer, pl_module, batch), index)
             finally:
                 probe.stop()

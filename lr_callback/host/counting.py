@@ -57,7 +57,7 @@ class Counting:
     def watch(self, pl_module: LightningModule) -> None:
         """Watch a batch that begins, if none was seen: how the network is called is not known before."""
         if self.observation is None and self._probe is None and self._possible:
-            self._probe = Probe(pl_module, copies=True)
+            self._probe = Probe(pl_module)
             self._probe.start()
 
     def count(self, trainer: Trainer) -> bool:

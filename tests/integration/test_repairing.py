@@ -440,7 +440,7 @@ def test_the_default_needs_nothing_special(case):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer.fit(module, DataLoader(Augmented(), batch_size=32))
-    told = [str(one.message) for one in caught]
+    told = [str(one.message) for one in caught if "multiply-adds are not reported" not in str(one.message)]
     assert not [one for one in told if "calibration" in one or "LowRank" in one]
     method = callback.allocation.method
     assert (method["error"], method["objective"], method["power"]) == ("activation", objective, 4)

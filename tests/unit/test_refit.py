@@ -355,3 +355,15 @@ def test_of_few_positions_the_batchnorm_takes_up_the_change_of_the_mean():
     report = lrc.factorize_(model, lrc.Allocation({"0": choice}, {}, {"0": (20, 48)}, 0, 1, 0, 1.0))
     assert refit_(model, report.replaced, [batch], gentle=True) == {}
     assert torch.allclose(model(batch).mean(0), wanted, atol=1e-5)
+
+
+def test_a_decoder_is_refitted_under_autocast():
+    torch.manual_seed(0)
+    model, report = cut(nn.ConvTranspose2d(8, 12, 3), num_slices=2)
+    model, batch = nn.Sequential(nn.Conv2d(3, 8, 1), *model), torch.randn(20, 3, 6, 6)
+
+    def forward(images):
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(images)
+
+    assert refit_(model, {"1": report.replaced["0"]}, [batch], forward=forward)["1"] < 1
