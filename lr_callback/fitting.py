@@ -111,7 +111,9 @@ class DecoderFit(Fit):
         seen: list[tuple[Tensor, Tensor]] = []
         sized = [list(wanted.shape)] if getattr(self.student, "transposed", False) else []
         with watching([decoder], lambda _, through, given: seen.append((through, given))):
-            self.student.forward(inputs.to(decoder.weight.dtype) if inputs.is_floating_point() else inputs, *sized)
+            self.student.forward(
+                inputs.to(self.student.factors[0].dtype) if inputs.is_floating_point() else inputs, *sized
+            )
         [(through, given)] = seen
         missing, chosen = _results(kind, decoder, wanted.to(given.dtype) - given)
         patches = kind.patches(decoder, through, given, chosen)
