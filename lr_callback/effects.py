@@ -61,6 +61,7 @@ def measure_effects(
     include: Sequence[str] | str | None = None,
     exclude: Sequence[str] | str | None = None,
     embeddings: bool = False,
+    gentle: bool = False,
     processes: Processes | None = None,
 ) -> dict[str, Importance]:
     """Measure what the error of each layer does to the outputs of a model, for ``objective="loss"``.
@@ -76,6 +77,7 @@ def measure_effects(
         include: glob patterns of layer names; only these are measured. None: all.
         exclude: glob patterns of layer names that are left out.
         embeddings: whether ``nn.Embedding`` layers are measured, too.
+        gentle: do not warn of layers that are not called.
         processes: of a distributed run, each with batches of its own; all get the effects on all batches.
 
     Returns:
@@ -111,7 +113,7 @@ def measure_effects(
 
     whole = _merged(processes.gather(measure, long=True))
     weights = _weights(whole, method.power)
-    if processes.rank == 0:
+    if processes.rank == 0 and not gentle:
         _warn_of_unmeasured([name for name in whole.errors if name not in weights])
     measured = {name: replace(known.get(name, Importance()), weight=weight) for name, weight in weights.items()}
     exact = {name: Importance() for name in costs if name not in whole.errors}
@@ -184,7 +186,7 @@ def _stand_in(
     form = Factorization(candidate.folding, candidate.num_slices, rank, 0.0, candidate.cost(rank), cost.dense)
     made, weight = skeleton(layer, form), dense_weight(layer)
     made.set_factors(*factors(weight, cost.geometry, form, crew, importance))
-    shift = None if importance is None else importance.shift(weight.double() - made.weight.double())
+    shift = None if importance is None else importance.shift(weight.double() - dense_weight(made).double())
     if shift is not None:  # a constant that is made up for after a cut is no effect of it
         bias = dense_bias(layer)
         mended = shift if bias is None else shift + bias.double()

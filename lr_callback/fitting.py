@@ -63,6 +63,15 @@ class Fit(ABC):
     def solve(self, moments: SecondMoments) -> float:
         """Set the student's factors; return the fraction of the squared error of its outputs that is left."""
 
+    @abstractmethod
+    def missing(self, moments: SecondMoments) -> Tensor:
+        """Return the mean of what the student's outputs lack, ``(F,)``."""
+
+    def level(self, moments: SecondMoments) -> None:
+        """Make up for what the outputs are off on average, and leave the factors as they are."""
+        if self.intercept:
+            self.shift_mean(self.missing(moments.to(self.shift.device)))
+
     def shift_mean(self, shift: Tensor) -> None:
         """Change the bias, or what :meth:`settle` is to do instead."""
         if self.student.bias is not None:
@@ -102,12 +111,18 @@ class DecoderFit(Fit):
         seen: list[tuple[Tensor, Tensor]] = []
         sized = [list(wanted.shape)] if getattr(self.student, "transposed", False) else []
         with watching([decoder], lambda _, through, given: seen.append((through, given))):
-            self.student.forward(inputs, *sized)
+            self.student.forward(
+                inputs.to(self.student.factors[0].dtype) if inputs.is_floating_point() else inputs, *sized
+            )
         [(through, given)] = seen
         missing, chosen = _results(kind, decoder, wanted.to(given.dtype) - given)
         patches = kind.patches(decoder, through, given, chosen)
         assert patches is not None
         return _stacked(patches.double(), missing.double())
+
+    def missing(self, moments: SecondMoments) -> Tensor:
+        """Return the means of the rows' middle part."""
+        return moments.means[:, self.width : -1].flatten()
 
     def solve(self, moments: SecondMoments) -> float:
         """Change the decoder."""
@@ -143,6 +158,11 @@ class BothFit(Fit):
         if bias is not None:
             results = results - bias.double().reshape(len(results), 1, -1)
         return _stacked(patches, results - patches @ self._weight.mT)
+
+    def missing(self, moments: SecondMoments) -> Tensor:
+        """Return what the dense map lacks on average, and what the factors lack of it."""
+        means, off = moments.means, self._weight - dense_weight(self.student).double().reshape(self._weight.shape)
+        return (means[:, self.width : -1] + (off @ means[:, : self.width, None]).squeeze(2)).flatten()
 
     def solve(self, moments: SecondMoments) -> float:
         """Change both factors."""

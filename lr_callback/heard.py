@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
+Values = TypeVar("Values")
+
 
 @dataclass(frozen=True)
 class Invocation:
-    """A call, and what it was made under: the device's type, and the dtype of autocast where that was on.
+    """A call, and what it was made under: the device's type, and the dtypes of autocast and of new tensors.
 
     Args:
         module: that was called.
@@ -23,6 +25,7 @@ class Invocation:
         named: by name.
         device: type of the device of the module's parameters.
         autocast: its dtype; None where it was off.
+        default: dtype of new tensors, which the precision of a run may have changed for its steps.
     """
 
     module: nn.Module
@@ -30,18 +33,25 @@ class Invocation:
     named: dict[str, Any]
     device: str
     autocast: torch.dtype | None
+    default: torch.dtype
 
     @classmethod
     def of(cls, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], weight: Tensor) -> Invocation:
         """Note a call that is about to be made; ``weight`` is any parameter of the module."""
         kind = weight.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        return cls(module, arguments, named, kind, autocast)
+        return cls(module, arguments, named, kind, autocast, torch.get_default_dtype())
 
-    def repeat(self, module: nn.Module) -> object:
-        """Make the same call of a module."""
-        with torch.autocast(self.device, dtype=self.autocast, enabled=self.autocast is not None):
-            return module(*self.arguments, **self.named)
+    def repeat(self, module: nn.Module, again: bool = False) -> object:
+        """Make the same call of a module; with copies of the arguments, if it is to be made ``again``."""
+        arguments, named = copied((self.arguments, self.named)) if again else (self.arguments, self.named)
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(self.default)
+        try:
+            with torch.autocast(self.device, dtype=self.autocast, enabled=self.autocast is not None):
+                return module(*arguments, **named)
+        finally:
+            torch.set_default_dtype(before)
 
 
 class Heard:
@@ -108,7 +118,7 @@ class Heard:
         if not self._on:
             return
         if not self._depth:
-            arguments, named = tree_map(_copied, (arguments, named))
+            arguments, named = tree_map(_own, (arguments, named))
             self.invocations.append(Invocation.of(module, arguments, named, next(module.parameters())))
         self._depth += 1
 
@@ -120,5 +130,27 @@ class Heard:
             self.outputs.append(output)
 
 
-def _copied(value: object) -> object:
+def copied(values: Values) -> Values:
+    """Return arguments with tensors and containers of their own; a tensor that is given twice stays one.
+
+    Example::
+
+        >>> one = torch.zeros(2)
+        >>> first, second = copied((one, {"again": one}))
+        >>> first is one, first is second["again"]
+        (False, True)
+    """
+    made: dict[int, Tensor] = {}
+
+    def copy(value: object) -> object:
+        if not isinstance(value, Tensor):
+            return value
+        return made.setdefault(id(value), value.detach().clone())
+
+    copies: Values = tree_map(copy, values)
+    return copies
+
+
+def _own(value: object) -> object:
+    # Dynamo compiles the hook along with the network, anew for each other id that it would look at.
     return value.detach().clone() if isinstance(value, Tensor) else value

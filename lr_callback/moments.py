@@ -68,7 +68,8 @@ class SecondMoments(Metric):
                 f"SecondMoments: `rows` must have the shape ({groups}, n, {size}), got {tuple(rows.shape)}."
             )
         rows = rows.detach().to(torch.promote_types(rows.dtype, torch.float32))
-        products = rows.square().sum(1) if self.diagonal else rows.mT @ rows
+        with torch.autocast(rows.device.type, enabled=False):  # a layer's inputs are met where it may be on
+            products = rows.square().sum(1) if self.diagonal else rows.mT @ rows
         squares = products if self.diagonal else products.diagonal(dim1=1, dim2=2)
         if not bool(torch.isfinite(squares).all()):
             raise ValueError("SecondMoments: `rows` must be finite, found NaN, infinity or values too large to square.")

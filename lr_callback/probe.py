@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lr_callback.example import Example
-from lr_callback.heard import Invocation
+from lr_callback.heard import Invocation, copied
 from lr_callback.observe import Observation, observe_run, untouched
 
 _LEAST_SECONDS = 0.5
@@ -24,6 +24,12 @@ def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def _is_wrapped(module: nn.Module) -> bool:
+    """Return whether a module has a forward of its own; its class's, put back after a step, is none."""
+    forward = vars(module).get("forward")
+    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
+
+
 class Probe:
     """Record the outermost calls of a model's modules, from :meth:`start` to :meth:`stop`.
 
@@ -32,6 +38,7 @@ class Probe:
 
     Args:
         model: whose modules are watched.
+        copies: whether the calls are repeated with copies of their arguments: a model may write to them.
 
     Example::
 
@@ -44,8 +51,8 @@ class Probe:
         72
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, copies: bool = False) -> None:
+        self._model, self._copies = model, copies
         self._names: dict[nn.Module, str] = {}
         self._calls: list[Invocation] = []
         self._handles: list[RemovableHandle] = []
@@ -80,9 +87,10 @@ class Probe:
         weight = next(module.parameters(), None)
         # On several processes a host runs its step through the model's call, with a forward that is there only then:
         # the calls to repeat are those that the step makes.
-        is_step = not self._inside and module is self._model and "forward" in vars(module)
+        is_step = not self._inside and module is self._model and _is_wrapped(module)
         if weight is not None and not is_step and not any(self._inside) and not _in_backward():
-            self._calls.append(Invocation.of(module, arguments, named, weight))
+            given = copied((arguments, named)) if self._copies else (arguments, named)
+            self._calls.append(Invocation.of(module, *given, weight))
         self._inside.append(not is_step)
 
     def _leave(self, module: nn.Module, arguments: object, outputs: object) -> None:
@@ -90,7 +98,7 @@ class Probe:
 
     def repeat(self) -> list[object]:
         """Make the recorded calls again, of what stands in the places of the modules now; return what they give."""
-        return [call.repeat(self._model.get_submodule(self._names[call.module])) for call in self._calls]
+        return [call.repeat(self._model.get_submodule(self._names[call.module]), self._copies) for call in self._calls]
 
     def observe(self) -> Observation:
         """Count the multiply-adds of the recorded calls, and see how each layer is called in them."""

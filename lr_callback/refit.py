@@ -22,7 +22,7 @@ from lr_callback.fitting import Fit, fit_of
 from lr_callback.following import look
 from lr_callback.layers import FactorizedLayer, dense_bias
 from lr_callback.layerwise import Progress
-from lr_callback.lockstep import Walk, walks
+from lr_callback.lockstep import Walk, mixed, walks
 from lr_callback.moments import SecondMoments
 from lr_callback.observe import as_written, untouched
 from lr_callback.processes import Processes
@@ -60,13 +60,14 @@ def refit_(
         forward: runs the model on a batch; None: as for :func:`~lr_callback.collect.collect_moments`.
         inputs: ``cut``: the layers one after the other in the order of their calls, each on the inputs that the layers
             before, cut and refitted, give it; in two runs of the model, layer by layer for all batches together,
-            which holds what the runs are at in memory. A layer that is called several times is fitted as in ``dense``.
+            which holds what the runs are at in memory. A layer that is called several times is fitted as in ``dense``;
+            so are all, of a model that keeps tensors on itself from layer to layer, with a warning.
             ``dense``: all at once on the inputs that they had before the cut, in one run; less accurate.
         factors: ``both``: encoder and decoder in turn (:mod:`lr_callback.alternate`), where the decoder has no kernel
             and a position has at most :data:`~lr_callback.collect.LARGEST` inputs; else, and for ``decoder``, the
             decoder alone.
-        gentle: leave a layer as it is that is seen at fewer than two positions for each of its inputs, in place of a
-            warning.
+        gentle: do what can be done, without warnings: of a layer that is seen at fewer than two positions for each of
+            its inputs leave the factors as they are, and change the mean alone of what it gives.
         processes: of a distributed run, each with batches of its own; all get the same decoders. None: this one alone.
         progress: told of each layer before it is refitted.
 
@@ -176,10 +177,11 @@ class _Refit:
         found = merged(self._processes.gather(measure, long=True))
         if only is None:
             self._warn_of_unseen(found)
-        few = self._few(found)
-        self._warn_of_few(few)
-        order = [name for name in self._fits if name in found and not (self._gentle and name in few)]
-        return {name: self._solve(name, found[name]) for name in self._told(order)}
+        self._warn_of_few(self._few(found))
+        left: dict[str, float] = {}
+        for name in self._told([name for name in self._fits if name in found]):
+            left |= self._solve(name, found[name])
+        return left
 
     def one_by_one(self, calls: Mapping[str, int]) -> dict[str, float]:
         """Refit one layer after the other, in the order of their calls, on the inputs of the model as it stands."""
@@ -191,14 +193,19 @@ class _Refit:
         run = runner(self._model, self._forward)
         runs = [partial(run, batch) for batch in self._batches]
         instead: dict[nn.Module, nn.Module] = {self._fits[name].student: one.dense for name, one in stations.items()}
-        with (
-            untouched(self._model),
-            as_written(),
-            standing_in(self._model, instead),
-            walks(runs, before=True) as before,
-            walks(runs, before=False) as after,
-        ):
-            return left | self._walk([name for name in calls if name not in often], stations, before, after)
+        rest = [name for name in calls if name not in often]
+        with untouched(self._model), as_written(), standing_in(self._model, instead):
+            if not any(self._processes.gather(partial(self._is_mixed, runs, stations.values()), long=True)):
+                with walks(runs, before=True) as before, walks(runs, before=False) as after:
+                    return left | self._walk(rest, stations, before, after)
+        self._warn_of_mixed()
+        return left | self.all_at_once(rest)
+
+    def _is_mixed(self, runs: Sequence[Callable[[], object]], stations: Iterable[Station]) -> bool:
+        """Return whether runs that wait for each other are not those that they are alone."""
+        with standing_in(self._model, {one.dense: one.fit.teacher for one in stations}):
+            before = runs[0]()
+        return mixed((runs[0], runs[-1]), (before, runs[-1]()))
 
     def _walk(
         self, order: Sequence[str], stations: Mapping[str, Station], before: Sequence[Walk], after: Sequence[Walk]
@@ -211,8 +218,8 @@ class _Refit:
         for name in self._told(order):
             found = merged(self._processes.gather(partial(self._measure, name, before, after), long=True))
             few += self._few(found)
-            if name in found and not (self._gentle and name in few):
-                left[name] = self._solve(name, found[name])
+            if name in found:
+                left |= self._solve(name, found[name])
             stations[name].refresh()
             for walk in after:
                 walk.at = None if walk.at == name else walk.at
@@ -238,10 +245,13 @@ class _Refit:
             self._fits[name].norm = norm if self._fits[name].student.bias is None else None
         return calls
 
-    def _solve(self, name: str, moments: SecondMoments) -> float:
-        """Change one layer; return the fraction of the squared error that is left."""
+    def _solve(self, name: str, moments: SecondMoments) -> dict[str, float]:
+        """Change one layer; return the fraction of the squared error that is left, nothing if only its mean changed."""
         fit = self._fits[name]
-        return fit.solve(moments.to(fit.student.factors[0].device))
+        if self._gentle and self._few({name: moments}):
+            fit.level(moments)
+            return {}
+        return {name: fit.solve(moments.to(fit.student.factors[0].device))}
 
     def _told(self, names: Collection[str]) -> Iterator[str]:
         """Go through layers, and tell of each."""
@@ -262,9 +272,18 @@ class _Refit:
                 stacklevel=5,
             )
 
+    def _warn_of_mixed(self) -> None:
+        if not self._gentle and self._processes.rank == 0:
+            warn(
+                "The model keeps what a run needs from layer to layer where another run finds it, such as a tensor as "
+                "an attribute: the layers are refitted to the inputs that they had before the cut, as for "
+                "inputs='dense'.",
+                stacklevel=5,
+            )
+
     def _warn_of_unseen(self, seen: Iterable[str], where: str = "calibration batches") -> None:
         names = set(self._fits) - set(seen)
-        if names and self._processes.rank == 0:
+        if names and not self._gentle and self._processes.rank == 0:
             warn(
                 f"{len(names)} layer(s) are not called on the {where} and keep the factors that they have: "
                 f"{listed(sorted(names), 5)}.",

@@ -127,7 +127,7 @@ def correct_biases_(
     corrected = 0
     with torch.no_grad():
         for name, layer in layers.items():
-            shift = importance[name].shift(dense_weight(replaced[name]).double() - layer.weight.double())
+            shift = importance[name].shift(dense_weight(replaced[name]).double() - dense_weight(layer).double())
             mean = None if name not in takers else takers[name].running_mean
             if shift is None or (layer.bias is None and mean is None):
                 continue

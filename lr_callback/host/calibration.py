@@ -1,15 +1,16 @@
 """Calibration: some batches of a run's own training, and how its network is called on them, before the network is cut.
 
 The batches come from a copy of the run's training loader, with its sampler, workers and augmentation; the run's own
-loader, and all random numbers, stay as they are. The module's ``training_step`` is run on each, in eval mode and
-without gradients, only to see how it calls its network: nothing is logged, no metric is updated, and the calls are what
-is repeated afterwards.
+loader, all random numbers, and the numbers and lists that the module keeps, stay as they are. The module's
+``training_step`` is run on each, in eval mode and without gradients, only to see how it calls its network: nothing is
+logged, no metric is updated, and the calls are what is repeated afterwards.
 """
 
 from __future__ import annotations
 
 import copy
 import random
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -24,11 +25,12 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
-from lr_callback.observe import untouched
+from lr_callback.observe import as_written, untouched
 from lr_callback.probe import Probe
 from lr_callback.report import progress_line
 
-_WAYS_OUT = "Set refit=None and recalibrate_batchnorm=False, and choose an error that needs no calibration"
+WAYS_OUT = "Set refit=None and recalibrate_batchnorm=False, and choose an error that needs no calibration"
+"""What to do where calibration cannot be had."""
 
 
 def calibration_calls(trainer: Trainer, pl_module: LightningModule, count: int) -> list[Probe]:
@@ -49,7 +51,7 @@ def calibration_calls(trainer: Trainer, pl_module: LightningModule, count: int) 
     """
     _check(trainer, pl_module)
     calls: list[Probe] = []
-    with isolate_rng(), untouched(pl_module), _silent(pl_module), ExitStack() as stack:
+    with isolated_rng(), untouched(pl_module), _silent(pl_module), _kept_notes(pl_module), ExitStack() as stack:
         progress = stack.enter_context(progress_line(trainer.progress_bar_callback, "calibration", "batch"))
         _seed(trainer)
         for batch, index, _ in _batches(trainer, stack):
@@ -57,10 +59,10 @@ def calibration_calls(trainer: Trainer, pl_module: LightningModule, count: int) 
                 break
             if progress is not None:
                 progress(index, count, "")
-            probe = Probe(pl_module)
+            probe = Probe(pl_module, copies=True)
             probe.start()
             try:
-                with trainer.precision_plugin.train_step_context():
+                with as_written(), trainer.precision_plugin.train_step_context():
                     _step(pl_module, _transferred(trainer, pl_module, batch), index)
             finally:
                 probe.stop()
@@ -68,21 +70,34 @@ def calibration_calls(trainer: Trainer, pl_module: LightningModule, count: int) 
     if not any(probe.seen for probe in calls):
         raise MisconfigurationException(
             f"LowRankCompression: the calibration must see the network called in `training_step`, and of {len(calls)} "
-            f"batch(es) none called a module with parameters. {_WAYS_OUT}."
+            f"batch(es) none called a module with parameters. {WAYS_OUT}."
         )
     return calls
+
+
+@contextmanager
+def isolated_rng() -> Iterator[None]:
+    """Give all random states back, after an error, too: Lightning's own context does not."""
+    failure: Exception | None = None
+    with isolate_rng():
+        try:
+            yield
+        except Exception as error:
+            failure = error
+    if failure is not None:
+        raise failure
 
 
 def _check(trainer: Trainer, pl_module: LightningModule) -> None:
     if not pl_module.automatic_optimization:
         raise MisconfigurationException(
             "LowRankCompression: calibration runs `training_step` without training, and this module's steps its "
-            f"optimizers itself (automatic_optimization=False). {_WAYS_OUT}."
+            f"optimizers itself (automatic_optimization=False). {WAYS_OUT}."
         )
     if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
         raise MisconfigurationException(
             "LowRankCompression: calibration needs a `training_step` that takes a batch, and this one takes the "
-            f"loader's iterator (dataloader_iter). {_WAYS_OUT}."
+            f"loader's iterator (dataloader_iter). {WAYS_OUT}."
         )
 
 
@@ -106,6 +121,8 @@ def _batches(trainer: Trainer, stack: ExitStack) -> Iterator[Any]:
 def _copy(loader: object, stack: ExitStack) -> object:
     """Return a loader with an iterator of its own; generators that it shares are put back in the end."""
     if isinstance(loader, DataLoader):
+        if not loader.num_workers:  # a worker goes through a copy
+            _check_repeats(loader.dataset)
         for holder in (loader, loader.sampler):
             generator = getattr(holder, "generator", None)
             if isinstance(generator, torch.Generator):
@@ -113,13 +130,17 @@ def _copy(loader: object, stack: ExitStack) -> object:
         made = copy.copy(loader)
         vars(made)["_iterator"] = None  # persistent workers of the run's loader are its own
         return made
+    _check_repeats(loader)
+    return loader
+
+
+def _check_repeats(loader: object) -> None:
     if isinstance(loader, Iterator):
         raise MisconfigurationException(
             "LowRankCompression: calibration goes through the training loader once more, and a "
             f"{type(loader).__name__} can be gone through only once. Give the Trainer a loader that makes a new "
-            f"iterator each time. {_WAYS_OUT}."
+            f"iterator each time. {WAYS_OUT}."
         )
-    return loader
 
 
 def _transferred(trainer: Trainer, pl_module: LightningModule, batch: object) -> object:
@@ -152,6 +173,42 @@ def _silent(pl_module: LightningModule) -> Iterator[None]:
         for metric, states in zip(metrics, kept, strict=True):
             vars(metric).update(states)
 
+
+@contextmanager
+def _kept_notes(pl_module: LightningModule) -> Iterator[None]:
+    """Give a module back the numbers and lists that it keeps itself, such as the outputs of an epoch's steps."""
+    own = {name: value for name, value in vars(pl_module).items() if name not in _LIGHTNINGS}
+    notes = {name: value for name, value in own.items() if type(value) in (*_NUMBERS, *_CONTAINERS)}
+    kept = {name: _copied(value) for name, value in notes.items()}
+    try:
+        yield
+    finally:
+        for name, contents in kept.items():
+            value: Any = notes[name]
+            if type(value) in _CONTAINERS:  # others may hold it, too
+                value.clear()
+                (value.extend if type(value) in _SEQUENCES else value.update)(contents)
+            vars(pl_module)[name] = value
+
+
+def _copied(value: object) -> object:
+    """Copy containers, in any nesting, and not what they hold."""
+    if type(value) not in _CONTAINERS:
+        return value
+    made: Any = copy.copy(value)
+    if type(value) in _SEQUENCES:
+        inner = [_copied(one) for one in made]
+        made.clear()
+        made.extend(inner)
+    elif isinstance(value, dict):
+        made.update({key: _copied(one) for key, one in value.items()})
+    return made
+
+
+_LIGHTNINGS = frozenset(vars(LightningModule()))
+_NUMBERS = (bool, int, float, str, type(None))
+_SEQUENCES = (list, deque)
+_CONTAINERS = (*_SEQUENCES, set, dict, OrderedDict, defaultdict, Counter)
 
 _BOOKS = ("_update_count", "_computed", "_forward_cache")
 """What a metric notes beside its states."""

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
@@ -18,7 +19,7 @@ from lr_callback.effects import measure_effects
 from lr_callback.fisher import fisher_importance
 from lr_callback.following import batchnorm_layers
 from lr_callback.gains import batchnorm_importance
-from lr_callback.host.calibration import calibration_calls
+from lr_callback.host.calibration import WAYS_OUT, calibration_calls, isolated_rng
 from lr_callback.host.scope import Scope
 from lr_callback.host.strategies import processes_of
 from lr_callback.importance import Importance
@@ -90,7 +91,7 @@ class Repairing:
         def attempt() -> str | None:
             try:
                 calls.extend(calibration_calls(trainer, pl_module, self.batches))
-                with untouched(pl_module):
+                with isolated_rng(), untouched(pl_module):
                     next(one for one in calls if one.seen).repeat()
             except Exception as error:
                 return _reason(error)
@@ -99,11 +100,11 @@ class Repairing:
         reasons = [reason for reason in processes_of(trainer).gather(attempt, long=True) if reason is not None]
         if not reasons and scope.chosen is not None:
             return scope, calls, importance_of(trainer, pl_module, scope, calls)
-        if not reasons:
+        for tried in [] if reasons else [scope, scope.without_effects]:
             try:
-                return scope, calls, importance_of(trainer, pl_module, scope, calls)
-            except (ValueError, RuntimeError) as error:
-                # What is raised on one process is raised on all: none goes on alone.
+                return tried, calls, importance_of(trainer, pl_module, tried, calls, gentle=True)
+            except Exception as error:
+                # Whatever is raised on one process, something is raised on all: none goes on alone.
                 reasons = [_reason(error)]
         without = scope.without_calibration
         missing = [] if scope.chosen is not None else ["errors are not weighted by activations"]
@@ -143,22 +144,40 @@ class Repairing:
                 undo.callback(_set, bias, bias.detach().clone())
         replaced = {name: targets[name] for name in made}
         options: dict[str, Any] = {"forward": Probe.repeat, "processes": processes}
-        with standing_in(pl_module, {targets[name]: layer for name, layer in made.items()}):
-            if self.refit is not None:
-                inputs: Inputs = "dense" if self.refit == "dense" else "cut"
-                with progress_line(bar, "refit") as progress:
-                    gentle = self.refit == "auto"
-                    refit_(pl_module, replaced, calls, inputs=inputs, gentle=gentle, progress=progress, **options)
-            elif importance is not None:
+        with isolated_rng(), standing_in(pl_module, {targets[name]: layer for name, layer in made.items()}):
+            is_refitted = self.refit is not None and self._refit(pl_module, replaced, calls, bar, options)
+            if not is_refitted and importance is not None:
                 correct_biases_(pl_module, replaced, importance, calls, **options)
             if self.batchnorm:
                 with progress_line(bar, "BatchNorm", "batch") as progress:
                     recalibrate_batchnorm_(pl_module, Told(calls, progress), **options)
 
+    def _refit(
+        self,
+        pl_module: LightningModule,
+        replaced: Mapping[str, nn.Module],
+        calls: list[Probe],
+        bar: ProgressBar | None,
+        options: Mapping[str, Any],
+    ) -> bool:
+        """Refit layers, and return whether that was done: what was left open may fail, with a warning."""
+        inputs: Inputs = "dense" if self.refit == "dense" else "cut"
+        gentle = self.refit == "auto"
+        try:
+            with progress_line(bar, "refit") as progress:
+                refit_(pl_module, replaced, calls, inputs=inputs, gentle=gentle, progress=progress, **options)
+        except Exception as error:
+            if not gentle:
+                raise
+            rank_zero_warn(_WITHOUT.format("factors are not refitted", _reason(error)))
+            return False
+        return True
+
 
 def _reason(error: Exception) -> str:
     own = isinstance(error, MisconfigurationException)
-    return str(error).removeprefix("LowRankCompression: ") if own else f"{type(error).__name__}: {error}"
+    text = str(error).removeprefix("LowRankCompression: ").removesuffix(f" {WAYS_OUT}.")
+    return text if own else f"{type(error).__name__}: {error}"
 
 
 _WITHOUT = (
@@ -181,23 +200,31 @@ _MEASURED = {"activation": collect_moments, "batchnorm": batchnorm_importance}
 """Errors that are weighted by what is seen on some calls -> what sees it."""
 
 
+@isolated_rng()
 def importance_of(
-    trainer: Trainer, pl_module: LightningModule, scope: Scope, calls: list[Probe]
+    trainer: Trainer, pl_module: LightningModule, scope: Scope, calls: list[Probe], gentle: bool = False
 ) -> dict[str, Importance] | None:
-    """Return the importance of the layers on some calls, for a method that weighs errors by it, or layers."""
+    """Return the importance of the layers on some calls, for a method that weighs errors by it, or layers.
+
+    Args:
+        trainer: at the start of an epoch.
+        pl_module: that the calls are of.
+        scope: its layers and the method.
+        calls: of some batches.
+        gentle: take what the calls show without warnings that they show little.
+    """
     method, known = scope.method, None
-    gentle: dict[str, Any] = {"gentle": scope.chosen is None} if method.error == "activation" else {}
     options: dict[str, Any] = {"include": scope.include, "exclude": scope.exclude, "processes": processes_of(trainer)}
     bar = trainer.progress_bar_callback
     if method.error in _MEASURED:
         with progress_line(bar, "importance", "batch") as progress:
-            own = {"forward": Probe.repeat, **gentle, **options}
+            own = {"forward": Probe.repeat, **({"gentle": gentle} if method.error == "activation" else {}), **options}
             known = _MEASURED[method.error](pl_module, Told(calls, progress), **own)
     if method.error == "fisher":
         optimizers = [*trainer.optimizers, *optimizers_in(pl_module)]
         known = fisher_importance(pl_module, optimizers=optimizers, **options)
     if not method.needs_effects:
         return known
-    options |= {"forward": Probe.repeat, "embeddings": scope.embeddings}
+    options |= {"forward": Probe.repeat, "embeddings": scope.embeddings, "gentle": gentle}
     with progress_line(bar, "effects", "batch") as progress:
         return measure_effects(pl_module, Told(calls[:EFFECTS], progress), method, known, **options)

@@ -55,6 +55,11 @@ class Scope:
         return best_method() if self.chosen is None else self.chosen
 
     @property
+    def without_effects(self) -> Scope:
+        """The same where outputs cannot be compared: a method that was left open then counts all layers alike."""
+        return self if self.chosen is not None else replace(self, chosen=best_method(effects=False))
+
+    @property
     def without_calibration(self) -> Scope:
         """The same where no batches can be had: a method that was left open needs none."""
         return self if self.chosen is not None else replace(self, chosen=check_method(None))

@@ -1,8 +1,10 @@
 """Repairs at a cut inside ``Trainer.fit``: refit and statistics, on batches of the run's own training."""
 
 import copy
+import random
 import re
 import warnings
+from collections import deque
 
 import pytest
 import torch
@@ -10,11 +12,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from torchmetrics import MeanMetric
 
 import lr_callback as lrc
 from lr_callback.host.calibration import calibration_calls
+from lr_callback.lockstep import this_walk
 
 pytestmark = pytest.mark.filterwarnings("ignore:The calibration batches are few")
 
@@ -91,8 +94,8 @@ def fit(tmp_path, module=None, loader=None, epochs=2, ckpt_path=None, limit=None
     callback = Compared(0.5, epochs=1, show_table=False, **{"method": lrc.ALDS(), "refit": None, **options})
     trainer = trainer_of(callback, max_epochs=epochs, limit_train_batches=limit, default_root_dir=tmp_path)
     module = module or Network()
-    loader = loader or DataLoader(Augmented(), batch_size=32, shuffle=True, generator=torch.Generator().manual_seed(3))
-    trainer.fit(module, loader, ckpt_path=ckpt_path)
+    ours = DataLoader(Augmented(), batch_size=32, shuffle=True, generator=torch.Generator().manual_seed(3))
+    trainer.fit(module, ours if loader is None else loader, ckpt_path=ckpt_path)
     return trainer, module, callback
 
 
@@ -182,7 +185,7 @@ def test_the_calibration_leaves_no_trace(tmp_path):
                 calls = calibration_calls(trainer, pl_module, 2)
                 assert len(calls) == 2 and pl_module.training and all(one.seen for one in calls)
                 assert torch.equal(before[0], pl_module.seen.mean_value)
-                del pl_module.losses[before[1] :]
+                assert before[1] == len(pl_module.losses)
                 assert torch.equal(before[2], torch.get_rng_state())
                 assert "log" not in vars(pl_module)
 
@@ -370,6 +373,158 @@ def test_few_batches_are_no_harm(tmp_path):
         _, module, callback = fit(tmp_path, loader=loader, method=None, refit="auto", limit=2)
     assert callback.allocation.error == "activation" and callback.allocation.factorized
     assert all(torch.isfinite(value).all() for value in module.state_dict().values())
+
+
+class Writing(Network):
+    """Writes to its inputs, and takes them out of what holds them."""
+
+    def forward(self, batch):
+        return super().forward(batch.pop("images").mul_(2).sub_(1))
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self({"images": batch[0]}), batch[1])
+
+
+class Noted(Network):
+    """Keeps what its steps gave, as attributes of several kinds."""
+
+    def __init__(self):
+        super().__init__()
+        self.outputs, self.given, self.latest = {"train": []}, deque(maxlen=99), None
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.outputs["train"].append(loss.item())
+        self.given.append(loss.item())
+        self.latest, self.steps = str(batch_idx), self.steps + 1
+        return loss
+
+    def on_train_epoch_end(self):
+        assert len(self.outputs["train"]) == len(self.given) == 3 and self.latest == "2"
+        self.outputs["train"].clear()
+        self.given.clear()
+
+
+class LossAlone(Network):
+    """Returns its loss, in a forward without scores."""
+
+    def forward(self, images, labels):
+        return nn.functional.cross_entropy(super().forward(images), labels)
+
+    def training_step(self, batch, batch_idx):
+        return self(*batch)
+
+
+class InItsOwnDtype(Network):
+    """Makes tensors of the default dtype in its forward."""
+
+    def forward(self, images):
+        return super().forward(images) + self.head(torch.ones(len(images), 256))
+
+
+EVERYDAY = {
+    "a network that writes to its inputs": (Writing, "32-true", "loss"),
+    "a step that keeps what it gave": (Noted, "32-true", "loss"),
+    "a network that returns a loss alone": (LossAlone, "32-true", "sum"),
+    "a network that makes tensors, in 64-true": (InItsOwnDtype, "64-true", "loss"),
+    "a network that makes tensors, in bf16-true": (InItsOwnDtype, "bf16-true", "loss"),
+}
+
+
+@pytest.mark.parametrize("case", EVERYDAY)
+def test_the_default_needs_nothing_special(case):
+    """The network can be run again, with no warning, and the layers are refitted."""
+    make, precision, objective = EVERYDAY[case]
+    callback, module = lrc.LowRankCompression(0.5, 1, show_table=False), make()
+    trainer = trainer_of(callback, max_epochs=2, precision=precision)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(module, DataLoader(Augmented(), batch_size=32))
+    told = [str(one.message) for one in caught if "multiply-adds are not reported" not in str(one.message)]
+    assert not [one for one in told if "calibration" in one or "LowRank" in one]
+    method = callback.allocation.method
+    assert (method["error"], method["objective"], method["power"]) == ("activation", objective, 4)
+    if make is Noted:
+        assert module.steps == 6 and len(module.losses) == 6
+
+
+class Endless(IterableDataset):
+    """A data set that is its own iterator."""
+
+    def __init__(self):
+        self.given = 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self.given += 1
+        return torch.randn(3, 6, 6), self.given % 4
+
+
+def test_a_data_set_that_is_its_own_iterator_is_not_gone_through(tmp_path):
+    taken = []
+    for options in ({"method": None, "refit": "auto"}, {}):
+        data = Endless()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fit(tmp_path, loader=DataLoader(data, batch_size=8), limit=3, **options)
+        told = [str(one.message) for one in caught if "Endless can be gone through only once" in str(one.message)]
+        assert len(told) == bool(options)
+        taken.append(data.given)
+    assert taken[0] == taken[1]
+
+
+def test_random_numbers_are_the_same_after_a_calibration_that_failed(tmp_path):
+    ends = []
+    for options in ({"method": None, "refit": "auto"}, {}):
+        random.seed(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            fit(tmp_path, module=OnlyInTraining(), limit=3, **options)
+            fit(tmp_path, loader=DataLoader(Endless(), batch_size=8), limit=3, **options)
+        ends.append((random.random(), torch.rand(1)))
+    assert ends[0] == ends[1]
+
+
+def test_a_gentle_refit_that_fails_leaves_the_cut_without_it(tmp_path):
+    """Whatever it is, such as memory: the run goes on with what the cut itself has made, its mean made up for."""
+
+    class Failing(lrc.LowRankCompression):
+        def compress(self, trainer, pl_module, keep_ratio):
+            self.walked = 0
+            pl_module.body.register_forward_hook(self.count)
+            return super().compress(trainer, pl_module, keep_ratio)
+
+        def count(self, *_):
+            self.walked += this_walk() is not None
+            if this_walk() is not None and self.walked > 3:
+                raise torch.OutOfMemoryError("no memory left")
+
+    ends = []
+    for refit in ("auto", None):
+        torch.manual_seed(0)
+        callback, module = Failing(0.5, 1, refit=refit, show_table=False), Network()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer_of(callback, max_epochs=2).fit(module, DataLoader(Augmented(), batch_size=32))
+        told = [str(one.message) for one in caught if "no memory left" in str(one.message)]
+        assert len(told) == (refit is not None) and all("for factors are not refitted: " in one for one in told)
+        assert callback.allocation.method["error"] == "activation"
+        ends.append(module.state_dict())
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+def test_layers_that_are_not_called_are_told_of_once(tmp_path):
+    class Unused(Network):
+        def __init__(self):
+            super().__init__()
+            self.unused = nn.Linear(64, 64)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(tmp_path, module=Unused(), method=None, refit="auto")
+    assert len([one for one in caught if "unused" in str(one.message)]) == 1
 
 
 def test_a_method_that_needs_the_batches_raises_as_ever(tmp_path):

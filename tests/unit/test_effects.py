@@ -209,3 +209,11 @@ def test_what_cannot_be_measured_is_refused():
     with pytest.raises(ValueError, match=r"must be of the same shapes whether it is cut or not"):
         measure_effects(model, [batch], forward=lambda one: (scores := model(one))[scores > scores.mean() + 0.1])
     assert isinstance(model[0], nn.Conv2d)
+
+
+@pytest.mark.parametrize("layer", [nn.ConvTranspose2d(6, 12, 2, stride=2), nn.ConvTranspose2d(12, 6, 2, groups=2)])
+def test_the_constant_error_of_a_transposed_layer_is_made_up_for(layer):
+    torch.manual_seed(0)
+    model, batches = nn.Sequential(layer), [torch.randn(64, layer.in_channels, 3, 3) + 1]
+    known = measure_effects(model, batches, lrc.ALDS("activation", "loss"), collect_moments(model, batches))
+    assert known["0"].weight > 0

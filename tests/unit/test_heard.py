@@ -71,6 +71,32 @@ def test_autocast_is_repeated(heard):
     assert heard.invocations[0].repeat(model).dtype == output.dtype == torch.bfloat16
 
 
+def test_the_dtype_of_new_tensors_is_repeated(heard):
+    class Makes(nn.Linear):
+        def forward(self, inputs):
+            return super().forward(inputs), torch.zeros(1)
+
+    model = Makes(4, 3)
+    heard.attach([model])
+    torch.set_default_dtype(torch.float64)
+    try:
+        with heard.listening():
+            model(torch.ones(2, 4, dtype=torch.float32))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert heard.invocations[0].repeat(model)[1].dtype == torch.float64
+    assert torch.zeros(1).dtype == torch.float32
+
+
+def test_a_call_that_writes_to_its_arguments_can_be_repeated_again(heard):
+    model = Writes()
+    heard.attach([model])
+    with heard.listening():
+        wanted = model(torch.ones(2, 4), scale=3.0)
+    [call] = heard.invocations
+    assert all(torch.equal(call.repeat(model, again=True), wanted) for _ in range(3))
+
+
 def test_copies_and_files_of_a_module_hear_nothing(heard):
     model = Writes()
     heard.attach(model.modules())

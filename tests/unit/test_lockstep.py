@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from lr_callback.lockstep import this_walk, walks
+from lr_callback.lockstep import mixed, this_walk, walks
 
 
 def counting(log, name, stops=3):
@@ -66,3 +66,66 @@ def test_a_model_that_catches_exceptions_ends_too():
     with walks([stubborn, stubborn], before=False) as (one, _):
         one.step()
     assert ended == ["left"]
+
+
+def stopping(value, holder=None):
+    """Return a run that gives a value, which it has left with a holder meanwhile."""
+
+    def run():
+        if holder is not None:
+            holder.append(value)
+        if this_walk() is not None:
+            this_walk().wait("layer", value)
+        return {"outputs": holder.pop(0) if holder else value, "words": "these"}
+
+    return run
+
+
+def test_runs_that_take_what_another_has_left_are_mixed():
+    values = torch.ones(3), torch.zeros(3)
+    for holder, is_mixed in ((None, False), ([], False)):
+        runs = [stopping(value, holder) for value in values]
+        assert mixed(runs, [run() for run in runs]) == is_mixed
+    shared = {}
+
+    def overwriting(value):
+        def run():
+            shared["value"] = value
+            if this_walk() is not None:
+                this_walk().wait("layer", value)
+            return shared["value"]
+
+        return run
+
+    runs = [overwriting(value) for value in values]
+    assert mixed(runs, values)
+    runs = [overwriting(torch.ones(3)), overwriting(torch.full((3,), 1.0 + 1e-4))]
+    assert not mixed(runs, [run() for run in runs])
+
+
+def test_runs_that_fail_together_are_mixed():
+    left = []
+
+    def run():
+        left.append(1)
+        if this_walk() is not None:
+            this_walk().wait("layer", torch.ones(1))
+        assert len(left) == 1
+        left.clear()
+
+    assert mixed([run, run], [run(), run()])
+
+
+def test_each_run_has_its_own_dtype_of_new_tensors():
+    seen = []
+
+    def run():
+        torch.set_default_dtype(torch.float64)
+        this_walk().wait("layer", torch.ones(1))
+        seen.append(torch.zeros(1).dtype)
+
+    with walks([run], before=True) as [walk]:
+        walk.step()
+        assert torch.get_default_dtype() == torch.float32
+        walk.step()
+    assert seen == [torch.float64] and torch.get_default_dtype() == torch.float32

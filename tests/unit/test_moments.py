@@ -53,3 +53,12 @@ def test_processes_are_added_up():
     both.update(rows)
     one.merge_state(other)
     assert torch.allclose(one.total / one.count, both.compute())
+
+
+def test_products_are_exact_under_autocast():
+    rows = torch.randn(1, 50, 4, generator=torch.Generator().manual_seed(0)) + 10
+    one, other = SecondMoments(4), SecondMoments(4)
+    one.update(rows)
+    with torch.autocast("cpu", torch.bfloat16):
+        other.update(rows)
+    assert torch.equal(one.compute(), other.compute())

@@ -147,3 +147,14 @@ def test_step_that_a_host_runs_through_the_models_call_is_looked_into():
     host(torch.ones(3, 4))
     probe.stop()
     assert probe.observe() == recorded(Host()).observe()
+
+
+def test_a_forward_that_a_host_has_put_back_is_that_of_the_class():
+    """Lightning leaves it with the module after a step on several processes."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2))
+    model.forward = model.forward
+    probe = Probe(model)
+    probe.start()
+    model(torch.zeros(5, 4))
+    probe.stop()
+    assert [module for module, _ in probe.calls] == [model]

@@ -1,6 +1,7 @@
 """Refit: each decoder is the least-squares solution, and nothing but decoders and their biases changes."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -216,12 +217,12 @@ def test_a_failure_puts_all_decoders_back(inputs):
         refit_(model, report.replaced, BATCHES, factors="encoder")
 
 
-def test_each_batch_runs_through_the_model_twice_and_once_to_see_the_order():
+def test_each_batch_runs_through_the_model_twice_and_some_to_see_how_it_runs():
     model, report, _ = factorized()
     runs = []
     model[2].register_forward_hook(lambda *_: runs.append(1))
     refit_(model, report.replaced, BATCHES)
-    assert len(runs) == 2 * len(BATCHES) + 1
+    assert len(runs) == 2 * len(BATCHES) + 5  # the order of the layers, and twice two runs: alone and together
 
 
 def test_a_model_whose_way_depends_on_its_inputs_is_refitted_where_it_goes():
@@ -298,3 +299,71 @@ def test_a_failure_leaves_the_means_of_batchnorm_as_they_were():
     with pytest.raises(ValueError, match="cannot be compared"):
         refit_(model, report.replaced, [*batches, batches[0] * torch.nan])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class Keeps(nn.Module):
+    """Layers with shortcuts, whose inputs are kept as an attribute meanwhile, or not."""
+
+    def __init__(self, on_itself):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers, self.on_itself = nn.ModuleList(nn.Linear(24, 24) for _ in range(4)), on_itself
+
+    def forward(self, inputs):
+        for layer in self.layers:
+            self.kept = kept = inputs
+            inputs = torch.relu(layer(inputs))
+            inputs = inputs + (self.kept if self.on_itself else kept)
+        return inputs
+
+
+def test_a_model_whose_runs_mix_is_refitted_to_the_inputs_before_the_cut():
+    batches = [torch.randn(64, 24, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+    ends = {}
+    for on_itself, inputs, gentle in ((True, "cut", True), (True, "cut", False), (True, "dense", False), (False,) * 3):
+        model = Keeps(on_itself)
+        report = lrc.factorize_(model, lrc.allocate(model, 0.5))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            refit_(model, report.replaced, batches, inputs=inputs or "cut", gentle=gentle)
+        told = [str(one.message) for one in caught if "where another run finds it" in str(one.message)]
+        assert len(told) == (on_itself and inputs == "cut" and not gentle)
+        ends[on_itself, inputs, gentle] = model(batches[0])
+    mixed, told, dense, alone = ends.values()
+    assert torch.equal(mixed, dense) and torch.equal(told, dense) and not torch.equal(alone, dense)
+
+
+@pytest.mark.parametrize("factors", ["both", "decoder"])
+@pytest.mark.parametrize("inputs", ["cut", "dense"])
+def test_of_few_positions_a_gentle_refit_changes_the_mean_alone(inputs, factors):
+    torch.manual_seed(0)
+    layer, batch = nn.Linear(48, 20), torch.randn(5, 48) + 1
+    model, report = cut(layer, num_slices=2, rank=4)
+    wanted, kept = layer(batch).mean(0), [factor.clone() for factor in model[0].factors]
+    assert (model(batch).mean(0) - wanted).norm() > 0.1
+    assert refit_(model, report.replaced, [batch], inputs=inputs, factors=factors, gentle=True) == {}
+    assert torch.allclose(model(batch).mean(0), wanted, atol=1e-5)
+    assert all(torch.equal(one, other) for one, other in zip(model[0].factors, kept, strict=True))
+
+
+def test_of_few_positions_the_batchnorm_takes_up_the_change_of_the_mean():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(48, 20, bias=False), nn.BatchNorm1d(20)).eval()
+    batch = torch.randn(5, 48) + 1
+    wanted = model(batch).mean(0)
+    choice = lrc.Factorization("kernel_in_encoder", 1, 4, 0.0, 0, 1)
+    report = lrc.factorize_(model, lrc.Allocation({"0": choice}, {}, {"0": (20, 48)}, 0, 1, 0, 1.0))
+    assert refit_(model, report.replaced, [batch], gentle=True) == {}
+    assert torch.allclose(model(batch).mean(0), wanted, atol=1e-5)
+
+
+def test_a_decoder_is_refitted_under_autocast():
+    torch.manual_seed(0)
+    model, report = cut(nn.ConvTranspose2d(8, 12, 3), num_slices=2)
+    model, batch = nn.Sequential(nn.Conv2d(3, 8, 1), *model), torch.randn(20, 3, 6, 6)
+
+    def forward(images):
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(images)
+
+    assert refit_(model, {"1": report.replaced["0"]}, [batch], forward=forward)["1"] < 1

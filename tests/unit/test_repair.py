@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import lr_callback as lrc
+from lr_callback.collect import collect_moments
 from lr_callback.repair import correct_biases_, recalibrate_batchnorm_
 
 
@@ -151,3 +152,13 @@ def test_what_outputs_are_off_on_average_is_made_up_for(bias):
         correct_biases_(model, report.replaced, moments, [])
     nothing = {"0": lrc.Importance(moments["0"].inputs)}
     assert correct_biases_(model, report.replaced, nothing, batches) == 0
+
+
+def test_biases_of_transposed_layers_are_corrected():
+    torch.manual_seed(0)
+    model, batches = nn.Sequential(nn.ConvTranspose2d(16, 24, 2, stride=2)), [torch.randn(64, 16, 3, 3) + 1]
+    moments, wanted = collect_moments(model, batches), model(batches[0]).mean((0, 2, 3))
+    allocation = lrc.allocate(model, 0.3, method=lrc.ALDS("activation"), importance=moments)
+    report = lrc.factorize_(model, allocation, importance=moments)
+    assert correct_biases_(model, report.replaced, moments, batches) == 1
+    assert torch.allclose(model(batches[0]).mean((0, 2, 3)), wanted, atol=1e-4)
