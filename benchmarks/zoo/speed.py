@@ -4,7 +4,7 @@
     python -m benchmarks.zoo.speed --only 'resnet*'
 
 Both are measured in one process, one after the other, on the same number of threads. Where a pass of 4 images, times
-eight, takes more than ten times the analysis, that is the row: it says so, and hours are saved. Where the activations
+eight, takes more than three times the analysis, that is the row: it says so, and hours are saved. Where the activations
 of 32 images do not fit into the memory, a smaller batch is measured and its time multiplied, too. Models of
 `torchvision.models.quantization` are left out: unquantized they are models that stand in the list already.
 """
@@ -33,7 +33,7 @@ from lr_callback.analysis import analyze
 
 BATCH = 32
 _FEW = 4
-_CLEAR = 10
+_CLEAR = 3
 ROWS = RESULTS / "zoo_speed.jsonl"
 PAGE = RESULTS / "zoo_speed.md"
 _GROUPS = (models, models.segmentation, models.detection, models.video, models.optical_flow)
