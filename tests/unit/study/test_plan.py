@@ -5,7 +5,7 @@ import pytest
 from lr_callback.methods import ALDS, LRank
 from lr_callback.study.plan import CONTROL, Plan, Run, Treatment, digest
 
-TREATMENTS = {"ALDS": Treatment(), "L-Rank": Treatment(LRank())}
+TREATMENTS = {"ALDS": Treatment(ALDS()), "L-Rank": Treatment(LRank())}
 
 
 def plan(**changes) -> Plan:
@@ -29,6 +29,7 @@ def test_runs_of_equal_settings_share_a_key_whatever_they_are_called():
         plan().key(Run("ALDS", 0.2, 3), setting),
         plan().key(Run("ALDS", 0.5, 1), setting),
         plan().key(Run("L-Rank", 0.5, 3), setting),
+        plan(treatments={"ALDS": Treatment()}).key(run, setting),
         plan().key(Run(CONTROL, 1.0, 3), setting),
         plan(epochs=1).key(run, setting),
         plan(dense_epochs=1).key(run, setting),
