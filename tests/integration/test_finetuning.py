@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning, Mode
 from torch import nn
 from torch.optim import SGD
 
-from lr_callback import FactorizedConv2d, FactorizedLinear, LowRankCompression
+from lr_callback import ALDS, FactorizedConv2d, FactorizedLinear, LowRankCompression
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -75,7 +75,8 @@ class Groups(Callback):
 
 
 def compression(*epochs):
-    return LowRankCompression([0.7, 0.45][: len(epochs)], list(epochs), show_table=False)
+    plain = {"method": ALDS(), "refit": None, "show_table": False}
+    return LowRankCompression([0.7, 0.45][: len(epochs)], list(epochs), **plain)
 
 
 WHEN = {

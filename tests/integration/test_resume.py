@@ -238,7 +238,7 @@ def test_loading_a_file_twice_is_loading_it_once(plain_run, tmp_path, loader, ne
 
 
 def test_file_that_was_tested_does_not_reach_into_a_later_fit(plain_run, tmp_path, loader, new_module, new_trainer):
-    compression = LowRankCompression(0.5, 1)
+    compression = LowRankCompression(0.5, 1, method=lrc.ALDS(), refit=None)
     module = new_module(lambda one: SGD(one.network[10].parameters(), lr=0.1))
     trainer = new_trainer(tmp_path, compression)
     trainer.test(module, loader(), ckpt_path=plain_run.root / "epoch=0-step=4.ckpt", verbose=False)
