@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import floor
-from numbers import Real
 from typing import Any
 
 from torch import nn
@@ -22,6 +21,7 @@ from lr_callback.methods import Choice, Method, check_method
 from lr_callback.observe import Observation, observe
 from lr_callback.pricing import dense_again, dense_parameters, layer_costs, leave_out_unused, no_gain
 from lr_callback.processes import Processes
+from lr_callback.written import is_number
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def check_keep_ratio(keep_ratio: object) -> float:
     Raises:
         ValueError: If it is not a number in (0, 1].
     """
-    if isinstance(keep_ratio, Real) and not isinstance(keep_ratio, bool) and 0 < float(keep_ratio) <= 1:
+    if is_number(keep_ratio) and 0 < float(keep_ratio) <= 1:
         return float(keep_ratio)
     raise ValueError(f"`keep_ratio` must be a number in (0, 1], the fraction of the model to keep, got {keep_ratio!r}.")
 

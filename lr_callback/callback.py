@@ -111,7 +111,7 @@ class LowRankCompression(Checkpointed):
         self.schedule = Schedule(keep_ratio, epochs, ramp, when)
         self.repairing = Repairing(refit, recalibrate_batchnorm, calibration_batches)
         self.scope = Scope(method, include, exclude, embeddings)
-        self.optimizer_state, self.learning_rate_rewind = optimizer_state, learning_rate_rewind
+        self.optimizer_state = optimizer_state
         self.show_table, self.snapshots, self.reset_monitors = show_table, snapshots, reset_monitors
         check_flags(self, "learning_rate_rewind", "show_table", "snapshots", "reset_monitors")
 

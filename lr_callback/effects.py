@@ -16,7 +16,6 @@ import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import fsum, sqrt
-from numbers import Real
 from typing import TypeVar
 from warnings import warn
 
@@ -40,6 +39,7 @@ from lr_callback.processes import Processes, by_name
 from lr_callback.running import runner, watching
 from lr_callback.surgery import standing_in
 from lr_callback.table import listed
+from lr_callback.written import is_number
 
 Batch = TypeVar("Batch")
 
@@ -121,7 +121,7 @@ def measure_effects(
 
 
 def _check_share(share: object) -> None:
-    if not isinstance(share, Real) or isinstance(share, bool) or not 0 < float(share) < 1:
+    if not is_number(share) or not 0 < float(share) < 1:
         raise ValueError(f"`share` must be a number in (0, 1), the part of a layer's cost to keep, got {share!r}.")
 
 

@@ -88,25 +88,11 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         ModuleNotFoundError: If safetensors is not installed.
         ValueError: If the file is damaged.
     """
-    notes, tensors = _read(path, with_tensors=True)
-    others = {name: tensors[kept] for name, kept in notes.items() if kept in tensors and name not in tensors}
-    return tensors | others
+    return read_with_notes(path)[0]
 
 
-def read_notes(path: Path) -> Mapping[str, str]:
-    """Read the notes in a file's header: name -> text.
-
-    Args:
-        path: of the file.
-
-    Raises:
-        ModuleNotFoundError: If safetensors is not installed.
-        ValueError: If the file is damaged.
-    """
-    return _read(path, with_tensors=False)[0]
-
-
-def _read(path: Path, with_tensors: bool) -> tuple[Mapping[str, str], dict[str, Tensor]]:
+def read_with_notes(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+    """Read what :func:`read_safetensors` does, and the notes in the file's header: name -> text; raises as it does."""
     try:
         package = import_module("safetensors")
     except ModuleNotFoundError as error:
@@ -117,12 +103,14 @@ def _read(path: Path, with_tensors: bool) -> tuple[Mapping[str, str], dict[str, 
     try:
         with package.safe_open(str(path), framework="pt") as file:
             notes: Mapping[str, str] = file.metadata() or {}
-            names: list[str] = file.keys() if with_tensors else []
-            return notes, {name: file.get_tensor(name) for name in names}
+            names: list[str] = file.keys()
+            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in names}
     except package.SafetensorError as error:
         raise ValueError(
             f"{path.name}: must be a whole file of safetensors; it may be cut off ({error}). Nothing was changed."
         ) from error
+    others = {name: tensors[kept] for name, kept in notes.items() if kept in tensors and name not in tensors}
+    return tensors | others, notes
 
 
 def same_tensors(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lr_callback.allocation import Allocation
 from lr_callback.names import is_extra
-from lr_callback.safetensors_file import is_composed, is_safetensors, read_notes, read_safetensors
+from lr_callback.safetensors_file import is_composed, is_safetensors, read_with_notes
 
 _SIGNED = (torch.int8, torch.int16, torch.int32, torch.int64)
 _WHOLE = (torch.bool, *_SIGNED, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
@@ -44,7 +44,8 @@ def load(source: Allocation | Mapping[str, Any] | str | Path) -> Allocation | Ma
             f"{str(path)[:200]}: no such file; `source` must be an allocation, JSON text, a dict or a path."
         )
     if is_safetensors(path):
-        return {"state_dict": read_safetensors(path), "allocation": read_notes(path).get("allocation")}
+        state, notes = read_with_notes(path)
+        return {"state_dict": state, "allocation": notes.get("allocation")}
     with path.open("rb") as file:
         is_text = file.read(64).lstrip().startswith(b"{")
     return Allocation.from_json(path) if is_text or path.suffix == ".json" else read_checkpoint(path)

@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 Kind = type | tuple[type, ...]
 """A type that a value may be of, or several."""
 
 _LARGEST = 2**63
 _DEEPEST = 8
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Return whether a value is a real number, and no switch.
+
+    Example::
+
+        >>> is_number(2), is_number(0.5), is_number(True), is_number("2")
+        (True, True, False, False)
+    """
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def describe(value: object) -> str:

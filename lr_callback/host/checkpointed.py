@@ -22,15 +22,15 @@ class Checkpointed(CallbackBase):
         cost: unit of the budgets.
         distill: weight of the distillation loss, or None.
         temperature: of its softmaxes.
-        keeps_start: whether learning rates are rewound to where they began.
+        learning_rate_rewind: whether learning rates are rewound to where they began.
 
     Raises:
         ValueError: If an argument is out of range.
     """
 
-    def __init__(self, cost: str, distill: float | None, temperature: float, keeps_start: bool) -> None:
+    def __init__(self, cost: str, distill: float | None, temperature: float, learning_rate_rewind: bool) -> None:
         super().__init__()
-        self._options, self._keeps_start = (cost, distill, temperature), keeps_start
+        self._options, self.learning_rate_rewind = (cost, distill, temperature), learning_rate_rewind
         self._forget()
         self._resuming = Resuming()
 
@@ -60,7 +60,7 @@ class Checkpointed(CallbackBase):
         Raises:
             ValueError: If a newer version or something else wrote it. Nothing was changed.
         """
-        record = Record.from_dict(state_dict).resumed(self._keeps_start)
+        record = Record.from_dict(state_dict).resumed(self.learning_rate_rewind)
         self._counting.observation, self._distilling.written = record.observation, record.teacher
         self._record = replace(record, teacher=None)
 

@@ -10,7 +10,6 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import wraps
-from numbers import Real
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -24,6 +23,7 @@ from lr_callback.heard import Heard, Invocation
 from lr_callback.host.strategies import processes_of
 from lr_callback.observe import as_written
 from lr_callback.table import listed
+from lr_callback.written import is_number
 
 _LOGGED = "compression/distillation_loss"
 _STEP = "training_step"
@@ -45,9 +45,9 @@ class Distilling:
     """
 
     def __init__(self, weight: float | None, temperature: float) -> None:
-        if weight is not None and not (_is_number(weight) and 0 < weight <= 1):
+        if weight is not None and not (is_number(weight) and 0 < weight <= 1):
             raise ValueError(f"`distill` must be a weight in (0, 1] or None, got {weight!r}.")
-        if not (_is_number(temperature) and 0 < temperature < float("inf")):
+        if not (is_number(temperature) and 0 < temperature < float("inf")):
             raise ValueError(f"`distill_temperature` must be a number above 0, got {temperature!r}.")
         self._weight, self._temperature = weight, temperature
         self.written: Mapping[str, Tensor] | None = None
@@ -224,10 +224,6 @@ def _restored(made: LightningModule, written: Mapping[str, Tensor]) -> Lightning
 
 def _shape(state: Mapping[str, Tensor], name: str) -> object:
     return (state[name].shape, state[name].dtype) if name in state else None
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _the_call(pl_module: LightningModule, heard: Heard) -> tuple[Invocation, Tensor]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import isfinite
-from numbers import Real
 from statistics import median
 from typing import Literal
 
@@ -13,6 +12,7 @@ from lr_callback.candidates import Frontier, LayerCandidates, frontier
 from lr_callback.knapsack import smallest_sum
 from lr_callback.methods.base import Choice, Method, Solution, check_at_least_one
 from lr_callback.minimax import minimax
+from lr_callback.written import is_number
 
 Objective = Callable[[Mapping[str, Frontier], int, float], tuple[dict[str, int], float]]
 """From the frontiers of all layers, a budget and a power to the index of each layer's choice, and the gap."""
@@ -127,7 +127,7 @@ def _weighed(edge: Frontier, factor: float) -> Frontier:
 
 
 def _check_power(power: object, objective: str) -> None:
-    if not isinstance(power, Real) or isinstance(power, bool) or not isfinite(power) or power < 1:
+    if not is_number(power) or not isfinite(power) or power < 1:
         raise ValueError(f"`power` must be a number of at least 1, got {power!r}.")
     if objective == "minimax" and power != 2:
         raise ValueError(

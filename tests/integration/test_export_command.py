@@ -17,7 +17,7 @@ from lr_callback.cli import main
 from lr_callback.example import Example, largest_difference
 from lr_callback.formats import FORMATS
 from lr_callback.recipes import CifarResNet, DigitsData, ImageClassifier
-from lr_callback.safetensors_file import read_notes
+from lr_callback.safetensors_file import read_with_notes
 
 pytest.importorskip("sklearn")
 for package in ("onnx", "onnxscript", "onnxruntime", "safetensors"):
@@ -168,7 +168,7 @@ def test_an_allocation_that_is_not_that_of_the_weights_is_left_out_and_told(digi
     arguments = ["--config", digits.parents[1] / "config.yaml", "--output", tmp_path / "x.safetensors"]
     with pytest.warns(UserWarning, match=r"went-on\.ckpt: its allocation should be .*the file is written without it"):
         command("export", "--checkpoint", tmp_path / "went-on.ckpt", *arguments)
-    assert "allocation" not in read_notes(tmp_path / "x.safetensors")
+    assert "allocation" not in read_with_notes(tmp_path / "x.safetensors")[1]
 
 
 @pytest.mark.situation("Out of the door", "an export over its own checkpoint", "refused")
