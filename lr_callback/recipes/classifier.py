@@ -4,6 +4,7 @@ import math
 from typing import Literal
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional
@@ -29,6 +30,9 @@ class ImageClassifier(pl.LightningModule):
         milestones: Epochs at which ``"multistep"`` decays, counted from 0.
         gamma: Factor of ``"multistep"``.
         warmup_epochs: The rate grows linearly over this many first epochs; 0 for none.
+        channels_last: Give the network its images with their channels as the last axis in memory. The scores are the
+            same up to rounding. On a CPU the convolutions of many slices, which are grouped ones, are several times
+            faster so.
 
     Raises:
         ValueError: ``schedule`` is ``"multistep"`` without ``milestones``, or ``warmup_epochs`` is negative.
@@ -55,6 +59,7 @@ class ImageClassifier(pl.LightningModule):
         milestones: tuple[int, ...] = (),
         gamma: float = 0.1,
         warmup_epochs: int = 0,
+        channels_last: bool = False,
     ) -> None:
         super().__init__()
         _check_schedule(schedule, milestones, warmup_epochs)
@@ -67,12 +72,13 @@ class ImageClassifier(pl.LightningModule):
         self.milestones = milestones
         self.gamma = gamma
         self.warmup_epochs = warmup_epochs
+        self.memory_format = torch.channels_last if channels_last else torch.preserve_format
         self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the class scores ``(batch, num_classes)`` of ``images``."""
-        scores: Tensor = self.network(images)
+        scores: Tensor = self.network(images.to(memory_format=self.memory_format))
         return scores
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:

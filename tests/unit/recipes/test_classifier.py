@@ -149,3 +149,14 @@ def test_multistep_without_milestones_is_refused() -> None:
 def test_negative_warmup_is_refused() -> None:
     with pytest.raises(ValueError, match="`warmup_epochs` must be at least 0, got -1"):
         ImageClassifier(network(), warmup_epochs=-1)
+
+
+def test_channels_last_gives_the_same_scores_from_images_laid_out_so() -> None:
+    seen: list[torch.Tensor] = []
+    model = ImageClassifier(network(), channels_last=True).eval()
+    model.network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    images = torch.rand(4, 1, 8, 8)
+    with torch.no_grad():
+        assert torch.allclose(model(images), model.network(images), atol=1e-6)
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
+    assert seen[0].stride() != seen[1].stride()
