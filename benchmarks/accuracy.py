@@ -1,4 +1,4 @@
-"""Accuracy of a trained CIFAR-10 ResNet right after the cut, without training, for each method and size.
+"""Accuracy of a trained CIFAR-10 network right after the cut, without training, for each method and size.
 
     python benchmarks/accuracy.py --data DIR --weights DIR/cifar10_resnet20.pt
 
@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 from environment import keep, markdown
+from networks import NAMES, trained
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 import lr_callback as lrc
 from lr_callback.folding import FOLDINGS
 from lr_callback.observe import observe
-from lr_callback.recipes import CIFAR10Data, CifarResNet
+from lr_callback.recipes import CIFAR10Data
 from lr_callback.repair import recalibrate_batchnorm_
 
 METHODS: dict[str, lrc.Method] = {
@@ -73,7 +74,7 @@ def compose(model: nn.Module, data: CIFAR10Data) -> None:
 
 def measure(name: str, keep_ratio: float, arguments: argparse.Namespace, data: CIFAR10Data) -> dict[str, Any]:
     """Cut a fresh copy of the network, and evaluate it twice."""
-    model = CifarResNet(depth=arguments.depth, weights=arguments.weights).eval()
+    model = trained(arguments.network, arguments.weights)
     example = torch.zeros(1, 3, 32, 32)
     dense = observe(model, example)
     row: dict[str, Any] = {"method": name, "keep_ratio": keep_ratio}
@@ -95,7 +96,7 @@ def parser(text: str | None) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--data", required=True, help="folder of CIFAR-10, as CIFAR10Data takes it")
     made.add_argument("--weights", required=True, help="state dict of the trained network")
-    made.add_argument("--depth", type=int, default=20)
+    made.add_argument("--network", choices=NAMES, default="resnet20")
     return made
 
 
@@ -107,10 +108,11 @@ def images(folder: str, batch_size: int) -> CIFAR10Data:
     return data
 
 
-def command(name: str, depth: int) -> str:
+def command(name: str, network: str) -> str:
     """Return the command line that measures a network again."""
-    line = f"python benchmarks/{name}.py --data DIR --weights DIR/cifar10_resnet{depth}.pt"
-    return line + (f" --depth {depth}" if depth != 20 else "")
+    weights = "vgg.pt" if network == "vgg" else f"DIR/cifar10_{network}.pt"
+    line = f"python benchmarks/{name}.py --data DIR --weights {weights}"
+    return line + (f" --network {network}" if network != "resnet20" else "")
 
 
 def main() -> None:
@@ -129,9 +131,9 @@ def main() -> None:
         f"Dense: {dense['top1_right_after']} / {dense['top1_batchnorm_recalibrated']}.\n\n"
     )
     keep(
-        f"resnet{arguments.depth}_accuracy",
-        f"Accuracy of CIFAR-10 ResNet{arguments.depth} right after the cut",
-        command("accuracy", arguments.depth),
+        f"{arguments.network}_accuracy",
+        f"Accuracy of CIFAR-10 {arguments.network} right after the cut",
+        command("accuracy", arguments.network),
         {"recalibration": RECALIBRATION, "dense": dense, "rows": rows},
         note + table,
     )

@@ -1,4 +1,4 @@
-"""Accuracy of a trained CIFAR-10 ResNet right after the cut, with what repair brings back, without training.
+"""Accuracy of a trained CIFAR-10 network right after the cut, with what repair brings back, without training.
 
     python benchmarks/repair.py --data DIR --weights DIR/cifar10_resnet20.pt
 
@@ -19,10 +19,10 @@ from typing import Any, TypeVar
 import torch
 from accuracy import accuracy, command, compose, images, parser
 from environment import keep, markdown
-from torch import Tensor
+from networks import trained
+from torch import Tensor, nn
 
 import lr_callback as lrc
-from lr_callback.recipes import CifarResNet
 
 WAYS: Mapping[str, lrc.Method] = {
     "slice, minimax": lrc.ALDS(),
@@ -55,9 +55,9 @@ class Study:
         self.seconds: dict[str, float] = {}
         self.moments = self.timed("moments", lambda: lrc.collect_moments(self.network(), self.batches))
 
-    def network(self) -> CifarResNet:
+    def network(self) -> nn.Module:
         """Return a fresh copy of the trained network."""
-        return CifarResNet(depth=self.arguments.depth, weights=self.arguments.weights).eval()
+        return trained(self.arguments.network, self.arguments.weights)
 
     def timed(self, name: str, run: Callable[[], Result]) -> Result:
         """Run something and note how long it took."""
@@ -110,11 +110,10 @@ def main() -> None:
         ["ranks by", "repair", *(f"keep {ratio}" for ratio in ratios)],
         [[row["way"], row["repair"], *(f"{row['top1'][ratio]:.1f}" for ratio in ratios)] for row in rows],
     )
-    name = f"resnet{arguments.depth}_repair"
     keep(
-        name,
-        f"CIFAR-10 ResNet{arguments.depth} right after the cut, repaired",
-        command("repair", arguments.depth),
+        f"{arguments.network}_repair",
+        f"CIFAR-10 {arguments.network} right after the cut, repaired",
+        command("repair", arguments.network),
         {"calibration": CALIBRATION, "dense": dense, "seconds": study.seconds, "rows": rows},
         f"Top-1 in percent on the 10,000 test images. Dense: {dense}.\n\n{table}",
     )

@@ -6,6 +6,7 @@ from typing import Literal
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lr_callback.events import check_flags, due, read_events
 from lr_callback.host.journal import log_now
@@ -96,6 +97,17 @@ class Schedule:
             return {trainer.current_epoch}
         last = min(self.events) if is_smoke_test(trainer) else trainer.current_epoch
         return {event for event in self.events if event <= last}
+
+    def end(self, trainer: Trainer, record: Record) -> None:
+        """Warn of events that a run has not come to, though it could have: it was stopped before."""
+        limit = trainer.max_epochs
+        left = [epoch for epoch in self.events if epoch > record.last and (not limit or limit < 0 or epoch < limit)]
+        if left and not is_smoke_test(trainer) and not (self._is_auto and record.applied):
+            rank_zero_warn(
+                f"LowRankCompression: the run has ended after {trainer.current_epoch} epochs, before the compression "
+                f"{'that was due at the latest ' if self._is_auto else ''}at the start of epoch {min(left)}; the model "
+                "has the size that it had. Let the run be longer, compress earlier, or resume from its last checkpoint."
+            )
 
     def left(self, record: Record) -> list[float]:
         """Return the fractions of the events that have not passed."""

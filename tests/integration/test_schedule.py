@@ -132,3 +132,19 @@ def test_auto_takes_one_ratio_and_no_epochs(options):
 def test_another_word_is_refused():
     with pytest.raises(ValueError, match="`when` must be 'epochs' or 'auto', got 'never'"):
         LowRankCompression(when="never")
+
+
+class Stop(Callback):
+    """End a run after its first epoch, as EarlyStopping may."""
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        trainer.should_stop = True
+
+
+@pytest.mark.situation("Schedule", "a run that is stopped before its compression, which is warned of", "works")
+def test_a_run_that_is_stopped_before_its_compression_says_so(train, fit, new_module):
+    with pytest.warns(UserWarning, match=r"ended after 1 epochs, before .* due at the latest at the start of epoch 4;"):
+        train(callbacks=[Stop()])
+    with pytest.warns(UserWarning, match=r"before the compression at the start of epoch 2; the model has the size"):
+        fit(new_module(), LowRankCompression(0.5, [0, 2]), Stop(), max_epochs=5)
+    fit(new_module(), LowRankCompression(0.5, [0]), Stop(), max_epochs=5)  # a warning is an error in these tests
