@@ -5,7 +5,7 @@
 The passes of a round follow each other, so that a busy machine slows all of them; what is kept is the median over the
 rounds of the ratio within a round. Memory is the most that a fresh process holds during the analysis beyond what it
 held before, sampled every millisecond; the C library is told to return freed blocks at once, for what is counted to be
-what is in use.
+what is in use. The error of activations is measured on random images, whose forward passes are not counted.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from math import log2
 from pathlib import Path
 from statistics import median
@@ -34,6 +35,8 @@ from torch import nn
 import lr_callback as lrc
 
 ERRORS = ("slice", "operator")
+ACTIVATION = "activation"
+IMAGES = (4, 32)  # batches, and images in one: as many positions as the widest layer has inputs
 NETWORKS = ("resnet18", "resnet50")
 WIDTHS = (64, 128, 256, 512)
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -55,25 +58,36 @@ def matrices(model: nn.Module) -> list[torch.Tensor]:
     return [layer.weight.detach().flatten(1) for layer in layers]
 
 
+def moments(name: str, model: nn.Module) -> dict[str, lrc.Importance]:
+    """Return the second moments of a network's inputs, for random images."""
+    batches, count = IMAGES
+    shape = (*model[0].weight.shape[1:2], 16, 16) if name.startswith("conv") else (3, 224, 224)
+    return dict(lrc.collect_moments(model.eval(), [torch.randn(count, *shape) for _ in range(batches)]))
+
+
 def seconds(run: Callable[[], object]) -> float:
-    """Return the time of one run."""
-    start = perf_counter()
-    run()
-    return perf_counter() - start
+    """Return the time of a run: the mean of as many as take a fifth of a second."""
+    start, runs = perf_counter(), 0
+    while runs == 0 or perf_counter() - start < 0.2:
+        run()
+        runs += 1
+    return (perf_counter() - start) / runs
 
 
 def ratios(name: str, rounds: int) -> dict[str, Any]:
     """Time svdvals and each analysis in turn."""
     model = network(name)
-    folded = matrices(model)
-    times: dict[str, list[float]] = {"svdvals": [], **{error: [] for error in ERRORS}}
-    for _ in range(rounds + 1):
-        times["svdvals"].append(seconds(lambda: [torch.linalg.svdvals(matrix) for matrix in folded]))
-        for error in ERRORS:
-            times[error].append(seconds(lambda error=error: lrc.analyze(model, lrc.ALDS(error=error))))
-    counted = {key: values[1:] for key, values in times.items()}  # the first round warms up
-    quotients = {error: _quotients(counted[error], counted["svdvals"]) for error in ERRORS}
-    return {"network": name, "seconds": {key: median(values) for key, values in counted.items()}, "ratio": quotients}
+    folded, importance = matrices(model), moments(name, model)
+    runs: dict[str, Callable[[], object]] = {
+        "svdvals": lambda: [torch.linalg.svdvals(matrix) for matrix in folded],
+        **{error: partial(lrc.analyze, model, lrc.ALDS(error)) for error in ERRORS},
+        ACTIVATION: partial(lrc.analyze, model, lrc.ALDS(ACTIVATION), importance=importance),
+    }
+    times = [{key: seconds(run) for key, run in runs.items()} for _ in range(rounds + 1)][1:]  # the first warms up
+    kept = {key: [one[key] for one in times] for key in runs}
+    quotients = {error: _quotients(kept[error], kept["svdvals"]) for error in ERRORS}
+    quotients[ACTIVATION] = _quotients(kept[ACTIVATION], kept["slice"])
+    return {"network": name, "seconds": {key: median(values) for key, values in kept.items()}, "ratio": quotients}
 
 
 def _quotients(values: list[float], base: list[float]) -> dict[str, float]:
@@ -161,6 +175,8 @@ def _tables(figures: dict[str, Any]) -> str:
     parts = [
         "All candidates (every number of slices, default folding) against one float32 pass of svdvals (one slice):",
         markdown(["network", "svdvals, s", *(f"error={error}" for error in ERRORS)], map(_speed_row, networks)),
+        "The same with the error of activations, against error=slice (without the passes that collect the moments):",
+        markdown(["network", f"error={ACTIVATION}"], [[row["network"], _cell(row, ACTIVATION)] for row in networks]),
         f"Any budget after that, at most: {budgets}.",
         "Exponent of the time for each doubling of the width of a 3x3 convolution:",
         markdown(["", *doublings], growth),
@@ -171,11 +187,12 @@ def _tables(figures: dict[str, Any]) -> str:
 
 
 def _speed_row(row: dict[str, Any]) -> list[str]:
-    cells = [row["network"], f"{row['seconds']['svdvals']:.3f}"]
-    for error in ERRORS:
-        ratio = row["ratio"][error]
-        cells.append(f"{row['seconds'][error]:.3f} s, {ratio['median']}x ({ratio['least']} to {ratio['most']})")
-    return cells
+    return [row["network"], f"{row['seconds']['svdvals']:.3f}", *(_cell(row, error) for error in ERRORS)]
+
+
+def _cell(row: dict[str, Any], error: str) -> str:
+    ratio = row["ratio"][error]
+    return f"{row['seconds'][error]:.3f} s, {ratio['median']}x ({ratio['least']} to {ratio['most']})"
 
 
 if __name__ == "__main__":

@@ -250,7 +250,7 @@ class LowRankCompression(Checkpointed):
         self._distilling.end()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the last snapshot; warn of compressions that did not come, and if no file is of the compressed model."""
+        """Write the last snapshot; warn if a compression did not come, or no file is of the compressed model."""
         self._distilling.end()
         self.schedule.end(trainer, self._record)
         if self.allocation is not None:
