@@ -13,11 +13,12 @@ from torch import nn
 from lr_callback.events import check_flags
 from lr_callback.find import factorized_in
 from lr_callback.hook import hold_structure, install_hook, release_structure
+from lr_callback.host.averaging import align_averages, held_averages
 from lr_callback.host.checkpointed import Checkpointed
 from lr_callback.host.cut import cut, start_of
 from lr_callback.host.journal import log_multiply_adds, tell
 from lr_callback.host.monitors import warn_of_no_best
-from lr_callback.host.neighbours import align_averages, check_alone, check_neighbours, held_averages
+from lr_callback.host.neighbours import check_alone, check_neighbours
 from lr_callback.host.repairing import Refit, Repairing
 from lr_callback.host.resume import Resuming
 from lr_callback.host.schedule import Schedule, When

@@ -16,10 +16,12 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 from lr_callback.allocation import Allocation
+from lr_callback.averages import repaired
 from lr_callback.build import build_layers, check_allocation, weights_held
+from lr_callback.host.averaging import followers
 from lr_callback.host.ddp import rebuild_wrapper
 from lr_callback.host.monitors import announce_reset, reset_monitors
-from lr_callback.host.neighbours import follow_averages, rename_in_finetuning, retire
+from lr_callback.host.neighbours import rename_in_finetuning, retire
 from lr_callback.host.strategies import processes_of
 from lr_callback.host.trainer import schedulers_of
 from lr_callback.importance import Importance
@@ -74,10 +76,11 @@ def cut(
     with workers() as crew:
         targets = processes.agree(lambda: check_allocation(pl_module, allocation))
         made = build_layers(targets, allocation, crew, processes, importance)
+    before = repaired(pl_module, targets)
     if repair is not None:
         repair(targets, made)
-    copies = processes.agree(lambda: follow_averages(pl_module, averages, made), long=True)
-    of_averages = [weight for _, layers in copies for layer in layers.values() for weight in weights_held(layer)]
+    copies = processes.agree(lambda: followers(pl_module, averages, targets, made, before), long=True)
+    of_averages = [weight for copy in copies for layer in copy.layers.values() for weight in weights_held(layer)]
     processes.share(of_averages, pl_module.device, "the averages of the weights")
     names = dict(pl_module.named_parameters())
 
@@ -85,8 +88,8 @@ def cut(
         """Do what concerns this process alone."""
         optimizers = [*trainer.optimizers, *optimizers_in(pl_module)]
         report = replace_layers(pl_module, made, optimizers, undo, optimizer_state)
-        for average, layers in copies:
-            replace_layers(average, layers, undo=undo)
+        for copy in copies:
+            copy.follow(undo)
         new = [heir for heirs in report.replacements.values() for heir in heirs]
         for optimizer in trainer.optimizers:
             watch_first_step(optimizer, new, undo)

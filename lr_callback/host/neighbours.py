@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -10,27 +10,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from lr_callback.averages import averaged_layers
 from lr_callback.host.packages import callbacks_of, is_a
 from lr_callback.surgery import SurgeryReport
-
-
-def held_averages(trainer: Trainer) -> list[nn.Module]:
-    """Return the averages of weights that callbacks hold.
-
-    These are what WeightAveraging, EMAWeightAveraging and StochasticWeightAveraging hold, and every ``AveragedModel``
-    of torch in an attribute of a callback. A plain copy may as well be a teacher that is to stay as it is: one that is
-    an average is named by overriding ``LowRankCompression.averages``.
-    """
-    return list(dict.fromkeys(one for callback in callbacks_of(trainer) for one in _averages_of(callback)))
-
-
-def _averages_of(callback: object) -> Iterator[nn.Module]:
-    for name, value in vars(callback).items():
-        if isinstance(value, AveragedModel):
-            yield value.module
-        elif name == "_average_model" and isinstance(value, nn.Module) and is_a(callback, "StochasticWeightAveraging"):
-            yield value
 
 
 def check_neighbours(trainer: Trainer, pl_module: LightningModule) -> None:
@@ -67,70 +48,6 @@ def check_alone(trainer: Trainer, kind: type) -> None:
             f"{kind.__name__}: the Trainer must have one of these callbacks, found {', '.join(found)}. For several "
             f"compressions give one of them lists: {kind.__name__}(keep_ratio=[0.5, 0.3], epochs=[10, 20])."
         )
-
-
-def align_averages(pl_module: LightningModule, averages: Iterable[nn.Module]) -> None:
-    """Give an average that was made before a file was read, and is not in the file, the module's structure and weights.
-
-    Without it an average that begins in a run that is resumed after a compression would be of the dense module.
-
-    Args:
-        pl_module: after the file was read.
-        averages: with the hook that adapts their structure; those of another type are left alone.
-
-    Raises:
-        MisconfigurationException: If it cannot be told what an average is of.
-    """
-    shapes = _shapes(pl_module)
-    for average in averages:
-        if type(average) is type(pl_module) and _shapes(average) != shapes:
-            average.load_state_dict(pl_module.state_dict())
-        _prefix_of(pl_module, average)
-
-
-def follow_averages(
-    pl_module: nn.Module, averages: Iterable[nn.Module], made: Mapping[str, nn.Module]
-) -> list[tuple[nn.Module, dict[str, nn.Module]]]:
-    """Return the layers with which each average follows the model, beside the average, which is not changed.
-
-    Args:
-        pl_module: before its layers are replaced.
-        averages: each a copy of the module or of one inside it.
-        made: name of a layer of the module -> the layer that takes its place.
-
-    Raises:
-        MisconfigurationException: If it cannot be told what an average is of.
-    """
-    found: list[tuple[nn.Module, dict[str, nn.Module]]] = []
-    for average in averages:
-        prefix = _prefix_of(pl_module, average)
-        if prefix is not None:
-            own = {name.removeprefix(prefix): layer for name, layer in made.items() if name.startswith(prefix)}
-            found.append((average, averaged_layers(average, own)))
-    return found
-
-
-def _prefix_of(pl_module: nn.Module, average: nn.Module) -> str | None:
-    """Return what the names of an average's layers lack of their names in the module; None: it is of something else.
-
-    Raises:
-        MisconfigurationException: If there are several answers.
-    """
-    shapes = _shapes(average)
-    same_type = [(name, one) for name, one in pl_module.named_modules() if type(one) is type(average)]
-    places = [name for name, one in same_type if _shapes(one) == shapes]
-    if len(places) > 1:
-        raise MisconfigurationException(
-            f"LowRankCompression: it must be clear what each average is of, one {type(average).__name__} can be of "
-            f"{', '.join(places)}, which are alike. Average the module that holds them. Nothing was changed."
-        )
-    if not places:
-        return None
-    return f"{places[0]}." if places[0] else ""
-
-
-def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(value.shape) for name, value in module.named_parameters()}
 
 
 def rename_in_finetuning(

@@ -31,7 +31,7 @@ pytestmark = [
 ]
 PACKAGE = Path(lr_callback.__file__).parent
 NAMES = ("build", "callback", "optimizers", "rewind", "surgery", "unmoved")
-OF_THE_HOST = ("cut", "ddp", "journal", "monitors", "neighbours", "snapshots")
+OF_THE_HOST = ("averaging", "cut", "ddp", "journal", "monitors", "neighbours", "snapshots")
 EDITING = {str(PACKAGE / f"{name}.py") for name in (*NAMES, *(f"host/{name}" for name in OF_THE_HOST))}
 """The files whose lines change something, or stand around those that do."""
 EVENTS, EPOCHS = [1, 2], 4

@@ -275,3 +275,35 @@ def test_average_is_as_before_when_the_cut_fails(fit, new_module, monkeypatch, n
     assert all(one is other for one, other in zip(held.parameters(), seen["parameters"], strict=True))
     assert same(dict(held.state_dict()), dict(seen["values"]))
     assert structure(held) == structure(module) == structure(new_module())
+
+
+@pytest.mark.situation("Other callbacks", "weight averaging and a refit, which the average takes over", "works")
+@pytest.mark.parametrize("options", [{}, {"recalibrate_batchnorm": True}, {"refit": None}], ids=str)
+def test_an_average_that_equals_the_model_does_so_after_its_repair(fit, new_module, options):
+    def still(module):
+        return torch.optim.SGD(module.parameters(), lr=0.0)
+
+    average, seen = EMAWeightAveraging(decay=0.9), {}
+
+    class Note(Callback):
+        """Note how the average differs from the model before the cut and after it."""
+
+        def on_train_epoch_start(self, trainer, pl_module):
+            seen["before"] = differences(pl_module)
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 0:
+                seen["after"], seen["model"] = differences(pl_module), copy.deepcopy(pl_module.state_dict())
+
+    def differences(module):
+        held = average_of(average).state_dict()
+        return {name: held[name] - value for name, value in module.state_dict().items() if value.is_floating_point()}
+
+    fit(new_module(still), average, Note(), LowRankCompression(0.4, 1, show_table=False, **options), max_epochs=2)
+    assert any("encoder" in name for name in seen["model"])
+    statistics = [name for name in seen["after"] if "running" in name]
+    assert any(seen["before"][name].any() for name in statistics), "those of the average lag behind"
+    for name, value in seen["after"].items():
+        expected = seen["before"][name] if name in statistics else torch.zeros_like(value)
+        if not name.endswith("running_var"):
+            torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-5, msg=name)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import lr_callback as lrc
-from lr_callback.averages import averaged_layers, nearest_decoder
+from lr_callback.averages import averaged_layers, moved, nearest_decoder, repaired
 from lr_callback.folding import FOLDINGS, compose
 from lr_callback.layers import FactorizedConv2d, FactorizedLinear
 from lr_callback.surgery import replace_layers
@@ -42,7 +42,7 @@ def solved_by_torch(weight, made, folding):
 def test_decoder_is_the_least_squares_solution(layer, kind, folding, num_slices):
     made = random_factors(layer, kind, folding, num_slices, 2)
     weight = torch.randn(layer.weight.shape, dtype=torch.float64)
-    found = nearest_decoder(weight, *(factor.detach() for factor in made.factors), folding, num_slices)
+    found = nearest_decoder(weight, made.factors[0].detach(), folding, num_slices)
     torch.testing.assert_close(found, solved_by_torch(weight, made, folding))
 
 
@@ -50,16 +50,39 @@ def test_decoder_is_the_least_squares_solution(layer, kind, folding, num_slices)
 def test_decoder_of_the_models_own_product_is_the_models_decoder(layer, kind, folding):
     made = random_factors(layer, kind, folding, 3, 2)
     encoder, decoder = (factor.detach() for factor in made.factors)
-    torch.testing.assert_close(nearest_decoder(made.weight.detach(), encoder, decoder, folding, 3), decoder)
+    torch.testing.assert_close(nearest_decoder(made.weight.detach(), encoder, folding, 3), decoder)
+
+
+@pytest.mark.parametrize(("layer", "kind", "folding"), LAYERS)
+def test_an_average_that_equals_the_model_does_so_with_any_factors(layer, kind, folding):
+    made = random_factors(layer, kind, folding, 3, 2)
+    former = deepcopy(layer).double()
+    follower = averaged_layers(nn.Sequential(deepcopy(former)), {"0": former}, {"0": made})["0"]
+    assert all(torch.equal(one, other) for one, other in zip(follower.factors, made.factors, strict=True))
 
 
 def test_what_the_encoder_does_not_determine_is_the_models():
     made = random_factors(nn.Linear(6, 4), FactorizedLinear, "kernel_in_encoder", 1, 3)
-    encoder, decoder = (factor.detach().clone() for factor in made.factors)
-    encoder[2] = 0
-    found = nearest_decoder(torch.randn(4, 6), encoder, decoder, "kernel_in_encoder", 1)
-    assert torch.equal(found[:, 2], decoder[:, 2])
-    assert not torch.isclose(found[:, :2], decoder[:, :2]).any()
+    with torch.no_grad():
+        made.encoder.weight[2] = 0
+    average, former = nn.Linear(6, 4).double(), nn.Linear(6, 4).double()
+    found = averaged_layers(nn.Sequential(average), {"0": former}, {"0": made})["0"].decoder.weight
+    assert torch.equal(found[:, 2], made.decoder.weight[:, 2])
+    assert not torch.isclose(found[:, :2], made.decoder.weight[:, :2]).any()
+
+
+def test_what_a_repair_changes_besides_factors_is_named_and_moves_an_average_as_much():
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1), nn.BatchNorm1d(1, affine=False))
+    before = repaired(model, {"0": model[0]})
+    assert list(before) == ["0.bias", *(f"{index}.running_{name}" for index in (1, 3) for name in ("mean", "var"))]
+    with torch.no_grad():
+        model[0].bias += 1
+    assert not torch.equal(repaired(model, {"0": model[0]})["0.bias"], before["0.bias"])
+    own, former, latter = (torch.tensor([one]) for one in (3.0, 1.0, 0.5))
+    assert moved("0.bias", own, former, latter) == moved("1.running_mean", own, former, latter) == 2.5
+    assert moved("1.running_var", own, former, latter) == 1.5
+    assert moved("1.running_var", own, 0 * former, latter) == 3, "no factor: it stays"
+    assert moved("0.bias", own.half(), former, latter).dtype == torch.half
 
 
 def networks():
@@ -80,7 +103,7 @@ def cut(model, average, keep_ratio):
     else:
         lrc.factorize_(model, lrc.allocate(model, keep_ratio))
     made = {name: model.get_submodule(name) for name in before if model.get_submodule(name) is not before[name]}
-    replace_layers(average, averaged_layers(average, made))
+    replace_layers(average, averaged_layers(average, before, made))
 
 
 def test_average_has_the_models_encoders_and_its_own_biases_and_statistics():
