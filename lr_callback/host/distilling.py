@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchmetrics.aggregation import MeanMetric
 
 from lr_callback.checkpoint import adapt_structure
-from lr_callback.distillation import check_scores, distillation_loss
+from lr_callback.distillation import class_scores, distillation_loss
 from lr_callback.heard import Heard, Invocation
 from lr_callback.host.strategies import processes_of
 from lr_callback.observe import as_written
@@ -185,8 +185,8 @@ class Distilling:
         device = scores.device
         devices = [] if device.type == "cpu" else [device]
         with torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type):
-            wanted = call.repeat(getattr(teacher, "_orig_mod", teacher))
-        if not isinstance(wanted, Tensor) or wanted.requires_grad or wanted.shape != scores.shape:
+            wanted = class_scores(call.repeat(getattr(teacher, "_orig_mod", teacher)))
+        if wanted.requires_grad or wanted.shape != scores.shape:
             raise MisconfigurationException(
                 "LowRankCompression: `distill` runs a frozen copy of the network, and what the copy gives does not "
                 f"come from its own weights alone, or not in the shape of the network's ({tuple(scores.shape)}). It "
@@ -241,7 +241,7 @@ def _the_call(pl_module: LightningModule, heard: Heard) -> tuple[Invocation, Ten
             f"network once, it called {', '.join(called) or 'no module with parameters'}. Call all parts from one "
             "`forward`, as in `scores = self(images)`, or set distill=None."
         )
-    scores = check_scores(heard.outputs[0])
+    scores = class_scores(heard.outputs[0])
     if not scores.requires_grad:
         raise MisconfigurationException(
             f"LowRankCompression: `distill` trains through the scores of {called[0]}, and they have no gradient: "

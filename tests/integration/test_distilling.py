@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lr_callback import ALDS, FactorizedConv2d, LowRankCompression
+from lr_callback import ALDS, FactorizedConv2d, LowRankCompression, distillation_loss
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -457,3 +457,39 @@ def test_a_module_that_cannot_be_copied_is_refused(tmp_path, new_trainer):
 def test_bad_arguments_are_refused(options, text):
     with pytest.raises(ValueError, match=text):
         LowRankCompression(0.5, 1, **options)
+
+
+class Tagger(LightningModule):
+    """A token classifier of transformers, whose outputs are a mapping with the loss and the scores of each token."""
+
+    def __init__(self):
+        super().__init__()
+        transformers = pytest.importorskip("transformers")
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+        still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        self.bert = transformers.BertForTokenClassification(
+            transformers.BertConfig(
+                **sizes, vocab_size=50, num_labels=5, max_position_embeddings=16, initializer_range=0.5, **still
+            )
+        )
+
+    def training_step(self, batch, batch_idx):
+        return self.bert(input_ids=batch[0], labels=batch[1]).loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+@pytest.mark.situation("Repair", "distillation of a network of transformers", "works")
+def test_scores_in_the_outputs_of_transformers_are_distilled(tmp_path, new_trainer):
+    tokens = torch.randint(0, 50, (32, 12), generator=torch.Generator().manual_seed(0))
+    compression = LowRankCompression(0.6, 1, distill=0.5, distill_temperature=2.0, show_table=False)
+    noted, module = Noted(compression), Tagger()
+    trainer = new_trainer(tmp_path, compression, noted, max_epochs=2)
+    trainer.fit(module, DataLoader(TensorDataset(tokens, tokens % 5), batch_size=32))
+    with torch.no_grad():
+        own, wanted = (one.eval().bert(input_ids=tokens).logits.flatten(0, 1) for one in (module, noted.dense[0]))
+    expected = float(distillation_loss(own, wanted, 2.0))
+    assert float(trainer.callback_metrics["compression/distillation_loss"]) == pytest.approx(expected, rel=1e-3)
+    assert expected > 1e-4

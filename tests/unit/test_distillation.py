@@ -1,9 +1,11 @@
 """The distillation loss is the divergence of the two softmaxes, and what is no class scores is refused."""
 
+from collections import OrderedDict
+
 import pytest
 import torch
 
-from lr_callback.distillation import check_scores, distillation_loss
+from lr_callback.distillation import class_scores, distillation_loss
 
 
 @pytest.mark.parametrize("shape", [(5, 3), (2, 3, 4, 5), (1, 2, 3, 2, 2)])
@@ -45,8 +47,19 @@ def test_half_precision_is_computed_in_single():
             torch.zeros(2, 3, 4),
             r"\(2, 3, 4\), torch.float32\. Of three axes it cannot be told which is that of the cla",
         ),
+        ({"scores": torch.zeros(2, 3)}, "it returned dict. Let"),
+        ({"logits": torch.zeros(2, 3).long()}, r"a tensor of \(2, 3\), torch.int64 as 'logits'\. Let"),
+        ({"out": torch.zeros(2, 3, 4)}, r"\(2, 3, 4\), torch.float32 as 'out'\. Of three axes"),
+        ({"logits": None}, "it returned dict. Let"),
     ],
 )
 def test_what_is_no_class_scores_is_refused(output, text):
     with pytest.raises(ValueError, match=text):
-        check_scores(output)
+        class_scores(output)
+
+
+def test_scores_are_found_in_the_outputs_of_other_packages():
+    scores = torch.randn(2, 5, 3)
+    assert torch.equal(class_scores(OrderedDict(loss=torch.ones(()), logits=scores)), scores.mT)
+    assert torch.equal(class_scores({"logits": scores[0]}), class_scores({"out": scores[0]}))
+    assert class_scores({"out": scores[..., None], "aux": None}).shape == (2, 5, 3, 1)
