@@ -92,7 +92,7 @@ class Importance:
             return self.inputs
         if self.inputs.dim() == 2:
             return (self.inputs - self.means**2).clamp(min=0)
-        return self.inputs - self.means.unsqueeze(2) * self.means.unsqueeze(1)
+        return torch.baddbmm(self.inputs, self.means.unsqueeze(2), self.means.unsqueeze(1), alpha=-1)
 
     def shift(self, change: Tensor) -> Tensor | None:
         """Return what a change of the weight changes the mean of the outputs by; None where that counts as an error.
@@ -129,6 +129,8 @@ class Importance:
         channels, encoder = geometry.in_channels // geometry.groups, prod(geometry.encoder_kernel(folding))
         if inputs.shape[1] == channels:
             return _at_each_position(inputs, encoder)
+        if not own:
+            return inputs
         axes = range(len(geometry.kernel))
         order = [*own, *(axis for axis in axes if axis not in own)]
         sizes, decoder = (channels, *geometry.kernel), prod(geometry.decoder_kernel(folding))

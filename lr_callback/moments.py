@@ -10,7 +10,8 @@ from torchmetrics import Metric
 class SecondMoments(Metric):
     """Second moments ``E[x x^T]`` of the rows of matrices, in groups, as they come, and their means.
 
-    Products of one update are in float32 (float64 for float64 rows), sums over updates in float64.
+    Products of one update are in float32 (float64 for float64 rows), about the mean of its rows; sums over updates are
+    in float64. So what varies is seen to single precision, however far from zero it is.
 
     Args:
         size: ``s``, entries of a row.
@@ -68,14 +69,27 @@ class SecondMoments(Metric):
                 f"SecondMoments: `rows` must have the shape ({groups}, n, {size}), got {tuple(rows.shape)}."
             )
         rows = rows.detach().to(torch.promote_types(rows.dtype, torch.float32))
+        sums = rows.sum(1, dtype=torch.float64)
+        middle = (sums / max(1, rows.shape[1])).to(rows.dtype)
+        centered = rows - middle.unsqueeze(1)
         with torch.autocast(rows.device.type, enabled=False):  # a layer's inputs are met where it may be on
-            products = rows.square().sum(1) if self.diagonal else rows.mT @ rows
+            products = centered.square().sum(1) if self.diagonal else centered.mT @ centered
         squares = products if self.diagonal else products.diagonal(dim1=1, dim2=2)
         if not bool(torch.isfinite(squares).all()):
             raise ValueError("SecondMoments: `rows` must be finite, found NaN, infinity or values too large to square.")
+        self._add(products, sums, middle.double(), rows.shape[1])
+
+    def _add(self, products: Tensor, sums: Tensor, middle: Tensor, count: int) -> None:
+        """Add products about a middle ``m``, with ``sum x x^T = sum (x - m)(x - m)^T + s m^T + m (s - n m)^T``."""
+        rest = sums - count * middle
         self.total += products
-        self.sums += rows.sum(1, dtype=torch.float64)
-        self.count += rows.shape[1]
+        for left, right in ((sums, middle), (middle, rest)):
+            if self.diagonal:
+                self.total += left * right
+            else:
+                self.total.baddbmm_(left.unsqueeze(2), right.unsqueeze(1))
+        self.sums += sums
+        self.count += count
 
     def compute(self) -> Tensor:
         """Return the moments ``(g, s, s)``, or ``(g, s)``, float64; zero before the first row."""

@@ -130,3 +130,18 @@ def test_importance_of_another_layer_or_of_bad_values_is_refused():
         lrc.allocate(
             model, 0.5, method=lrc.ALDS("activation"), importance={"0": Importance(), "5": Importance(indefinite)}
         )
+
+
+def test_inputs_that_are_large_and_hardly_vary_are_weighed_by_how_they_vary():
+    torch.manual_seed(0)
+    layer = nn.Linear(96, 200)
+    inputs = 50 + 0.1 * torch.randn(40, 96)  # fewer than columns: what rounding leaves may be negative
+    with pytest.warns(UserWarning, match="calibration batches are few"):
+        found = collect_moments(nn.Sequential(layer), [inputs])
+    allocation = lrc.allocate(nn.Sequential(layer), 0.5, method=lrc.ALDS("activation", max_slices=1), importance=found)
+    rank = allocation.layers["0"].rank
+    outputs = (inputs - inputs.mean(0)).double() @ layer.weight.detach().double().T
+    energy = torch.linalg.svdvals(outputs).square()
+    assert allocation.layers["0"].relative_error == pytest.approx(
+        float(energy[rank:].sum() / energy.sum()) ** 0.5, rel=1e-3, abs=1e-4
+    )
