@@ -46,13 +46,18 @@ RATIOS = (0.7, 0.5, 0.4, 0.3, 0.2)
 RECALIBRATION = {"batch_size": 256, "batches": 8, "seed": 0}
 
 
+def laid_out(images: Tensor) -> Tensor:
+    """Return images with their channels last in memory: convolutions, grouped ones above all, are faster on a CPU."""
+    return images.to(memory_format=torch.channels_last)
+
+
 @torch.inference_mode()
 def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
     """Return the accuracy in percent."""
     metric = MulticlassAccuracy(10, average="micro")
     model.eval()
     for images, labels in batches:
-        metric.update(model(images), labels)
+        metric.update(model(laid_out(images)), labels)
     return round(100 * float(metric.compute()), 2)
 
 

@@ -17,7 +17,7 @@ from itertools import islice
 from typing import Any, TypeVar
 
 import torch
-from accuracy import accuracy, command, compose, images, parser
+from accuracy import accuracy, command, compose, images, laid_out, parser
 from environment import keep, markdown
 from networks import trained
 from torch import Tensor, nn
@@ -51,7 +51,8 @@ class Study:
         self.arguments = arguments
         self.data = images(arguments.data, CALIBRATION["batch_size"])
         torch.manual_seed(CALIBRATION["seed"])
-        self.batches: Batches = list(islice(self.data.train_dataloader(), CALIBRATION["batches"]))
+        batches = islice(self.data.train_dataloader(), CALIBRATION["batches"])
+        self.batches: Batches = [(laid_out(images), labels) for images, labels in batches]
         self.seconds: dict[str, float] = {}
         self.moments = self.timed("moments", lambda: lrc.collect_moments(self.network(), self.batches))
 
