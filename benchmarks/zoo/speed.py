@@ -49,9 +49,11 @@ def measured(name: str) -> rows.Row:
     torch.manual_seed(0)
     model = standard(name, 2).make()
     analysed = _seconds(lambda: analyze(model))
-    largest, quick = _batch(model, name), _pass(model, name, _FEW)
-    batch = _FEW if quick > _CLEAR * analysed else largest
-    passed = quick if batch == _FEW else _pass(model, name, batch)
+    largest = _batch(model, name)
+    few = min(_FEW, largest)
+    quick = _pass(model, name, few)
+    batch = few if quick > _CLEAR * analysed else largest
+    passed = quick if batch == few else _pass(model, name, batch)
     return {
         "status": "ok",
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -72,16 +74,23 @@ def _pass(model: nn.Module, name: str, batch: int) -> float:
 def _batch(model: nn.Module, name: str) -> int:
     """Return the largest batch that fits into two thirds of the memory that is free.
 
-    Two small ones, which also warm up, tell what an image takes.
+    Two small ones, which also warm up, tell what an image takes; the smallest, if twice what it took does not fit.
     """
-    first, second = (_peak(model, name, batch) for batch in (2, _FEW))
+    held, first = _held(), _peak(model, name, 2)
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 2 / 3
+    if 2 * (first - held) > free:
+        return 2
+    second = _peak(model, name, _FEW)
     return next((batch for batch in (BATCH, 16, 8) if (second - first) / 2 * batch <= free), _FEW)
 
 
 def _peak(model: nn.Module, name: str, batch: int) -> float:
     """Run a pass; return the most memory that the process has held until now, in bytes."""
     forward_backward(model, standard(name, batch))
+    return _held()
+
+
+def _held() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
 
 
