@@ -100,11 +100,12 @@ class Schedule:
 
     def end(self, trainer: Trainer, record: Record) -> None:
         """Warn of events that a run has not come to, though it could have: it was stopped before."""
-        limit = trainer.max_epochs
-        left = [epoch for epoch in self.events if epoch > record.last and (not limit or limit < 0 or epoch < limit)]
+        limit, done = trainer.max_epochs, trainer.current_epoch
+        first = max(done, record.last + 1)
+        left = [epoch for epoch in self.events if epoch >= first and (not limit or limit < 0 or epoch < limit)]
         if left and not is_smoke_test(trainer) and not (self._is_auto and record.applied):
             rank_zero_warn(
-                f"LowRankCompression: the run has ended after {trainer.current_epoch} epochs, before the compression "
+                f"LowRankCompression: the run has ended after {done} epochs, before the compression "
                 f"{'that was due at the latest ' if self._is_auto else ''}at the start of epoch {min(left)}; the model "
                 "has the size that it had. Let the run be longer, compress earlier, or resume from its last checkpoint."
             )

@@ -148,3 +148,4 @@ def test_a_run_that_is_stopped_before_its_compression_says_so(train, fit, new_mo
     with pytest.warns(UserWarning, match=r"before the compression at the start of epoch 2; the model has the size"):
         fit(new_module(), LowRankCompression(0.5, [0, 2]), Stop(), max_epochs=5)
     fit(new_module(), LowRankCompression(0.5, [0]), Stop(), max_epochs=5)  # a warning is an error in these tests
+    fit(new_module(), LowRankCompression(0.5, [1]), max_epochs=5, max_steps=5)  # in the middle of the epoch of the cut
