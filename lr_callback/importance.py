@@ -92,7 +92,12 @@ class Importance:
             return self.inputs
         if self.inputs.dim() == 2:
             return (self.inputs - self.means**2).clamp(min=0)
-        return torch.baddbmm(self.inputs, self.means.unsqueeze(2), self.means.unsqueeze(1), alpha=-1)
+        means = self.means.to(self.inputs)
+        varying = torch.baddbmm(self.inputs, means.unsqueeze(2), means.unsqueeze(1), alpha=-1)
+        # What rounding has made of inputs that hardly vary may be negative, by a part of what they were.
+        squares, size = self.inputs.diagonal(dim1=1, dim2=2), self.inputs.shape[1]
+        varying.diagonal(dim1=1, dim2=2).add_(size * torch.finfo(squares.dtype).eps * squares.amax(1, keepdim=True))
+        return varying
 
     def shift(self, change: Tensor) -> Tensor | None:
         """Return what a change of the weight changes the mean of the outputs by; None where that counts as an error.

@@ -5,8 +5,7 @@ factors of rank ``j`` are ``U_j`` and ``U_j^T W_i``, ``U_j`` the leading left si
 principal components of the slice's outputs. Neither needs an inverse, so moments of too few inputs will do.
 
 A wide slice needs no ``L_i``: its Gram matrix is ``W_i C_i W_i^T``. A tall one is multiplied with the Cholesky factor
-of ``C_i``, whose diagonal is raised by a trillionth of its mean, for channels that are always zero; or, where rounding
-has made it negative, with the root of its eigenvalues.
+of ``C_i``, whose diagonal is raised by a trillionth of its mean, for channels that are always zero.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from lr_callback.parallel import Workers
 from lr_callback.spectrum import Slicing, balanced, is_wide, slicings, split
 
 _FLOOR = 1e-12
-_ROUNDING = 0.01  # of the largest eigenvalue: below zero by more than that, moments are wrong
 _TASK = 2**18  # numbers of a task: below this, handing it to a worker costs more than it saves
 
 
@@ -53,7 +51,7 @@ def _scaled(slices: Tensor, blocks: Tensor, workers: Workers) -> tuple[Tensor, T
     """Return tall slices times the roots of their moments, and the Gram matrices of these, float64."""
 
     def task(part: slice) -> tuple[Tensor, Tensor]:
-        scaled = slices[part].double() @ _root(blocks[part])
+        scaled = slices[part].double() @ _cholesky(blocks[part])
         return scaled, scaled.mT @ scaled
 
     # Parts that are the same whatever the number of workers have the same bits.
@@ -96,26 +94,18 @@ def _products(slices: Tensor, blocks: Tensor, workers: Workers) -> Tensor:
     return total
 
 
-def _root(blocks: Tensor) -> Tensor:
-    """Return ``L_i`` with ``L_i L_i^T = C_i``, of second moments ``(b, s, s)`` of any rank.
-
-    Moments of single precision about a mean that is much larger than what is left may be negative by their rounding, in
-    directions that hardly occur: then eigenvalues below zero count as zero.
-    """
+def _cholesky(blocks: Tensor) -> Tensor:
+    """Return ``L_i`` with ``L_i L_i^T = C_i``, of second moments ``(b, s, s)`` of any rank."""
     squares = blocks.diagonal(dim1=1, dim2=2)
     floor = float(squares.mean()) * _FLOOR + torch.finfo(torch.float64).tiny
-    for raised in (floor, floor * 1e3):
+    for raised in (floor, floor * 1e3, floor * 1e6):
         result = torch.linalg.cholesky_ex(blocks + torch.diag_embed(torch.full_like(squares, raised)))
         root: Tensor = result.L
         if not bool(result.info.any()):
             return root
-    values, vectors = torch.linalg.eigh(blocks)
-    if bool((values[:, 0] < -_ROUNDING * values[:, -1]).any()):
-        raise ValueError(
-            "`importance.inputs` must be second moments, which are never negative in any direction; these are."
-        )
-    root = vectors * values.clamp(min=0).sqrt().unsqueeze(1)
-    return root
+    raise ValueError(
+        "`importance.inputs` must be second moments, which are never negative in any direction; these are."
+    )
 
 
 def weighted_truncate(slices: Tensor, rank: int, moments: Tensor, workers: Workers) -> tuple[Tensor, Tensor]:
@@ -159,7 +149,7 @@ def project(matrix: Tensor, rank: int, moments: Tensor) -> tuple[Tensor, Tensor]
         seen = double * moments if moments.dim() == 1 else double @ moments
         left = torch.linalg.eigh(seen @ double.mT).eigenvectors.flip(-1)[:, :rank]
     else:
-        seen = double * moments.sqrt() if moments.dim() == 1 else double @ _root(moments[None])[0]
+        seen = double * moments.sqrt() if moments.dim() == 1 else double @ _cholesky(moments[None])[0]
         vectors = torch.linalg.eigh(seen.mT @ seen).eigenvectors.flip(-1)[:, :rank]
         left = torch.linalg.qr(seen @ vectors).Q
     return balanced(left, left.mT @ double)

@@ -132,6 +132,18 @@ def test_importance_of_another_layer_or_of_bad_values_is_refused():
         )
 
 
+@pytest.mark.parametrize(("value", "scale"), [(3.7, 0.0), (3.7, 1e-6), (1e4, 1e-3), (0.0, 0.0)])
+def test_inputs_that_are_constant_or_nearly_so_can_be_cut(value: float, scale: float):
+    torch.manual_seed(0)
+    model, inputs = nn.Sequential(nn.Linear(96, 200), nn.Linear(200, 96)), value + scale * torch.randn(400, 96)
+    before = model(inputs)
+    found = collect_moments(model, [inputs])
+    allocation = lrc.allocate(model, 0.5, method=lrc.ALDS("activation"), importance=found)
+    report = lrc.factorize_(model, allocation, importance=found)
+    lrc.correct_biases_(model, report.replaced, found, [inputs])
+    assert torch.allclose(model(inputs), before, rtol=1e-3, atol=1e-3 * float(before.detach().abs().max()))
+
+
 def test_inputs_that_are_large_and_hardly_vary_are_weighed_by_how_they_vary():
     torch.manual_seed(0)
     layer = nn.Linear(96, 200)
