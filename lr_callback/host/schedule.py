@@ -13,7 +13,7 @@ from lr_callback.host.journal import log_now
 from lr_callback.host.record import Record
 from lr_callback.host.scope import Scope
 from lr_callback.host.strategies import processes_of
-from lr_callback.host.trainer import is_smoke_test, warn_of_late_events
+from lr_callback.host.trainer import beyond, is_smoke_test, warn_of_late_events
 from lr_callback.metrics import stable_rank_metric
 from lr_callback.settling import PATIENCE, has_settled, stable_ranks
 
@@ -100,9 +100,8 @@ class Schedule:
 
     def end(self, trainer: Trainer, record: Record) -> None:
         """Warn of events that a run has not come to, though it could have: it was stopped before."""
-        limit, done = trainer.max_epochs, trainer.current_epoch
-        first = max(done, record.last + 1)
-        left = [epoch for epoch in self.events if epoch >= first and (not limit or limit < 0 or epoch < limit)]
+        done, late = trainer.current_epoch, beyond(trainer, self.events)
+        left = [epoch for epoch in self.events if epoch >= max(done, record.last + 1) and epoch not in late]
         if left and not is_smoke_test(trainer) and not (self._is_auto and record.applied):
             rank_zero_warn(
                 f"LowRankCompression: the run has ended after {done} epochs, before the compression "

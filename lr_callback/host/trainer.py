@@ -23,13 +23,19 @@ def is_smoke_test(trainer: Trainer) -> bool:
     return bool(getattr(trainer, "fast_dev_run", False))
 
 
+def beyond(trainer: Trainer, events: Iterable[int]) -> list[int]:
+    """Return the events that a run of ``max_epochs`` does not reach."""
+    limit = trainer.max_epochs
+    return [epoch for epoch in events if limit is not None and 0 <= limit <= epoch]
+
+
 def warn_of_late_events(trainer: Trainer, events: Iterable[int]) -> None:
     """Warn of events that the run does not reach."""
-    limit = trainer.max_epochs
-    late = [epoch for epoch in events if limit is not None and 0 <= limit <= epoch]
+    late = beyond(trainer, events)
     if late and not is_smoke_test(trainer):
         rank_zero_warn(
-            f"LowRankCompression: epochs {late} are never reached, max_epochs is {limit} and epochs count from 0."
+            f"LowRankCompression: epochs {late} are never reached, max_epochs is {trainer.max_epochs} and epochs count "
+            "from 0."
         )
 
 
