@@ -21,16 +21,14 @@ class Candidate:
         full_rank: the smaller side of a slice.
         errors: ``(last + 1,)`` float64: entry ``r`` is the relative error at rank ``r``; infinite where it is not known
             because another candidate of the layer is no dearer and no worse.
-        fixed: cost at rank 0.
-        per_rank: cost of one rank more.
+        costs: ``(last + 1,)`` int64: entry ``r`` is the cost at rank ``r``.
     """
 
     folding: str
     num_slices: int
     full_rank: int
     errors: Tensor
-    fixed: int
-    per_rank: int
+    costs: Tensor
 
     @property
     def last(self) -> int:
@@ -39,7 +37,7 @@ class Candidate:
 
     def cost(self, rank: int) -> int:
         """Return the cost at a rank."""
-        return self.fixed + rank * self.per_rank
+        return int(self.costs[rank])
 
 
 @dataclass(frozen=True)
@@ -112,7 +110,7 @@ def _last_ranks(cost: LayerCost, folding: str, counts: Sequence[int]) -> dict[in
 
 def _candidate(cost: LayerCost, folding: str, num_slices: int, errors: Tensor) -> Candidate:
     full_rank = cost.geometry.full_rank(folding, num_slices)
-    return Candidate(folding, num_slices, full_rank, errors, cost.fixed, cost.per_rank(folding, num_slices))
+    return Candidate(folding, num_slices, full_rank, errors, cost.at_ranks(folding, num_slices, len(errors) - 1))
 
 
 def frontier(layer: LayerCandidates, rank_multiple: int = 1) -> Frontier:
@@ -125,7 +123,7 @@ def frontier(layer: LayerCandidates, rank_multiple: int = 1) -> Frontier:
     Example::
 
         >>> errors = torch.tensor([1.0, 0.5, 0.5, 0.1], dtype=torch.float64)
-        >>> layer = LayerCandidates(100, (Candidate("kernel_in_encoder", 1, 4, errors, 0, 20),))
+        >>> layer = LayerCandidates(100, (Candidate("kernel_in_encoder", 1, 4, errors, 20 * torch.arange(4)),))
         >>> edge = frontier(layer)
         >>> edge.costs, edge.errors
         ([20, 60, 100], [0.5, 0.1, 0.0])
@@ -137,7 +135,7 @@ def frontier(layer: LayerCandidates, rank_multiple: int = 1) -> Frontier:
         ranks = torch.arange(1, candidate.last + 1)
         ranks = ranks[ranks * candidate.num_slices % rank_multiple == 0]
         owners.append(torch.stack([torch.full_like(ranks, index), ranks], dim=1))
-        costs.append(candidate.fixed + ranks * candidate.per_rank)
+        costs.append(candidate.costs[ranks])
         errors.append(candidate.errors[ranks])
     return _lower_edge(layer, torch.cat(owners), torch.cat(costs), torch.cat(errors))
 

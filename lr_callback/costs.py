@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
+import torch
+from torch import Tensor
+
 from lr_callback.folding import FOLDINGS, Geometry, decoder_axes
 
 COSTS = ("parameters", "multiply_adds")
@@ -119,6 +122,10 @@ class LayerCost:
         return _positions(
             self.calls, tuple(range(len(self.geometry.kernel))) if self.works == "at inputs" else pointwise
         )
+
+    def at_ranks(self, folding: str, num_slices: int, last: int) -> Tensor:
+        """Return the costs of the factorized layer at rank 0 to ``last``, int64."""
+        return self.fixed + torch.arange(last + 1) * self.per_rank(folding, num_slices)
 
     def factorized(self, folding: str, num_slices: int, rank: int) -> int:
         """Return the cost of the factorized layer."""

@@ -47,7 +47,8 @@ def few_choices(draw) -> Layers:
             last, per_rank = draw(st.integers(1, 3)), draw(st.integers(2, 8))
             curve = sorted((next(values) for _ in range(last + 1)), reverse=True)
             errors = torch.tensor(curve, dtype=torch.float64)
-            candidates.append(Candidate("kernel_in_encoder", num_slices, last, errors, fixed, per_rank))
+            costs = fixed + per_rank * torch.arange(last + 1)
+            candidates.append(Candidate("kernel_in_encoder", num_slices, last, errors, costs))
         layers[name] = LayerCandidates(dense, tuple(candidates))
     return layers
 

@@ -58,7 +58,8 @@ def candidates(edge: Frontier, weight: float) -> LayerCandidates:
     """Return candidates, one of each rank, with the choices of a frontier."""
     made = []
     for cost, error in list(zip(edge.costs, edge.errors, strict=True))[:-1]:
-        made.append(Candidate("kernel_in_encoder", 1, 1, torch.tensor([9e9, error], dtype=torch.float64), 0, cost))
+        errors = torch.tensor([9e9, error], dtype=torch.float64)
+        made.append(Candidate("kernel_in_encoder", 1, 1, errors, torch.tensor([0, cost])))
     return LayerCandidates(edge.costs[-1], tuple(made), weight=weight)
 
 

@@ -26,7 +26,9 @@ def random_layer(seed: int, candidates: int = 4, steps: int = 12) -> LayerCandid
     for index in range(candidates):
         drawn = torch.randint(0, 9, (steps,), generator=random).sort(descending=True).values / 8
         per_rank = int(torch.randint(2, 8, (1,), generator=random))
-        found.append(Candidate("kernel_in_encoder", index + 1, steps, drawn.double(), fixed=3, per_rank=per_rank))
+        found.append(
+            Candidate("kernel_in_encoder", index + 1, steps, drawn.double(), 3 + per_rank * torch.arange(steps))
+        )
     return LayerCandidates(dense_cost=90, candidates=tuple(found))
 
 
@@ -132,14 +134,14 @@ def test_every_choice_on_the_frontier_has_its_own_cost_and_error(seed, rank_mult
 
 def test_equal_choices_go_to_the_candidate_listed_first():
     curve = torch.tensor([1.0, 0.5, 0.2], dtype=torch.float64)
-    twins = [Candidate(name, 1, 4, curve, fixed=0, per_rank=10) for name in NAMES]
+    twins = [Candidate(name, 1, 4, curve, 10 * torch.arange(3)) for name in NAMES]
     for ordered in (twins, twins[::-1]):
         edge = frontier(LayerCandidates(100, tuple(ordered)))
         assert [choice and choice[0].folding for choice in edge.choices] == [ordered[0].folding] * 2 + [None]
 
 
 def test_a_factorization_without_error_beats_the_dense_layer():
-    exact = Candidate("kernel_in_encoder", 1, 4, torch.tensor([1.0, 0.0], dtype=torch.float64), fixed=0, per_rank=10)
+    exact = Candidate("kernel_in_encoder", 1, 4, torch.tensor([1.0, 0.0], dtype=torch.float64), torch.tensor([0, 10]))
     edge = frontier(LayerCandidates(100, (exact,)))
     assert (edge.costs, edge.errors, len(edge.choices)) == ([10], [0.0], 1)
     assert edge.choices[0] == (exact, 1)

@@ -155,7 +155,7 @@ def test_an_argument_that_cannot_be_meant_is_refused(arguments, message):
 
 def test_cost_of_a_choice_is_that_of_its_rank_and_of_none_the_dense_cost(crew):
     layers = analysed(ALDS(), crew)
-    for layer, rank in product(layers.values(), (1, 2)):
-        first = layer.candidates[0]
-        assert cost_of(layer, None) == layer.dense_cost
-        assert cost_of(layer, (first, rank)) == first.fixed + rank * first.per_rank
+    for (name, layer), rank in product(layers.items(), (1, 2)):
+        first, cost = layer.candidates[0], LayerCost(GEOMETRIES[name], 4)
+        assert cost_of(layer, None) == cost.dense
+        assert cost_of(layer, (first, rank)) == cost.factorized(first.folding, first.num_slices, rank)

@@ -157,7 +157,7 @@ def test_pca_drops_what_the_source_drops_first():
     for name, values in spectra.items():
         energies = torch.tensor([*values, 0.0], dtype=torch.float64)
         errors = (energies.flip(0).cumsum(0).flip(0) / energies.sum()).sqrt()
-        layers[name] = LayerCandidates(70, (Candidate("kernel_in_encoder", 1, 6, errors, 0, 10),))
+        layers[name] = LayerCandidates(70, (Candidate("kernel_in_encoder", 1, 6, errors, 10 * torch.arange(7)),))
     left = {name: list(values) for name, values in spectra.items()}
     while any(len(values) > 1 for values in left.values()):
         chosen = PCA().choose(layers, 10 * sum(map(len, left.values())))
