@@ -3,7 +3,7 @@
 Encoders of two decompositions span different subspaces, and their mean is neither. So the average takes the model's
 encoder, and the decoder with which that comes closest to the average's own weight; from there on encoder and decoder
 of model and average can be averaged one by one, as any other parameter. What a repair changes in the model besides its
-factors, biases and BatchNorm statistics, changes in the average by as much.
+factors, biases and BatchNorm layers, changes in the average by as much.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _follower(own: nn.Module, former: nn.Module, model: nn.Module) -> nn.Module:
 
 
 def repaired(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Return copies of what a repair may change besides factors: biases of some layers, statistics of BatchNorm.
+    """Return copies of what a repair may change besides factors: biases of some layers, and BatchNorm.
 
     Args:
         model: that holds them.
@@ -76,20 +76,20 @@ def repaired(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, Ten
 
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
         >>> list(repaired(model, {"0": model[0]}))
-        ['0.bias', '1.running_mean', '1.running_var']
+        ['0.bias', '1.weight', '1.bias', '1.running_mean', '1.running_var']
     """
     biases = {id(dense_bias(layer)) for layer in layers.values()}
     found: dict[str, Tensor] = {name: value for name, value in model.named_parameters() if id(value) in biases}
     norms = [(name, one) for name, one in model.named_modules() if isinstance(one, _BatchNorm)]
     for name, norm in norms:
-        kept = dict(norm.named_buffers(prefix=name))
+        kept = {**dict(norm.named_parameters(prefix=name)), **dict(norm.named_buffers(prefix=name))}
         found |= {key: value for key, value in kept.items() if not key.endswith("num_batches_tracked")}
     return {name: value.detach().clone() for name, value in found.items()}
 
 
 @torch.no_grad()
 def moved(name: str, value: Tensor, before: Tensor, after: Tensor) -> Tensor:
-    """Return a value of an average, changed as that of its model was: by as much, a variance by the same factor.
+    """Return a value of an average, changed as that of its model was: by as much, a variance or weight by its factor.
 
     Args:
         name: of the value.
@@ -103,7 +103,7 @@ def moved(name: str, value: Tensor, before: Tensor, after: Tensor) -> Tensor:
         tensor(1.5000)
     """
     former, latter = before.to(value), after.to(value)
-    if not name.endswith("running_var"):
+    if not name.endswith(("running_var", "weight")):
         return value + (latter - former)
     factor = latter / former
     return torch.where(factor.isfinite() & (factor > 0), value * factor, value)

@@ -1,7 +1,8 @@
 """Costs: what a layer takes, dense and factorized, exactly, in whole units.
 
-A factorized layer costs ``fixed + rank * per_rank``. Two units are known: ``parameters`` (``sum(p.numel())`` of the
-module that is built) and ``multiply_adds`` (half of what torch's flop counter counts for it; biases are not counted).
+A factorized layer costs ``fixed + rank * per_rank``. Units: ``parameters`` (``sum(p.numel())`` of the module that is
+built), ``bytes`` (of these parameters, each in its dtype) and ``multiply_adds`` (half of what torch's flop counter
+counts for it; biases are not counted).
 
 A weight is applied at positions, and which ones depends on the layer. A convolution works at the positions of its
 output. A transposed one works at those of its input; where an encoder comes before, that is as large as the output
@@ -10,7 +11,7 @@ along the axes that the encoder has upsampled already. An embedding looks up: th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from typing import Literal
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from lr_callback.folding import FOLDINGS, Geometry, decoder_axes
 
-COSTS = ("parameters", "multiply_adds")
+COSTS = ("parameters", "multiply_adds", "bytes")
 """Names of the known units."""
 
 Works = Literal["at outputs", "at inputs", "by lookup"]
@@ -54,8 +55,9 @@ class LayerCost:
     Args:
         geometry: sizes of the weight.
         bias: number of bias entries, 0 without one.
-        calls: observed calls, for ``multiply_adds``; None for ``parameters``.
+        calls: observed calls, for ``multiply_adds``; None for what the layer holds.
         works: where the dense layer's multiply-adds arise.
+        entry: what one entry of the weight or bias that is held counts: 1 for ``parameters``, its size for ``bytes``.
 
     Example::
 
@@ -69,11 +71,12 @@ class LayerCost:
     bias: int = 0
     calls: tuple[Call, ...] | None = None
     works: Works = "at outputs"
+    entry: int = 1
 
     @property
     def fixed(self) -> int:
-        """Cost that does not depend on the form of the layer: its bias, in parameters."""
-        return self.bias if self.calls is None else 0
+        """Cost that does not depend on the form of the layer: its bias, where it is held and not worked with."""
+        return self.bias * self.entry if self.calls is None else 0
 
     @property
     def dense(self) -> int:
@@ -86,7 +89,7 @@ class LayerCost:
         decoder = num_slices * self.geometry.out_channels * prod(self.geometry.decoder_kernel(folding))
         # Along the decoder's kernel axes the stride is still to come: there the encoder's output is as its input.
         own = decoder_axes(folding, len(self.geometry.kernel))
-        second = _positions(self.calls, own if self.works == "at inputs" else ())
+        second = self._positions(own if self.works == "at inputs" else ())
         return encoder * self._first_positions(own) + decoder * second
 
     def distinct_foldings(self, foldings: Iterable[str]) -> tuple[str, ...]:
@@ -119,9 +122,11 @@ class LayerCost:
         """Return the positions at which a weight is applied to the layer's input, with no stride along some axes."""
         if self.calls is not None and self.works == "by lookup":
             return 0
-        return _positions(
-            self.calls, tuple(range(len(self.geometry.kernel))) if self.works == "at inputs" else pointwise
-        )
+        return self._positions(tuple(range(len(self.geometry.kernel))) if self.works == "at inputs" else pointwise)
+
+    def _positions(self, input_axes: tuple[int, ...]) -> int:
+        """Sum the positions of all calls; what is held counts once, wherever it is applied."""
+        return self.entry if self.calls is None else sum(call.positions(input_axes) for call in self.calls)
 
     def at_ranks(self, folding: str, num_slices: int, last: int) -> Tensor:
         """Return the costs of the factorized layer at rank 0 to ``last``, int64."""
@@ -130,11 +135,6 @@ class LayerCost:
     def factorized(self, folding: str, num_slices: int, rank: int) -> int:
         """Return the cost of the factorized layer."""
         return self.fixed + rank * self.per_rank(folding, num_slices)
-
-
-def _positions(calls: Sequence[Call] | None, input_axes: tuple[int, ...] = ()) -> int:
-    """Sum the positions of all calls; a parameter is held once, wherever it is applied."""
-    return 1 if calls is None else sum(call.positions(input_axes) for call in calls)
 
 
 def check_cost(cost: str) -> None:

@@ -181,7 +181,7 @@ def _fitting(model: nn.Module, allocation: Allocation) -> Allocation:
 
 def _saved_bytes(model: nn.Module) -> int:
     layers = [layer for layer in model.modules() if isinstance(layer, FactorizedLayer)]
-    return sum(saved_cost(layer) * layer.factors[0].element_size() for layer in layers)
+    return sum(saved_cost(layer, in_bytes=True) for layer in layers)
 
 
 def _calls(model: nn.Module, example: Example | None, dynamic_batch: bool) -> list[tuple[Example, object]]:

@@ -71,14 +71,21 @@ def build(layer: nn.Module, choice: Factorization) -> FactorizedLayer:
     return kind(layer, choice.num_slices, choice.rank, choice.folding)
 
 
-def layer_cost(layer: nn.Module, calls: tuple[Call, ...] | None = None) -> LayerCost:
-    """Return the cost of a dense or factorized layer: in parameters, or in the multiply-adds of observed calls."""
+def layer_cost(layer: nn.Module, calls: tuple[Call, ...] | None = None, in_bytes: bool = False) -> LayerCost:
+    """Return the cost of a dense or factorized layer: what it holds, or the multiply-adds of observed calls.
+
+    Args:
+        layer: of a type in the table.
+        calls: for multiply-adds; None: what it holds.
+        in_bytes: whether that is counted in bytes, not in parameters.
+    """
     kind, bias = layer_type(layer), dense_bias(layer)
     assert kind is not None
-    return LayerCost(kind.geometry(layer), 0 if bias is None else bias.numel(), calls, kind.works)
+    entry = next(layer.parameters()).element_size() if in_bytes else 1
+    return LayerCost(kind.geometry(layer), 0 if bias is None else bias.numel(), calls, kind.works, entry)
 
 
-def saved_cost(layer: FactorizedLayer, calls: tuple[Call, ...] | None = None) -> int:
-    """Return how much less a factorized layer costs than the dense one."""
-    cost = layer_cost(layer, calls)
+def saved_cost(layer: FactorizedLayer, calls: tuple[Call, ...] | None = None, in_bytes: bool = False) -> int:
+    """Return how much less a factorized layer costs than the dense one; arguments as of :func:`layer_cost`."""
+    cost = layer_cost(layer, calls, in_bytes)
     return cost.dense - cost.factorized(layer.folding, layer.num_slices, layer.rank)

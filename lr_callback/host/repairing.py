@@ -27,6 +27,7 @@ from lr_callback.layers import dense_bias
 from lr_callback.observe import untouched
 from lr_callback.optimizers import optimizers_in
 from lr_callback.probe import Probe
+from lr_callback.rebasing import rebase_batchnorm_
 from lr_callback.refit import Inputs, refit_
 from lr_callback.repair import correct_biases_, recalibrate_batchnorm_
 from lr_callback.report import Told, progress_line
@@ -129,7 +130,7 @@ class Repairing:
             pl_module: that still has the layers before the cut.
             calls: from :meth:`measure`.
             importance: from :meth:`measure`.
-            undo: given what puts back the statistics, and the biases, which stay the same parameters.
+            undo: given what puts back biases and BatchNorm layers, whose parameters stay the same ones.
             targets: layer name -> the layer that stands there.
             made: layer name -> the layer that takes its place.
         """
@@ -138,7 +139,7 @@ class Repairing:
         processes = processes_of(trainer)
         bar = trainer.progress_bar_callback
         for norm in batchnorm_layers(pl_module):
-            undo.callback(norm.load_state_dict, {n: v.clone() for n, v in norm.named_buffers()}, strict=False)
+            undo.callback(norm.load_state_dict, {n: v.clone() for n, v in norm.state_dict().items()}, strict=False)
         for bias in [dense_bias(layer) for layer in made.values()]:
             if bias is not None:  # it is the one of the layer that stands there, too
                 undo.callback(_set, bias, bias.detach().clone())
@@ -148,9 +149,10 @@ class Repairing:
             is_refitted = self.refit is not None and self._refit(pl_module, replaced, calls, bar, options)
             if not is_refitted and importance is not None:
                 correct_biases_(pl_module, replaced, importance, calls, **options)
-            if self.batchnorm:
+            anew = recalibrate_batchnorm_ if self.batchnorm else rebase_batchnorm_ if is_refitted else None
+            if anew is not None:
                 with progress_line(bar, "BatchNorm", "batch") as progress:
-                    recalibrate_batchnorm_(pl_module, Told(calls, progress), **options)
+                    anew(pl_module, Told(calls, progress), **options)
 
     def _refit(
         self,

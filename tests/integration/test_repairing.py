@@ -11,6 +11,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.loggers.logger import DummyLogger
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from torchmetrics import MeanMetric
@@ -249,6 +250,48 @@ def test_a_failure_in_the_repair_leaves_the_run_as_it_was(tmp_path):
     assert [type(one) for one in module.modules()] == kept["types"]
     assert all(torch.equal(value, kept["before"][name]) for name, value in module.state_dict().items())
     assert "log" not in vars(module)
+
+
+class Full(DummyLogger):
+    """Fails at what a compression writes."""
+
+    def log_metrics(self, metrics, step=None):
+        if any(name.startswith("compression") for name in metrics):
+            raise OSError("no space left")
+
+
+def test_a_failure_after_the_repair_puts_biases_and_batchnorm_layers_back(tmp_path):
+    kept = {}
+
+    class Noting(lrc.LowRankCompression):
+        def compress(self, trainer, pl_module, keep_ratio):
+            kept.update({name: value.clone() for name, value in pl_module.state_dict().items()})
+            return super().compress(trainer, pl_module, keep_ratio)
+
+    module = Network()
+    trainer = trainer_of(Noting(0.5, 1, refit="cut"), max_epochs=2, log_every_n_steps=1)
+    trainer.loggers = [Full()]
+    with pytest.raises(OSError, match="no space left"):
+        trainer.fit(module, DataLoader(Augmented(), batch_size=32))
+    assert module.state_dict().keys() == kept.keys()
+    assert all(torch.equal(value, kept[name]) for name, value in module.state_dict().items())
+
+
+@pytest.mark.situation("Repair", "BatchNorm in train mode gives what the refit was made for", "works")
+def test_training_begins_with_the_network_that_the_refit_has_found(tmp_path):
+    class Met(lrc.LowRankCompression):
+        def compress(self, trainer, pl_module, keep_ratio):
+            report = super().compress(trainer, pl_module, keep_ratio)
+            images = torch.cat([batch[0] for batch in trainer.train_dataloader])
+            body = copy.deepcopy(pl_module.body[:2])
+            with torch.no_grad():
+                self.fixed, self.own = body.eval()(images), body.train()(images)
+            return report
+
+    met = Met(0.72, 1, include=["body.0", "head"], refit="cut", show_table=False)
+    trainer_of(met, max_epochs=2).fit(Network(), DataLoader(Augmented(256), batch_size=32))
+    assert isinstance(met.allocation.layers["body.0"], lrc.Factorization)
+    assert (met.own - met.fixed).norm() < 0.05 * met.fixed.norm()
 
 
 class Manual(Network):

@@ -74,13 +74,14 @@ def test_what_the_encoder_does_not_determine_is_the_models():
 def test_what_a_repair_changes_besides_factors_is_named_and_moves_an_average_as_much():
     model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1), nn.BatchNorm1d(1, affine=False))
     before = repaired(model, {"0": model[0]})
-    assert list(before) == ["0.bias", *(f"{index}.running_{name}" for index in (1, 3) for name in ("mean", "var"))]
+    statistics = {index: [f"{index}.running_mean", f"{index}.running_var"] for index in (1, 3)}
+    assert list(before) == ["0.bias", "1.weight", "1.bias", *statistics[1], *statistics[3]]
     with torch.no_grad():
         model[0].bias += 1
     assert not torch.equal(repaired(model, {"0": model[0]})["0.bias"], before["0.bias"])
     own, former, latter = (torch.tensor([one]) for one in (3.0, 1.0, 0.5))
     assert moved("0.bias", own, former, latter) == moved("1.running_mean", own, former, latter) == 2.5
-    assert moved("1.running_var", own, former, latter) == 1.5
+    assert moved("1.running_var", own, former, latter) == moved("1.weight", own, former, latter) == 1.5
     assert moved("1.running_var", own, 0 * former, latter) == 3, "no factor: it stays"
     assert moved("0.bias", own.half(), former, latter).dtype == torch.half
 
