@@ -47,7 +47,6 @@ if TYPE_CHECKING:
     from lr_callback.gains import batchnorm_importance as batchnorm_importance
     from lr_callback.loading import LowRankMixin as LowRankMixin
     from lr_callback.loading import load_from_checkpoint as load_from_checkpoint
-    from lr_callback.rebasing import rebase_batchnorm_ as rebase_batchnorm_
     from lr_callback.refit import refit_ as refit_
     from lr_callback.repair import correct_biases_ as correct_biases_
     from lr_callback.repair import recalibrate_batchnorm_ as recalibrate_batchnorm_
@@ -94,7 +93,6 @@ __all__ = [
     "load_from_checkpoint",
     "measure_effects",
     "prepare",
-    "rebase_batchnorm_",
     "recalibrate_batchnorm_",
     "refit_",
     "restore_",
@@ -105,7 +103,6 @@ _ON_FIRST_USE = {
     "batchnorm_importance": "lr_callback.gains",
     "fisher_importance": "lr_callback.fisher",
     "measure_effects": "lr_callback.effects",
-    "rebase_batchnorm_": "lr_callback.rebasing",
     "refit_": "lr_callback.refit",
     "correct_biases_": "lr_callback.repair",
     "recalibrate_batchnorm_": "lr_callback.repair",

@@ -62,7 +62,7 @@ class Allocation:
         dense_cost: of the whole model, all layers dense.
         budget: what ``cost`` had to stay within.
         keep_ratio: the fraction that was asked for, in (0, 1].
-        unit: of all costs, ``"parameters"`` or ``"multiply_adds"``.
+        unit: of all costs, ``"parameters"``, ``"bytes"`` or ``"multiply_adds"``.
         error: name of the error measure.
         method: name and arguments of the method.
         gap: what the method's objective would be at its smallest is at least ``1 - gap`` times what it is here; 0 where

@@ -12,14 +12,14 @@ from torch import nn
 
 from lr_callback.allocation import Allocation, Factorization
 from lr_callback.candidates import LayerCandidates
-from lr_callback.costs import LayerCost, check_cost
+from lr_callback.costs import OBSERVED, LayerCost, check_cost
 from lr_callback.find import Found, find_layers
 from lr_callback.folding import Geometry
 from lr_callback.importance import Importance, checked_importance, warn_of_unknown
 from lr_callback.layerwise import Progress, candidates_of
 from lr_callback.methods import Choice, Method, check_method
 from lr_callback.observe import Observation, observe
-from lr_callback.pricing import dense_again, dense_parameters, layer_costs, leave_out_unused, no_gain
+from lr_callback.pricing import Prices, dense_again, layer_costs, leave_out_unused, no_gain
 from lr_callback.processes import Processes
 from lr_callback.written import is_number
 
@@ -141,12 +141,12 @@ def allocate(
         model: layers that are factorized already are analysed as the dense layers that they came from.
         keep_ratio: fraction of the whole model's cost to keep, in (0, 1]; what cannot be factorized counts too.
         method: how to choose; None: :class:`~lr_callback.methods.ALDS`.
-        cost: ``"parameters"`` or ``"multiply_adds"``.
+        cost: ``"parameters"``, ``"bytes"`` of the state dict's tensors, or ``"multiply_adds"``.
         include: glob patterns of layer names, only these are factorized; None: all.
         exclude: glob patterns of layer names that stay dense.
         embeddings: whether ``nn.Embedding`` layers are factorized, too.
         example_input: a tensor, or a tuple of positional or dict of named arguments of ``model``. Multiply-adds are
-            counted on it; of ``"parameters"`` those in layers that it does not use are left alone.
+            counted on it; with another cost the layers that it does not use are left alone.
         importance: layer name -> of its inputs and outputs, for an ``error`` that is weighted by it, or of the layer,
             for the objective ``loss``; of a layer without one, all inputs count the same, and a warning tells of it.
 
@@ -169,11 +169,10 @@ def allocate(
         raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
     check_keep_ratio(keep_ratio)
     check_cost(cost)
-    is_counted = cost == "multiply_adds"
-    seen = observe(model, example_input) if is_counted or example_input is not None else None
-    observation, used = (seen, None) if is_counted else (None, seen)
+    seen = observe(model, example_input) if cost in OBSERVED or example_input is not None else None
+    used = None if cost in OBSERVED else seen
     layers: dict[str, Any] = {"include": include, "exclude": exclude, "embeddings": embeddings}
-    analysis = analyze(model, method, observation=observation, used=used, importance=importance, **layers)
+    analysis = analyze(model, method, prices=Prices(cost, seen), used=used, importance=importance, **layers)
     return analysis.allocate(keep_ratio)
 
 
@@ -181,7 +180,7 @@ def analyze(
     model: nn.Module,
     method: Method | None = None,
     *,
-    observation: Observation | None = None,
+    prices: Prices | None = None,
     include: Sequence[str] | str | None = None,
     exclude: Sequence[str] | str | None = None,
     embeddings: bool = False,
@@ -195,7 +194,7 @@ def analyze(
     Args:
         model: see :func:`allocate`.
         method: see :func:`allocate`.
-        observation: of one run of the model; with it costs are multiply-adds, without parameters.
+        prices: the unit of all costs; None: parameters.
         include: see :func:`allocate`.
         exclude: see :func:`allocate`.
         embeddings: see :func:`allocate`.
@@ -209,15 +208,15 @@ def analyze(
         ValueError: See :func:`allocate`.
         RuntimeError: If another process failed.
     """
-    method, processes = check_method(method), processes or Processes()
+    method, processes, paid = check_method(method), processes or Processes(), prices or Prices()
 
-    def prices() -> tuple[Found, dict[str, LayerCost]]:
+    def priced() -> tuple[Found, dict[str, LayerCost]]:
         checked_importance(method.error, importance, method.needs_effects)
         found = find_layers(model, include, exclude)
         leave_out_unused(found, used)
-        return found, layer_costs(found, observation, embeddings=embeddings)
+        return found, layer_costs(found, paid, embeddings=embeddings)
 
-    found, costs = processes.agree(prices)
+    found, costs = processes.agree(priced)
     owners = dict(zip(costs, processes.owners(_work(cost.geometry, method) for cost in costs.values()), strict=True))
     own = {name: found.layers[name] for name, owner in owners.items() if owner == processes.rank}
     known = importance or {}
@@ -225,7 +224,7 @@ def analyze(
         warn_of_unknown(list(costs), known)
     parts = processes.gather(lambda: candidates_of(own, costs, method, progress, known), long=True)
     layers = {name: parts[owner][name] for name, owner in owners.items()}
-    return _analysis(model, method, observation, found, costs, layers)
+    return _analysis(model, method, paid, found, costs, layers)
 
 
 def _work(geometry: Geometry, method: Method) -> float:
@@ -236,7 +235,7 @@ def survey(
     model: nn.Module,
     method: Method | None = None,
     *,
-    observation: Observation | None = None,
+    prices: Prices | None = None,
     include: Sequence[str] | str | None = None,
     exclude: Sequence[str] | str | None = None,
     embeddings: bool = False,
@@ -246,17 +245,17 @@ def survey(
     Takes what :func:`analyze` takes and raises what it raises; the errors in the result have no meaning. A layer whose
     weights are all zero counts as one that can be factorized: it will have been trained by the time it matters.
     """
-    method = check_method(method)
+    method, paid = check_method(method), prices or Prices()
     found = find_layers(model, include, exclude)
-    costs = layer_costs(found, observation, skip_zero=False, embeddings=embeddings)
+    costs = layer_costs(found, paid, skip_zero=False, embeddings=embeddings)
     layers = {name: method.priced(layer_cost) for name, layer_cost in costs.items()}
-    return _analysis(model, method, observation, found, costs, layers)
+    return _analysis(model, method, paid, found, costs, layers)
 
 
 def _analysis(
     model: nn.Module,
     method: Method,
-    observation: Observation | None,
+    prices: Prices,
     found: Found,
     costs: Mapping[str, LayerCost],
     layers: dict[str, LayerCandidates],
@@ -269,12 +268,12 @@ def _analysis(
         raise ValueError(_nothing(found))
     return Analysis(
         method=method,
-        unit="parameters" if observation is None else "multiply_adds",
+        unit=prices.unit,
         layers=layers,
         shapes={name: costs[name].geometry.weight_shape for name in layers},
         stay_dense=dense_again(model, found.skipped),
         skipped=found.skipped,
-        dense_cost=dense_parameters(model) if observation is None else observation.dense_multiply_adds,
+        dense_cost=prices.of_model(model),
     )
 
 

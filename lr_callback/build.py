@@ -108,7 +108,7 @@ def build_layers(
         RuntimeError: If another process failed.
     """
     processes = processes or Processes()
-    known = checked_importance(allocation.error, importance)
+    known, shrinkage = checked_importance(allocation.error, importance), allocation.method.get("shrinkage", 0.0)
     chosen = {name: allocation.layers[name] for name in targets}
     pending = [name for name, layer in targets.items() if not _is_as_chosen(layer, chosen[name])]
     owners = dict(zip(pending, processes.owners(_work(targets[name], chosen[name]) for name in pending), strict=True))
@@ -118,7 +118,11 @@ def build_layers(
             warn_of_attached({name: weights_held(targets[name]) for name in pending})
         return {
             name: _rebuild(
-                name, targets[name], chosen[name], crew if owner == processes.rank else None, known.get(name)
+                name,
+                targets[name],
+                chosen[name],
+                crew if owner == processes.rank else None,
+                known[name].shrunk(shrinkage) if name in known else None,
             )
             for name, owner in owners.items()
         }

@@ -46,10 +46,11 @@ class LowRankCompression(Checkpointed):
         when: ``epochs``; or ``auto``: once, when the spectra of the layers have settled, the median stable rank being
             within 2 % of what it was in each of the last two epochs, at the latest at half of ``max_epochs``.
         ramp: reach ``keep_ratio`` step by step over several ``epochs``, see :func:`lr_callback.events.cubic_ramp`.
-        method: how to choose ranks; None: ``ALDS("activation", "loss", power=4)``, which weighs errors by what comes
-            into the layers and what they do to the outputs; where that cannot be measured ``ALDS()``, with a warning.
-        cost: ``parameters``, or ``multiply_adds`` as counted on the first training batch (for epoch 0 on the module's
-            ``example_input_array``).
+        method: how to choose ranks; None: ``ALDS("activation", "loss", power=4, shrinkage=0.5)``, which weighs errors
+            by what comes into the layers and what they do to the outputs; where that cannot be measured ``ALDS()``,
+            with a warning.
+        cost: ``parameters``, ``bytes`` of the state dict's tensors, or ``multiply_adds`` as counted on the first
+            training batch (for epoch 0 on the module's ``example_input_array``).
         include: glob patterns of layer names; only these are factorized. By default all.
         exclude: glob patterns of layer names that stay dense.
         embeddings: whether ``nn.Embedding`` is factorized, too.
@@ -170,7 +171,7 @@ class LowRankCompression(Checkpointed):
 
     def _check_budgets(self, pl_module: LightningModule) -> None:
         """Refuse budgets that cannot be met before the training, not in the middle of it."""
-        self.scope.check_budgets(pl_module, self.schedule.left(self._record), self._counting.unit)
+        self.scope.check_budgets(pl_module, self.schedule.left(self._record), self._counting.prices)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse from now on a state dict of another structure, and begin an epoch that is to begin."""
@@ -212,7 +213,7 @@ class LowRankCompression(Checkpointed):
                 self._snapshot(trainer, "dense", again=False)
             self._counting.observe_example(trainer, pl_module)
             scope, calls, importance = self.repairing.measure(trainer, pl_module, self.scope)
-            analysis = scope.analyze(trainer, pl_module, self._counting.unit, importance)
+            analysis = scope.analyze(trainer, pl_module, self._counting.prices, importance)
             check_same_weights(trainer, pl_module)
             allocation = processes.first(lambda: analysis.allocate(keep_ratio))
             averages = processes.agree(lambda: self.averages(trainer, pl_module))

@@ -24,6 +24,9 @@ from lr_callback.folding import FOLDINGS, Geometry, decoder_axes
 COSTS = ("parameters", "multiply_adds", "bytes")
 """Names of the known units."""
 
+OBSERVED = frozenset({"multiply_adds"})
+"""Units that depend on how the model is called."""
+
 Works = Literal["at outputs", "at inputs", "by lookup"]
 """Where a layer's multiply-adds arise: at each position of its output, of its input, or nowhere."""
 

@@ -34,7 +34,7 @@ from lr_callback.methods import Choice, Method, check_method
 from lr_callback.observe import as_written, untouched
 from lr_callback.outputs import Outputs, add, changes, outputs_of, summed
 from lr_callback.parallel import Workers, workers
-from lr_callback.pricing import layer_costs
+from lr_callback.pricing import Prices, layer_costs
 from lr_callback.processes import Processes, by_name
 from lr_callback.running import runner, watching
 from lr_callback.surgery import standing_in
@@ -104,7 +104,7 @@ def measure_effects(
     _check_share(share)
     known = checked_importance(method.error, importance)
     found = find_layers(model, include, exclude)
-    costs = layer_costs(found, None, embeddings=embeddings)
+    costs = layer_costs(found, Prices(), embeddings=embeddings)
     layers = {name: found.layers[name] for name in costs}
 
     def measure() -> _Measured:
@@ -165,7 +165,8 @@ def _stand_ins(
             candidates = alone.candidates(dense_weight(layer), costs[name], crew, known)
             choice = _about(candidates, share)
             if choice is not None:
-                made[name] = _stand_in(layer, costs[name], choice, crew, known), float(choice[0].errors[choice[1]])
+                weighted = None if known is None else known.shrunk(method.shrinkage)
+                made[name] = _stand_in(layer, costs[name], choice, crew, weighted), float(choice[0].errors[choice[1]])
     return made
 
 

@@ -1,17 +1,59 @@
-"""Pricing: what the layers of a model cost, and the model with all of them dense."""
+"""Pricing: what the layers of a model cost in a unit, and the model with all of them dense."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lr_callback.costs import LayerCost
+from lr_callback.costs import OBSERVED, LayerCost, check_cost
 from lr_callback.find import Found, check_weight, replaceable_in
 from lr_callback.folding import Geometry
 from lr_callback.layer_types import layer_cost, layer_type, saved_cost
 from lr_callback.observe import Observation
+
+
+@dataclass(frozen=True)
+class Prices:
+    """What is paid for, in one unit.
+
+    Args:
+        unit: one of :data:`~lr_callback.costs.COSTS`.
+        observation: of one run of the model, for ``multiply_adds``.
+
+    Raises:
+        ValueError: If there is no such unit, or it takes an observation and there is none.
+    """
+
+    unit: str = "parameters"
+    observation: Observation | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be counted."""
+        check_cost(self.unit)
+        if self.unit in OBSERVED and self.observation is None:
+            raise ValueError(f"cost={self.unit!r} is counted on a run of the model, and there is none: observe one.")
+
+    def of_model(self, model: nn.Module) -> int:
+        """Return what a model costs with all layers dense."""
+        if self._counted is not None:
+            return self._counted.dense_multiply_adds
+        return dense_bytes(model) if self.unit == "bytes" else dense_parameters(model)
+
+    def of_layer(self, name: str, layer: nn.Module) -> LayerCost:
+        """Return what a layer costs, dense and factorized."""
+        calls = None if self._counted is None else self._counted.calls.get(name, ())
+        return layer_cost(layer, calls, self.unit == "bytes")
+
+    def why_not(self, name: str) -> str | None:
+        """Return why nothing is saved at a layer, however it is factorized; None if it can be."""
+        return None if self._counted is None else self._counted.why_not(name)
+
+    @property
+    def _counted(self) -> Observation | None:
+        return self.observation if self.unit in OBSERVED else None
 
 
 def dense_parameters(model: nn.Module) -> int:
@@ -20,11 +62,35 @@ def dense_parameters(model: nn.Module) -> int:
     Raises:
         ValueError: If a parameter is not initialised yet (a lazy layer).
     """
+    own = sum(parameter.numel() for parameter in _initialised(model))
+    return own + sum(saved_cost(layer) for layer in replaceable_in(model).values())
+
+
+def dense_bytes(model: nn.Module) -> int:
+    """Return the bytes of the tensors that a model's state dict holds, with all layers dense; a shared one counts once.
+
+    A file of them is larger by its header. Each entry counts by its dtype.
+
+    Raises:
+        ValueError: If a parameter is not initialised yet (a lazy layer).
+
+    Example::
+
+        >>> dense_bytes(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)))  # with a count of batches, 8 bytes
+        424
+    """
+    parameters = _initialised(model)
+    known = {id(parameter) for parameter in parameters}
+    buffers = {id(value): value for value in model.state_dict(keep_vars=True).values() if id(value) not in known}
+    own = sum(value.nbytes for value in [*parameters, *buffers.values()] if isinstance(value, Tensor))
+    return own + sum(saved_cost(layer, in_bytes=True) for layer in replaceable_in(model).values())
+
+
+def _initialised(model: nn.Module) -> list[nn.Parameter]:
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
             raise ValueError(f"{name}: it is not initialised yet and cannot be counted; run one batch first.")
-    own = sum(parameter.numel() for parameter in model.parameters())
-    return own + sum(saved_cost(layer) for layer in replaceable_in(model).values())
+    return list(model.parameters())
 
 
 def dense_again(model: nn.Module, skipped: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
@@ -43,9 +109,7 @@ def leave_out_unused(found: Found, observation: Observation | None) -> None:
             del found.layers[name]
 
 
-def layer_costs(
-    found: Found, observation: Observation | None, skip_zero: bool = True, embeddings: bool = False
-) -> dict[str, LayerCost]:
+def layer_costs(found: Found, prices: Prices, skip_zero: bool = True, embeddings: bool = False) -> dict[str, LayerCost]:
     """Return the cost of each layer; move those without one, without error or not asked for to the skipped ones."""
     costs: dict[str, LayerCost] = {}
     for name, layer in found.layers.items():
@@ -53,15 +117,12 @@ def layer_costs(
         if kind is not None and kind.only_if_asked is not None and not embeddings:
             found.skipped[name] = kind.only_if_asked
             continue
-        calls = None if observation is None else observation.calls.get(name, ())
         zero = check_weight(name, layer)
-        reason = zero if skip_zero else None
-        if observation is not None:
-            reason = observation.why_not(name) or reason
+        reason = prices.why_not(name) or (zero if skip_zero else None)
         if reason is not None:
             found.skipped[name] = reason
             continue
-        costs[name] = layer_cost(layer, calls)
+        costs[name] = prices.of_layer(name, layer)
     return costs
 
 

@@ -1,16 +1,16 @@
-"""Rebasing: statistics of BatchNorm layers become those of what comes into them now; what they give stays as it is.
+"""Rebasing: BatchNorm layers divide by what comes into them now, and give what they gave.
 
 A layer that is fitted to less than the layer before gives less of its variance: what it cannot tell, it leaves out. In
 eval mode a BatchNorm layer takes that as it is. In train mode it divides by the deviations of the batch, and scales it
 up again together with its errors, layer after layer: a network that is right in eval mode would begin to train as
-another one, far off. So the statistics are measured anew, and weight and bias of the layer take up the difference. Then
-train mode divides by what the statistics say, and training goes on from the network that the refit has found.
+another one, far off. So the variance that a layer expects, and its weight, shrink by as much as its inputs did. Then
+eval mode is as it was, and train mode begins with the network that the refit has found.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TypeVar
 
 import torch
@@ -26,91 +26,98 @@ from lr_callback.running import run_batches
 Batch = TypeVar("Batch")
 
 
-def rebase_batchnorm_(
+@contextmanager
+def rebasing(
     model: nn.Module,
+    former: AbstractContextManager[object],
     batches: Iterable[Batch],
-    forward: Callable[[Batch], object] | None = None,
-    processes: Processes | None = None,
-) -> int:
-    """Measure the running statistics of BatchNorm layers anew, in place, and leave what they give in eval mode.
+    forward: Callable[[Batch], object] | None,
+    processes: Processes,
+) -> Iterator[None]:
+    """Let BatchNorm layers expect, after what is done inside, the variances that come into them then.
 
-    With ``m``, ``v`` from before and ``m'``, ``v'`` of the layer's inputs over all batches, weight and bias become
-    ``weight' = weight r`` with ``r = sqrt((v' + eps) / (v + eps))``, and
-    ``bias' = bias + weight (m' - m) / sqrt(v + eps)``.
+    With ``r`` the variance after over the variance before, on the same batches, the running variance ``v`` becomes
+    ``v'`` with ``v' + eps = r (v + eps)``, and the weight is multiplied by the root of ``r``. Layers are left alone
+    that are frozen (in eval mode in a model in train mode, or with a weight that is not trained), that keep no
+    statistics, that have no weight or share it, and those whose inputs are not finite or that are not called. If
+    anything fails, statistics, weights and biases of all BatchNorm layers are as they were.
 
     Args:
-        model: on the device of the batches; it is run in eval mode. Layers are left alone that are frozen (in eval mode
-            in a model in train mode, or with parameters that are not trained), that keep no statistics, that have no
-            weight and bias, or share them, and those whose inputs are not finite or which are not called.
-        batches: training batches, with the augmentation of the training.
+        model: on the device of the batches; it is run in eval mode, before and after.
+        former: within it the model is that of before.
+        batches: of the training, with its augmentation.
         forward: runs the model on a batch; None: as for :func:`~lr_callback.collect.collect_moments`.
-        processes: of a distributed run, each with batches of its own; all get the statistics of all batches.
-
-    Returns:
-        Number of layers that were rebased.
+        processes: of a distributed run, each with batches of its own; all get the variances of all batches.
 
     Raises:
-        ValueError: If there are no batches. Nothing was changed.
-        RuntimeError: If another process failed. Nothing was changed.
-
-    Example::
-
-        >>> model, inputs = nn.Sequential(nn.BatchNorm1d(2)).eval(), torch.tensor([[0.0, 4.0], [2.0, 8.0]])
-        >>> before = model(inputs)
-        >>> rebase_batchnorm_(model, [inputs])
-        1
-        >>> model[0].running_mean.tolist(), torch.allclose(model(inputs), before)
-        ([1.0, 6.0], True)
-        >>> torch.allclose(model.train()(inputs), before)
-        True
+        ValueError: If there are no batches.
+        RuntimeError: If another process failed.
     """
-    layers = _rebased(model)
-    if not layers:
-        return 0
+    norms = batchnorm_layers(model)
+    kept = [{name: value.clone() for name, value in norm.state_dict().items()} for norm in norms]
+    try:
+        layers = _own(model, norms)
+        with former:
+            before = _variances(model, layers, batches, forward, processes)
+        yield
+        after = _variances(model, layers, batches, forward, processes)
+        for name in before.keys() & after.keys():
+            _rebase(layers[name], before[name], after[name])
+    except BaseException:
+        for norm, state in zip(norms, kept, strict=True):
+            norm.load_state_dict(state, strict=False)
+        raise
 
-    def measure() -> dict[str, SecondMoments]:
-        with _measuring(layers) as moments:
-            run_batches(model, batches, forward, (), lambda *_: None)
-        return {name: one.cpu() for name, one in moments.items()}
 
-    found = merged((processes or Processes()).gather(measure, long=True))
-    known = {name: one for name, one in found.items() if bool(one.total.isfinite().all())}
-    for name, one in known.items():
-        means = one.means[0]
-        _rebase(layers[name], means, (one.compute()[0] - means.square()).clamp(min=0))
-    return len(known)
-
-
-def _rebased(model: nn.Module) -> dict[str, _BatchNorm]:
-    """Return the layers whose statistics, weight and bias are theirs alone, and are trained."""
+def _own(model: nn.Module, norms: Iterable[_BatchNorm]) -> dict[str, _BatchNorm]:
+    """Return the layers whose weight is theirs alone, and is trained."""
     uses: dict[int, int] = {}
     for module in model.modules():
         for value in module._parameters.values():
             uses[id(value)] = uses.get(id(value), 0) + 1
     names = {module: name for name, module in model.named_modules()}
+    weights = {norm: norm._parameters.get("weight") for norm in norms if norm.running_var is not None}
+    return {
+        names[norm]: norm
+        for norm, weight in weights.items()
+        if weight is not None and weight.requires_grad and uses[id(weight)] == 1
+    }
 
-    def is_own(norm: _BatchNorm) -> bool:
-        held = [norm._parameters.get(name) for name in ("weight", "bias")]
-        return norm.running_var is not None and all(
-            value is not None and value.requires_grad and uses[id(value)] == 1 for value in held
-        )
 
-    return {names[norm]: norm for norm in batchnorm_layers(model) if is_own(norm)}
+def _variances(
+    model: nn.Module,
+    layers: Mapping[str, _BatchNorm],
+    batches: Iterable[Batch],
+    forward: Callable[[Batch], object] | None,
+    processes: Processes,
+) -> dict[str, Tensor]:
+    """Return the variances of what comes into layers, channel by channel, where they are finite."""
+    if not layers:
+        return {}
+
+    def measure() -> dict[str, SecondMoments]:
+        with _watched(layers) as moments:
+            run_batches(model, batches, forward, (), lambda *_: None)
+        return {name: one.cpu() for name, one in moments.items()}
+
+    found = merged(processes.gather(measure, long=True))
+    variances = {name: (one.compute() - one.means.square())[0].clamp(min=0) for name, one in found.items()}
+    return {name: one for name, one in variances.items() if bool(one.isfinite().all())}
 
 
 @contextmanager
-def _measuring(layers: Mapping[str, _BatchNorm]) -> Iterator[dict[str, SecondMoments]]:
+def _watched(layers: Mapping[str, _BatchNorm]) -> Iterator[dict[str, SecondMoments]]:
     """Measure what comes into some layers; of what is not finite the moments are NaN."""
     moments: dict[str, SecondMoments] = {}
 
     def see(name: str, inputs: Tensor) -> None:
         rows = inputs.detach().transpose(1, -1).reshape(1, -1, inputs.shape[1])
-        made = SecondMoments(rows.shape[2], diagonal=True, sync_on_compute=False).to(rows.device)
-        one = moments.setdefault(name, made)
+        if name not in moments:
+            moments[name] = SecondMoments(rows.shape[2], diagonal=True, sync_on_compute=False).to(rows.device)
         if bool(rows.isfinite().all()):
-            one.update(rows)
+            moments[name].update(rows)
         else:
-            one.total.fill_(torch.nan)
+            moments[name].total.fill_(torch.nan)
 
     with ExitStack() as stack:
         for name, norm in layers.items():
@@ -123,12 +130,10 @@ def _measuring(layers: Mapping[str, _BatchNorm]) -> Iterator[dict[str, SecondMom
 
 
 @torch.no_grad()
-def _rebase(norm: _BatchNorm, means: Tensor, variances: Tensor) -> None:
-    mean, variance = norm.running_mean, norm.running_var
-    assert mean is not None and variance is not None
-    means, variances = means.to(mean.device), variances.to(mean.device)
-    scale = norm.weight.double() / (variance.double() + norm.eps).sqrt()
-    norm.bias.add_((scale * (means - mean.double())).to(norm.bias))
-    norm.weight.copy_(scale * (variances + norm.eps).sqrt())
-    mean.copy_(means)
-    variance.copy_(variances)
+def _rebase(norm: _BatchNorm, before: Tensor, after: Tensor) -> None:
+    assert norm.running_var is not None
+    former = norm.running_var.double() + norm.eps
+    ratio = ((after + norm.eps) / (before + norm.eps)).to(former.device)
+    latter = (ratio * former).clamp(min=norm.eps)
+    norm.weight.mul_((latter / former).sqrt().to(norm.weight))
+    norm.running_var.copy_(latter - norm.eps)

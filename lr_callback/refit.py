@@ -3,7 +3,8 @@
 Truncation, slice by slice, is best for each slice alone. The outputs of the whole layer, on the inputs that the layers
 before it really give, can be had closer to those before the cut: with the encoder fixed, the decoder is a linear
 regression, ``D = E[y z^T] E[z z^T]^-1``, with an intercept where the layer has a bias; and encoder and decoder can be
-found in turn (:mod:`lr_callback.alternate`). Directions that the batches do not show keep what they had.
+found in turn (:mod:`lr_callback.alternate`). Directions that the batches do not show keep what they had. Last, the
+BatchNorm layers are rebased (:mod:`lr_callback.rebasing`), so that training goes on from what the model then is.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from lr_callback.lockstep import Walk, mixed, walks
 from lr_callback.moments import SecondMoments
 from lr_callback.observe import as_written, untouched
 from lr_callback.processes import Processes
+from lr_callback.rebasing import rebasing
 from lr_callback.running import run_batches, runner
 from lr_callback.station import Station
 from lr_callback.surgery import standing_in
@@ -50,7 +52,7 @@ def refit_(
     processes: Processes | None = None,
     progress: Progress | None = None,
 ) -> dict[str, float]:
-    """Refit each factorized layer to the layer that it stands for, in place, all or nothing.
+    """Refit each factorized layer to the layer that it stands for, in place, all or nothing; rebase BatchNorm.
 
     Args:
         model: that was cut; in eval mode, without gradients, while it is run.
@@ -99,14 +101,17 @@ def refit_(
     students = {name: layer for name, layer in layers.items() if isinstance(layer, FactorizedLayer)}
     fits = {name: fit_of(layer, replaced[name], factors == "decoder") for name, layer in students.items()}
     kept = {name: [value.clone() for value in _values(layer)] for name, layer in students.items()}
+    processes = processes or Processes()
+    before = standing_in(model, {layer: replaced[name] for name, layer in students.items()})
+    around = rebasing(model, before, batches, forward, processes)
     try:
-        with torch.no_grad(), _own_biases(replaced[name] for name in students):
-            refit = _Refit(model, fits, batches, forward, processes or Processes(), progress, gentle)
+        with torch.no_grad(), _own_biases(replaced[name] for name in students), around:
+            refit = _Refit(model, fits, batches, forward, processes, progress, gentle)
             calls = refit.look()
             left = refit.one_by_one(calls) if inputs == "cut" else refit.all_at_once()
             for fit in fits.values():
                 fit.settle()
-            return left
+        return left
     except BaseException:
         with torch.no_grad():
             for name, layer in students.items():

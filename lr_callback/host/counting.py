@@ -7,10 +7,11 @@ from collections.abc import Callable
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from lr_callback.costs import check_cost
+from lr_callback.costs import OBSERVED, check_cost
 from lr_callback.host.strategies import processes_of
 from lr_callback.host.trainer import observe_example
 from lr_callback.observe import Observation
+from lr_callback.pricing import Prices
 from lr_callback.probe import Probe
 
 
@@ -21,7 +22,8 @@ class Counting:
         cost: unit of the budgets; where it is multiply-adds, a network that cannot be counted is an error.
 
     Attributes:
-        required: whether budgets are in multiply-adds.
+        cost: unit of the budgets.
+        required: whether it is counted on a batch.
         observation: of one batch; None until one was seen.
 
     Raises:
@@ -30,7 +32,7 @@ class Counting:
 
     def __init__(self, cost: str) -> None:
         check_cost(cost)
-        self.required = cost == "multiply_adds"
+        self.cost, self.required = cost, cost in OBSERVED
         self._probe: Probe | None = None
         self._possible = True
         self.observation: Observation | None = None
@@ -41,9 +43,9 @@ class Counting:
         return self.required and self.observation is None
 
     @property
-    def unit(self) -> Observation | None:
-        """What costs are counted on: None for parameters, and for multiply-adds while no input was seen."""
-        return self.observation if self.required else None
+    def prices(self) -> Prices:
+        """What is paid for; not before there is an observation, where it takes one."""
+        return Prices(self.cost, self.observation)
 
     def observe_example(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count on the module's example input, where a budget in multiply-adds is due before any batch was seen.

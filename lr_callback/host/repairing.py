@@ -27,7 +27,6 @@ from lr_callback.layers import dense_bias
 from lr_callback.observe import untouched
 from lr_callback.optimizers import optimizers_in
 from lr_callback.probe import Probe
-from lr_callback.rebasing import rebase_batchnorm_
 from lr_callback.refit import Inputs, refit_
 from lr_callback.repair import correct_biases_, recalibrate_batchnorm_
 from lr_callback.report import Told, progress_line
@@ -149,10 +148,9 @@ class Repairing:
             is_refitted = self.refit is not None and self._refit(pl_module, replaced, calls, bar, options)
             if not is_refitted and importance is not None:
                 correct_biases_(pl_module, replaced, importance, calls, **options)
-            anew = recalibrate_batchnorm_ if self.batchnorm else rebase_batchnorm_ if is_refitted else None
-            if anew is not None:
+            if self.batchnorm:
                 with progress_line(bar, "BatchNorm", "batch") as progress:
-                    anew(pl_module, Told(calls, progress), **options)
+                    recalibrate_batchnorm_(pl_module, Told(calls, progress), **options)
 
     def _refit(
         self,

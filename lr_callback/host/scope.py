@@ -18,8 +18,8 @@ from lr_callback.fisher import WITHOUT
 from lr_callback.host.strategies import processes_of
 from lr_callback.importance import Importance
 from lr_callback.methods import Method, best_method, check_method
-from lr_callback.observe import Observation
 from lr_callback.optimizers import optimizers_in, with_inner
+from lr_callback.pricing import Prices
 from lr_callback.report import progress_line
 
 
@@ -64,20 +64,20 @@ class Scope:
         """The same where no batches can be had: a method that was left open needs none."""
         return self if self.chosen is not None else replace(self, chosen=check_method(None))
 
-    def check_budgets(self, pl_module: LightningModule, ratios: Iterable[float], unit: Observation | None) -> None:
+    def check_budgets(self, pl_module: LightningModule, ratios: Iterable[float], prices: Prices) -> None:
         """Refuse fractions to keep that no choice of ranks meets.
 
         Args:
             pl_module: whose layers are priced; no weight is looked at.
             ratios: fractions to keep, in (0, 1].
-            unit: calls that multiply-adds are counted on; None: costs are parameters.
+            prices: the unit of the budgets.
 
         Raises:
             ValueError: If one is out of reach; the text gives the range.
         """
-        prices = survey(pl_module, self.method, observation=unit, **self._layers)
+        surveyed = survey(pl_module, self.method, prices=prices, **self._layers)
         for keep_ratio in ratios:
-            prices.allocate(keep_ratio)
+            surveyed.allocate(keep_ratio)
 
     def check_optimizers(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse optimizers that would stop a compression, before the training.
@@ -113,13 +113,13 @@ class Scope:
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        unit: Observation | None,
+        prices: Prices,
         importance: Mapping[str, Importance] | None = None,
     ) -> Analysis:
         """Analyse the module as it stands, shared out over the processes of the run; show the progress in its bar."""
         with progress_line(trainer.progress_bar_callback) as progress:
             options = {"progress": progress, "processes": processes_of(trainer), **self._layers}
-            return analyze(pl_module, self.method, observation=unit, importance=importance, **options)
+            return analyze(pl_module, self.method, prices=prices, importance=importance, **options)
 
     @property
     def _layers(self) -> dict[str, Any]:

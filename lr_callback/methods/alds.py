@@ -51,6 +51,8 @@ class ALDS(Method):
         rank_multiple: rank times slices, the width between the two factors, must be a multiple of it.
         power: of the errors in the sum, at least 1: squares by default; the higher it is, the less is a large error of
             one layer made up for by small ones of others.
+        shrinkage: with ``activation``, how far the second moments are on the way from those that were seen to equal
+            inputs, 0 to 1 (:meth:`Importance.shrunk`): training changes what layers see.
 
     Raises:
         ValueError: If an argument is not one of the above.
@@ -73,15 +75,18 @@ class ALDS(Method):
         max_slices: int | None = None,
         rank_multiple: int = 1,
         power: float = 2,
+        shrinkage: float = 0.0,
     ) -> None:
         super().__init__(error, foldings, max_slices)
         if objective not in OBJECTIVES:
             raise ValueError(f"`objective` must be one of {list(OBJECTIVES)}, got {objective!r}.")
         check_at_least_one("rank_multiple", rank_multiple)
         _check_power(power, objective)
+        _check_shrinkage(shrinkage, error)
         self.objective = objective
         self.rank_multiple = rank_multiple
         self.power = power
+        self.shrinkage = shrinkage
 
     @property
     def takes_any_rank(self) -> bool:
@@ -136,6 +141,16 @@ def _check_power(power: object, objective: str) -> None:
         )
 
 
+def _check_shrinkage(shrinkage: object, error: str) -> None:
+    if not is_number(shrinkage) or not 0 <= shrinkage <= 1:
+        raise ValueError(f"`shrinkage` must be a number from 0 to 1, got {shrinkage!r}.")
+    if shrinkage and error != "activation":
+        raise ValueError(
+            "`shrinkage` is of the moments of the inputs, by which error='activation' weighs: leave it out, or choose "
+            f"that; got {shrinkage!r} with error={error!r}."
+        )
+
+
 def best_method(effects: bool = True) -> ALDS:
     """Return what has cost the least accuracy of all that were measured, with a refit; it needs calibration batches.
 
@@ -144,7 +159,7 @@ def best_method(effects: bool = True) -> ALDS:
 
     ``benchmarks/results/resnet20_repair.md`` and its neighbours have the tables.
     """
-    return ALDS("activation", "loss" if effects else "sum", power=4)
+    return ALDS("activation", "loss" if effects else "sum", power=4, shrinkage=0.5)
 
 
 def check_method(method: Method | None) -> Method:

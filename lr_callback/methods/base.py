@@ -51,9 +51,11 @@ class Method(ABC):
 
     Attributes:
         power: to which the errors of layers are added up, if they are.
+        shrinkage: of the inputs' moments that errors are weighted by, see :meth:`Importance.shrunk`.
     """
 
     power: float = 2
+    shrinkage: float = 0.0
 
     def __init__(
         self, error: str, foldings: Sequence[str] = ("kernel_in_encoder",), max_slices: int | None = None
@@ -92,6 +94,7 @@ class Method(ABC):
         """
         geometry, known = cost.geometry, importance or Importance()
         known.check_fits(geometry)
+        known = known.shrunk(self.shrinkage)
 
         def curves(folding: str, last: Mapping[int, int]) -> dict[int, Tensor]:
             prices = {count: cost.per_rank(folding, count) for count in last} if self.takes_any_rank else None

@@ -48,7 +48,8 @@ def test_epochs_must_name_one_and_none_twice(epochs):
 
 
 def test_unknown_cost_names_the_known_ones():
-    with pytest.raises(ValueError, match=r"`cost` must be one of \['parameters', 'multiply_adds'\], got 'flops'"):
+    units = r"\['parameters', 'multiply_adds', 'bytes'\]"
+    with pytest.raises(ValueError, match=f"`cost` must be one of {units}, got 'flops'"):
         LowRankCompression(cost="flops")
 
 

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lr_callback as lrc
 from lr_callback import ALDS, LowRankCompression
+from lr_callback.costs import COSTS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LAYERS = ["network.0", "network.3", "network.8", "network.10"]
@@ -98,10 +99,12 @@ def test_later_event_composes_back_and_allocates_anew(fit, new_module):
 @pytest.mark.parametrize("optimizer", [lambda p: SGD(p, lr=0.05), lambda p: Adam(p, lr=0.01)], ids=["sgd", "adam"])
 def test_parameters_train_after_the_cut_and_the_optimizer_holds_exactly_those(fit, new_module, new_watch, optimizer):
     module, watch = new_module(lambda one: optimizer(one.parameters())), new_watch()
-    fit(module, LowRankCompression(0.4, 1), watch, max_epochs=4)
+    fit(module, LowRankCompression(0.4, 1), watch, max_epochs=6)
     trained, cut = dict(module.named_parameters()), watch.first_weights[1]
     assert any(name.endswith("encoder.weight") for name in trained)
-    assert [name for name, value in trained.items() if torch.equal(value, cut[name])] == []
+    # A bias before BatchNorm is taken off again: its gradient is rounding.
+    rest = [name for name, value in trained.items() if torch.equal(value, cut[name])]
+    assert set(rest) <= {"network.0.bias", "network.3.bias", "network.3.decoder.bias"}
     assert all(map(math.isfinite, watch.losses))
     assert watch.losses[-1] < watch.losses[4]
     assert watch.strangers == []
@@ -282,7 +285,7 @@ def test_only_the_chosen_layers_are_factorized(fit, new_module, patterns, allowe
     assert set(factorized_in(module)) <= allowed == set(compression.allocation.layers)
 
 
-@pytest.mark.parametrize("cost", ["parameters", "multiply_adds"])
+@pytest.mark.parametrize("cost", COSTS)
 def test_run_without_an_event_is_bitwise_the_same_as_without_the_callback(fit, new_module, cost):
     runs = []
     for compression in ([], [LowRankCompression(0.5, 9, cost=cost)]):

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import lr_callback as lrc
-from lr_callback.costs import Call, LayerCost
+from lr_callback.costs import COSTS, Call, LayerCost
 from lr_callback.folding import FOLDINGS, Geometry, slice_counts
 
 TOLERANCE = 1e-10
@@ -139,8 +139,17 @@ def counted(module, inputs):
     return counter.get_total_flops() / 2
 
 
+def all_costs(model, inputs) -> dict[str, float]:
+    """Count what a model costs in every unit, from the model itself."""
+    return {
+        "parameters": sum(one.numel() for one in model.parameters()),
+        "multiply_adds": counted(model, inputs),
+        "bytes": sum(one.nbytes for one in model.state_dict().values()),
+    }
+
+
 @settings(max_examples=12, deadline=None)
-@given(keep_ratio=st.floats(0.3, 1.0), cost=st.sampled_from(["parameters", "multiply_adds"]), seed=st.integers(0, 99))
+@given(keep_ratio=st.floats(0.3, 1.0), cost=st.sampled_from(COSTS), seed=st.integers(0, 99))
 def test_the_cost_of_an_allocation_is_that_of_the_model_that_is_built(keep_ratio, cost, seed):
     torch.manual_seed(seed)
     model = nn.Sequential(
@@ -153,11 +162,10 @@ def test_the_cost_of_an_allocation_is_that_of_the_model_that_is_built(keep_ratio
     inputs = torch.zeros(2, 3, 10, 10)
     method = lrc.ALDS(foldings=list(FOLDINGS))
     allocation = lrc.allocate(model, keep_ratio, cost=cost, method=method, example_input=inputs)
-    dense = {"parameters": sum(one.numel() for one in model.parameters()), "multiply_adds": counted(model, inputs)}
-    assert allocation.dense_cost == dense[cost]
+    assert allocation.dense_cost == all_costs(model, inputs)[cost]
     report = lrc.factorize_(model, allocation)
-    built = {"parameters": report.parameters_after, "multiply_adds": counted(model, inputs)}
-    assert built[cost] == allocation.cost <= allocation.budget <= keep_ratio * allocation.dense_cost * (1 + 1e-9)
+    assert all_costs(model, inputs)[cost] == allocation.cost <= allocation.budget
+    assert allocation.budget <= keep_ratio * allocation.dense_cost * (1 + 1e-9)
     assert report.parameters_after == sum(one.numel() for one in model.parameters())
 
 

@@ -41,18 +41,21 @@ def layers(draw):
     return layer.double(), inputs.double()
 
 
-def built(layer, choice, importance):
+def built(layer, choice, importance, shrinkage=0.0):
     model = nn.Sequential(layer)
-    shape = layer_type(layer).geometry(layer).weight_shape
-    allocation = lrc.Allocation({"0": choice}, {}, {"0": shape}, 0, 1, 0, 1.0, error="activation")
+    shape, method = layer_type(layer).geometry(layer).weight_shape, ALDS("activation", shrinkage=shrinkage).to_dict()
+    allocation = lrc.Allocation({"0": choice}, {}, {"0": shape}, 0, 1, 0, 1.0, error="activation", method=method)
     lrc.factorize_(model, allocation, importance={"0": importance})
     return model[0]
 
 
-def varying(importance):
-    """Return how inputs vary, where constant errors are made up for, else their second moments."""
+def varying(importance, shrinkage=0.0):
+    """Return how inputs vary, where constant errors are made up for, else their second moments; part of it the same."""
     means = torch.zeros_like(importance.inputs[..., 0]) if importance.means is None else importance.means
-    return importance.inputs - means[:, :, None] * means[:, None, :]
+    moments = importance.inputs - means[:, :, None] * means[:, None, :]
+    groups, size, _ = moments.shape
+    equal = torch.eye(size, dtype=torch.float64) * sum(one.trace() for one in moments) / (groups * size)
+    return (1 - shrinkage) * moments + shrinkage * equal
 
 
 def lost(residual, moments, num_slices):
@@ -72,19 +75,20 @@ def lost(residual, moments, num_slices):
 def test_activation_error_is_what_the_outputs_of_slices_are_off(case, data):
     layer, inputs = case
     importance = collect_moments(nn.Sequential(layer), [inputs])["0"]
+    shrinkage = data.draw(st.sampled_from([0, 0.5, 1]))
     geometry = layer_type(layer).geometry(layer)
     weight, count = dense_weight(layer), data.draw(st.sampled_from(geometry.slice_counts()))
     cost = LayerCost(geometry)
     with workers() as crew:
-        found = ALDS("activation").candidates(weight, cost, crew, importance)
+        found = ALDS("activation", shrinkage=shrinkage).candidates(weight, cost, crew, importance)
     candidates = [one for one in found.candidates if one.num_slices == count]
     if not candidates:
         return
     rank = data.draw(st.integers(1, candidates[0].last))
-    made = built(layer, lrc.Factorization("kernel_in_encoder", count, rank, 0.0, 0, 1), importance)
+    made = built(layer, lrc.Factorization("kernel_in_encoder", count, rank, 0.0, 0, 1), importance, shrinkage)
     assert (importance.means is None) == (layer.bias is None)
-    whole = lost(weight, varying(importance), 1)
-    error = lost(weight - dense_weight(made), varying(importance), count)
+    whole = lost(weight, varying(importance, shrinkage), 1)
+    error = lost(weight - dense_weight(made), varying(importance, shrinkage), count)
     expected = candidates[0].errors[rank].item()
     if torch.isfinite(candidates[0].errors[rank]) and whole > 1e-9:
         assert error / whole == pytest.approx(expected, abs=RESOLUTION)

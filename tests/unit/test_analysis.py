@@ -8,8 +8,9 @@ from torch import nn
 
 import lr_callback as lrc
 from lr_callback.analysis import check_keep_ratio, survey
+from lr_callback.costs import COSTS
 from lr_callback.observe import observe
-from lr_callback.pricing import dense_parameters
+from lr_callback.pricing import Prices, dense_parameters
 
 
 class Special(nn.Conv2d):
@@ -117,7 +118,8 @@ def test_layers_of_one_channel_or_a_1x1_kernel_are_analysed_or_too_small():
 
 
 def test_an_unknown_cost_and_a_missing_example_are_refused(model):
-    with pytest.raises(ValueError, match=r"`cost` must be one of \['parameters', 'multiply_adds'\], got 'flops'"):
+    units = r"\['parameters', 'multiply_adds', 'bytes'\]"
+    with pytest.raises(ValueError, match=f"`cost` must be one of {units}, got 'flops'"):
         lrc.allocate(model, cost="flops")
     with pytest.raises(ValueError, match="`example_input`"):
         lrc.allocate(model, cost="multiply_adds")
@@ -137,10 +139,10 @@ def test_a_layer_that_the_example_does_not_reach_is_skipped_in_multiply_adds():
     assert allocation.dense_cost == 1024
 
 
-@pytest.mark.parametrize("unit", ["parameters", "multiply_adds"])
+@pytest.mark.parametrize("unit", COSTS)
 def test_a_survey_has_the_prices_of_an_analysis(model, unit):
-    observation = observe(model, torch.zeros(1, 3, 6, 6)) if unit == "multiply_adds" else None
-    surveyed, analysed = survey(model, observation=observation), lrc.analyze(model, observation=observation)
+    prices = Prices(unit, observe(model, torch.zeros(1, 3, 6, 6)))
+    surveyed, analysed = survey(model, prices=prices), lrc.analyze(model, prices=prices)
     assert (surveyed.unit, surveyed.dense_cost, surveyed.fixed_cost) == (unit, analysed.dense_cost, analysed.fixed_cost)
     assert surveyed.reachable == analysed.reachable
     assert (surveyed.shapes, surveyed.skipped) == (analysed.shapes, analysed.skipped)
