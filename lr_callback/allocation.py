@@ -229,8 +229,7 @@ def _check_ranges(parts: Mapping[str, Any]) -> None:
         raise ValueError("Allocation: the names of layers must be strings; the file is damaged or foreign.")
     if not all(isinstance(reason, str) for reason in parts["skipped"].values()):
         raise ValueError("Allocation: `skipped` must give each reason as a string; the file is damaged or foreign.")
-    if not is_plain(parts["method"]):
-        raise ValueError(f"Allocation: `method` must hold names, numbers and lists, got {describe(parts['method'])}.")
+    _check_method(parts["method"])
     if parts["unit"] not in COSTS:
         raise ValueError(f"Allocation: `unit` must be one of {list(COSTS)}, got {parts['unit']!r}.")
     if not 0 < parts["keep_ratio"] <= 1:
@@ -245,6 +244,15 @@ def _check_ranges(parts: Mapping[str, Any]) -> None:
         raise ValueError(f"Allocation: `weights` must be finite numbers from 0, got {describe(parts['weights'])}.")
     if parts["budget"] < 0:
         raise ValueError(f"Allocation: `budget` must not be negative, got {parts['budget']}.")
+
+
+def _check_method(method: Mapping[str, Any]) -> None:
+    """Refuse what no method writes, and a number that factors are built with and that is out of range."""
+    if not is_plain(method):
+        raise ValueError(f"Allocation: `method` must hold names, numbers and lists, got {describe(method)}.")
+    shrinkage = method.get("shrinkage", 0.0)
+    if type(shrinkage) not in (int, float) or not 0 <= shrinkage <= 1:
+        raise ValueError(f"Allocation: `shrinkage` of the method must be from 0 to 1, got {describe(shrinkage)}.")
 
 
 def _read_layer(name: str, written: object) -> Factorization | None:

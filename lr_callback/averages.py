@@ -88,7 +88,7 @@ def repaired(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, Ten
 
 
 @torch.no_grad()
-def moved(name: str, value: Tensor, before: Tensor, after: Tensor) -> Tensor:
+def moved(name: str, value: Tensor, before: Tensor, after: Tensor, eps: float = 0.0) -> Tensor:
     """Return a value of an average, changed as that of its model was: by as much, a variance or weight by its factor.
 
     Args:
@@ -96,6 +96,7 @@ def moved(name: str, value: Tensor, before: Tensor, after: Tensor) -> Tensor:
         value: of the average.
         before: that of the model before the repair.
         after: and after it.
+        eps: of the BatchNorm layer, which is added to the variance wherever that is used.
 
     Example::
 
@@ -105,8 +106,10 @@ def moved(name: str, value: Tensor, before: Tensor, after: Tensor) -> Tensor:
     former, latter = before.to(value), after.to(value)
     if not name.endswith(("running_var", "weight")):
         return value + (latter - former)
-    factor = latter / former
-    return torch.where(factor.isfinite() & (factor > 0), value * factor, value)
+    added = eps if name.endswith("running_var") else 0.0
+    factor = (latter.double() + added) / (former.double() + added)
+    result = ((value.double() + added) * factor - added).clamp(min=-torch.inf if added == 0 else 0).to(value)
+    return torch.where(factor.isfinite() & (factor > 0) & result.isfinite(), result, value)
 
 
 def nearest_decoder(weight: Tensor, encoder: Tensor, folding: str, num_slices: int, groups: int = 1) -> Tensor:

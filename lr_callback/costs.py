@@ -57,10 +57,10 @@ class LayerCost:
 
     Args:
         geometry: sizes of the weight.
-        bias: number of bias entries, 0 without one.
+        bias: what the bias counts where it is held, 0 without one.
         calls: observed calls, for ``multiply_adds``; None for what the layer holds.
         works: where the dense layer's multiply-adds arise.
-        entry: what one entry of the weight or bias that is held counts: 1 for ``parameters``, its size for ``bytes``.
+        entry: what one entry of the weight counts where it is held: 1 for ``parameters``, its size for ``bytes``.
 
     Example::
 
@@ -79,7 +79,7 @@ class LayerCost:
     @property
     def fixed(self) -> int:
         """Cost that does not depend on the form of the layer: its bias, where it is held and not worked with."""
-        return self.bias * self.entry if self.calls is None else 0
+        return self.bias if self.calls is None else 0
 
     @property
     def dense(self) -> int:

@@ -9,8 +9,10 @@ from itertools import islice
 from typing import Any, TypeVar
 from weakref import ref
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -217,6 +219,23 @@ def _meeting(model: nn.Module, take: Callable[[_BatchNorm, Tensor], None], uses:
                 stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
                 stack.callback(module.register_forward_hook(after).remove)
         yield
+
+
+def putting_back(norms: Iterable[_BatchNorm]) -> Callable[[], None]:
+    """Return what puts back parameters and statistics of BatchNorm layers as they are now, in place."""
+    kept = [
+        (value, value.detach().clone())
+        for norm in norms
+        for value in [*norm.parameters(recurse=False), *norm.buffers(recurse=False)]
+        if not is_lazy(value)
+    ]
+
+    @torch.no_grad()
+    def put_back() -> None:
+        for value, former in kept:
+            value.copy_(former)
+
+    return put_back
 
 
 def batchnorm_layers(model: nn.Module) -> list[_BatchNorm]:

@@ -119,6 +119,7 @@ class Importance:
         varying = self._varying
         if varying is None or shrinkage == 0:
             return self
+        varying = varying if varying.is_floating_point() else varying.double()
         diagonal = varying if varying.dim() == 2 else varying.diagonal(dim1=1, dim2=2)
         mixed, equal = (1 - shrinkage) * varying, shrinkage * diagonal.mean()
         (mixed if varying.dim() == 2 else mixed.diagonal(dim1=1, dim2=2)).add_(equal)

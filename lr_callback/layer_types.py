@@ -19,6 +19,7 @@ from lr_callback.layers import (
     FactorizedEmbedding,
     FactorizedLayer,
     FactorizedLinear,
+    any_weight,
     dense_bias,
     weight_of,
 )
@@ -81,8 +82,9 @@ def layer_cost(layer: nn.Module, calls: tuple[Call, ...] | None = None, in_bytes
     """
     kind, bias = layer_type(layer), dense_bias(layer)
     assert kind is not None
-    entry = next(layer.parameters()).element_size() if in_bytes else 1
-    return LayerCost(kind.geometry(layer), 0 if bias is None else bias.numel(), calls, kind.works, entry)
+    held = 0 if bias is None else bias.numel() * (bias.element_size() if in_bytes else 1)
+    entry = any_weight(layer).element_size() if in_bytes else 1
+    return LayerCost(kind.geometry(layer), held, calls, kind.works, entry)
 
 
 def saved_cost(layer: FactorizedLayer, calls: tuple[Call, ...] | None = None, in_bytes: bool = False) -> int:

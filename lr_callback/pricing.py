@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lr_callback.costs import OBSERVED, LayerCost, check_cost
@@ -67,9 +67,10 @@ def dense_parameters(model: nn.Module) -> int:
 
 
 def dense_bytes(model: nn.Module) -> int:
-    """Return the bytes of the tensors that a model's state dict holds, with all layers dense; a shared one counts once.
+    """Return the bytes of a model's parameters and persistent buffers, with all layers dense; a shared one counts once.
 
-    A file of them is larger by its header. Each entry counts by its dtype.
+    These are what a state dict holds; a file of it is larger by its header. Each entry counts by its dtype, those of a
+    sparse tensor all of them.
 
     Raises:
         ValueError: If a parameter is not initialised yet (a lazy layer).
@@ -79,16 +80,19 @@ def dense_bytes(model: nn.Module) -> int:
         >>> dense_bytes(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)))  # with a count of batches, 8 bytes
         424
     """
-    parameters = _initialised(model)
-    known = {id(parameter) for parameter in parameters}
-    buffers = {id(value): value for value in model.state_dict(keep_vars=True).values() if id(value) not in known}
-    own = sum(value.nbytes for value in [*parameters, *buffers.values()] if isinstance(value, Tensor))
+    buffers = {
+        id(value): value
+        for module in model.modules()
+        for name, value in module._buffers.items()
+        if value is not None and name not in module._non_persistent_buffers_set
+    }
+    own = sum(value.numel() * value.element_size() for value in [*_initialised(model), *buffers.values()])
     return own + sum(saved_cost(layer, in_bytes=True) for layer in replaceable_in(model).values())
 
 
 def _initialised(model: nn.Module) -> list[nn.Parameter]:
-    for name, parameter in model.named_parameters():
-        if is_lazy(parameter):
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        if is_lazy(value):
             raise ValueError(f"{name}: it is not initialised yet and cannot be counted; run one batch first.")
     return list(model.parameters())
 

@@ -16,14 +16,20 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
 from lr_callback.collect import merged
-from lr_callback.following import batchnorm_layers
+from lr_callback.following import batchnorm_layers, putting_back
 from lr_callback.moments import SecondMoments
 from lr_callback.processes import Processes
 from lr_callback.running import run_batches
 
 Batch = TypeVar("Batch")
+
+_PLAIN = frozenset(
+    f"torch.nn.modules.batchnorm.{name}" for name in ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm")
+) | {"timm.layers.norm_act.BatchNormAct2d"}
+"""Classes that multiply by the weight over the root of the variance; by name, so that nothing is imported for it."""
 
 
 @contextmanager
@@ -39,8 +45,9 @@ def rebasing(
     With ``r`` the variance after over the variance before, on the same batches, the running variance ``v`` becomes
     ``v'`` with ``v' + eps = r (v + eps)``, and the weight is multiplied by the root of ``r``. Layers are left alone
     that are frozen (in eval mode in a model in train mode, or with a weight that is not trained), that keep no
-    statistics, that have no weight or share it, and those whose inputs are not finite or that are not called. If
-    anything fails, statistics, weights and biases of all BatchNorm layers are as they were.
+    statistics, that have no weight or share it, that are of a subclass, which may compute something else, and those
+    whose inputs are not finite or that are not called; so are channels whose statistics are not finite, or would not
+    be. If anything fails, statistics, weights and biases of all BatchNorm layers are as they were.
 
     Args:
         model: on the device of the batches; it is run in eval mode, before and after.
@@ -54,7 +61,7 @@ def rebasing(
         RuntimeError: If another process failed.
     """
     norms = batchnorm_layers(model)
-    kept = [{name: value.clone() for name, value in norm.state_dict().items()} for norm in norms]
+    put_back = putting_back(norms)
     try:
         layers = _own(model, norms)
         with former:
@@ -64,23 +71,23 @@ def rebasing(
         for name in before.keys() & after.keys():
             _rebase(layers[name], before[name], after[name])
     except BaseException:
-        for norm, state in zip(norms, kept, strict=True):
-            norm.load_state_dict(state, strict=False)
+        put_back()
         raise
 
 
 def _own(model: nn.Module, norms: Iterable[_BatchNorm]) -> dict[str, _BatchNorm]:
-    """Return the layers whose weight is theirs alone, and is trained."""
+    """Return the layers that compute what they are called, and whose weight is theirs alone, and is trained."""
     uses: dict[int, int] = {}
     for module in model.modules():
         for value in module._parameters.values():
             uses[id(value)] = uses.get(id(value), 0) + 1
     names = {module: name for name, module in model.named_modules()}
-    weights = {norm: norm._parameters.get("weight") for norm in norms if norm.running_var is not None}
+    plain = [norm for norm in norms if f"{type(norm).__module__}.{type(norm).__qualname__}" in _PLAIN]
+    weights = {norm: norm._parameters.get("weight") for norm in plain if norm.running_var is not None}
     return {
         names[norm]: norm
         for norm, weight in weights.items()
-        if weight is not None and weight.requires_grad and uses[id(weight)] == 1
+        if weight is not None and weight.requires_grad and not is_lazy(weight) and uses[id(weight)] == 1
     }
 
 
@@ -111,7 +118,7 @@ def _watched(layers: Mapping[str, _BatchNorm]) -> Iterator[dict[str, SecondMomen
     moments: dict[str, SecondMoments] = {}
 
     def see(name: str, inputs: Tensor) -> None:
-        rows = inputs.detach().transpose(1, -1).reshape(1, -1, inputs.shape[1])
+        rows = inputs.transpose(1, -1).reshape(1, -1, inputs.shape[1])
         if name not in moments:
             moments[name] = SecondMoments(rows.shape[2], diagonal=True, sync_on_compute=False).to(rows.device)
         if bool(rows.isfinite().all()):
@@ -131,9 +138,13 @@ def _watched(layers: Mapping[str, _BatchNorm]) -> Iterator[dict[str, SecondMomen
 
 @torch.no_grad()
 def _rebase(norm: _BatchNorm, before: Tensor, after: Tensor) -> None:
-    assert norm.running_var is not None
-    former = norm.running_var.double() + norm.eps
+    variance, weight = norm.running_var, norm.weight
+    assert variance is not None
+    former = variance.double() + norm.eps
     ratio = ((after + norm.eps) / (before + norm.eps)).to(former.device)
     latter = (ratio * former).clamp(min=norm.eps)
-    norm.weight.mul_((latter / former).sqrt().to(norm.weight))
-    norm.running_var.copy_(latter - norm.eps)
+    root = (latter / former).sqrt()
+    expected, scaled = (latter - norm.eps).to(variance), (weight * root).to(weight)
+    is_sound = (root > 0) & root.isfinite() & expected.isfinite() & scaled.isfinite()
+    variance.copy_(torch.where(is_sound, expected, variance))
+    weight.copy_(torch.where(is_sound, scaled, weight))

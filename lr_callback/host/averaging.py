@@ -107,9 +107,15 @@ def followers(
         prefix = _prefix_of(pl_module, average)
         if prefix is not None:
             own, held = _below(prefix, made), _tensors(average)
-            values = {name: moved(name, held[name], *change) for name, change in _below(prefix, changed).items()}
+            moves = _below(prefix, changed).items()
+            values = {name: moved(name, held[name], *change, _eps(average, name)) for name, change in moves}
             found.append(Follower(average, averaged_layers(average, _below(prefix, former), own), values))
     return found
+
+
+def _eps(module: nn.Module, name: str) -> float:
+    """Return what the BatchNorm layer that holds a value adds to variances; 0 for another layer."""
+    return float(getattr(module.get_submodule(name.rpartition(".")[0]), "eps", 0.0))
 
 
 def _below(prefix: str, named: Mapping[str, Value]) -> dict[str, Value]:

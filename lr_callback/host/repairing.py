@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lr_callback.collect import collect_moments
 from lr_callback.effects import measure_effects
 from lr_callback.fisher import fisher_importance
-from lr_callback.following import batchnorm_layers
+from lr_callback.following import batchnorm_layers, putting_back
 from lr_callback.gains import batchnorm_importance
 from lr_callback.host.calibration import WAYS_OUT, calibration_calls, isolated_rng
 from lr_callback.host.scope import Scope
@@ -137,8 +137,7 @@ class Repairing:
             return
         processes = processes_of(trainer)
         bar = trainer.progress_bar_callback
-        for norm in batchnorm_layers(pl_module):
-            undo.callback(norm.load_state_dict, {n: v.clone() for n, v in norm.state_dict().items()}, strict=False)
+        undo.callback(putting_back(batchnorm_layers(pl_module)))
         for bias in [dense_bias(layer) for layer in made.values()]:
             if bias is not None:  # it is the one of the layer that stands there, too
                 undo.callback(_set, bias, bias.detach().clone())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lr_callback.layers.base import FactorizedLayer as FactorizedLayer
+from lr_callback.layers.base import any_weight as any_weight
 from lr_callback.layers.base import dense_bias as dense_bias
 from lr_callback.layers.base import weight_of as weight_of
 from lr_callback.layers.convolution import FactorizedConv1d as FactorizedConv1d

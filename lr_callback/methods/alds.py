@@ -86,7 +86,7 @@ class ALDS(Method):
         self.objective = objective
         self.rank_multiple = rank_multiple
         self.power = power
-        self.shrinkage = shrinkage
+        self.shrinkage = float(shrinkage)
 
     @property
     def takes_any_rank(self) -> bool:

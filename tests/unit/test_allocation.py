@@ -126,6 +126,13 @@ def test_weights_are_written_and_a_file_from_before_there_were_any_has_none():
     assert Allocation.from_dict(damaged("weights", drop=True)) == example(weights={})
 
 
+@pytest.mark.parametrize("value", [-0.1, 1.5, float("nan"), "0.5", None, True, [1]])
+def test_a_shrinkage_that_no_method_has_is_refused(value):
+    written = {**example().to_dict(), "method": {"name": "ALDS", "shrinkage": value}}
+    with pytest.raises(ValueError, match=r"^Allocation: `shrinkage` of the method must be from 0 to 1, got "):
+        Allocation.from_dict(written)
+
+
 @pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf"), "1", True])
 def test_weights_that_none_can_be_are_refused(value):
     with pytest.raises(ValueError, match=r"Allocation: `weights` must be finite numbers from 0, got dict"):

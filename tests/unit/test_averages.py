@@ -84,6 +84,9 @@ def test_what_a_repair_changes_besides_factors_is_named_and_moves_an_average_as_
     assert moved("1.running_var", own, former, latter) == moved("1.weight", own, former, latter) == 1.5
     assert moved("1.running_var", own, 0 * former, latter) == 3, "no factor: it stays"
     assert moved("0.bias", own.half(), former, latter).dtype == torch.half
+    zero = torch.zeros(1)
+    assert moved("1.running_var", zero, zero, latter, eps=1e-5) == 0.5, "one that equals the model's goes on to do so"
+    assert moved("1.running_var", own, zero, torch.tensor([torch.inf]), eps=1e-5) == 3
 
 
 def networks():

@@ -58,6 +58,33 @@ def test_a_budget_in_bytes_is_one_in_parameters_where_all_have_one_dtype():
     assert ranks[0] == ranks[1] and one.cost == 4 * other.cost
 
 
+def test_each_tensor_counts_by_its_own_dtype():
+    model = network()
+    weight = model[0].weight
+    del model[0].weight  # and is put after the bias
+    model[0].register_parameter("weight", nn.Parameter(weight.detach().half()))
+    allocation = lrc.allocate(model, 0.5, cost="bytes")
+    assert allocation.layers["0"].dense_cost == 64 * 64 * 2 + 64 * 4
+    lrc.factorize_(model, allocation)
+    assert allocation.cost == size(model)
+
+
+class Plain(nn.Module):
+    """Has a state dict of its own making, and a sparse buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(64, 64)
+        self.register_buffer("graph", torch.eye(4).to_sparse())
+
+    def state_dict(self):
+        return {"weights": list(self.parameters())}
+
+
+def test_bytes_do_not_depend_on_how_a_state_dict_is_made():
+    assert dense_bytes(Plain()) == 4 * (64 * 65 + 4 * 4)
+
+
 def test_multiply_adds_take_a_run_of_the_model():
     with pytest.raises(ValueError, match=r"^cost='multiply_adds' is counted on a run of the model, and there is none"):
         Prices("multiply_adds")

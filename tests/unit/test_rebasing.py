@@ -126,7 +126,24 @@ def not_called(model):
     model.spare, model.norm = model.norm, nn.Identity()
 
 
+class ChannelsAtTheEnd(nn.BatchNorm1d):
+    def forward(self, inputs):
+        return super().forward(inputs.unsqueeze(1).transpose(1, 2)).transpose(1, 2).squeeze(1)
+
+
+class AboutOne(nn.BatchNorm1d):
+    def forward(self, inputs):
+        return nn.functional.batch_norm(inputs, self.running_mean, self.running_var, 1 + self.weight, self.bias)
+
+
+def infinite(model):
+    model.norm.running_var.fill_(torch.inf)
+
+
 LEFT_ALONE = {
+    "infinite statistics": infinite,
+    "other axes": lambda model: setattr(model, "norm", ChannelsAtTheEnd(3)),
+    "another use of the weight": lambda model: setattr(model, "norm", AboutOne(3)),
     "frozen": lambda model: model.norm.eval(),
     "shared": shared,
     "untrained": untrained,
@@ -157,6 +174,34 @@ def test_a_layer_whose_inputs_are_not_finite_is_left_alone_and_others_are_not():
     rebase(model, [torch.randn(8, 2), torch.full((8, 2), torch.inf), torch.randn(8, 2)])
     assert same(state(model.norm), before)
     assert not torch.equal(model.other.running_var, torch.ones(2))
+
+
+class Noted(nn.BatchNorm1d):
+    """Writes more than tensors into a state dict."""
+
+    def get_extra_state(self):
+        return {"notes": 1}
+
+    def set_extra_state(self, state):
+        pass
+
+
+@pytest.mark.parametrize("spare", [Noted(3), nn.LazyBatchNorm1d()], ids=["extra state", "lazy"])
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+def test_other_layers_are_no_hindrance(spare):
+    model = Scaled(nn.BatchNorm1d(3), 1.0)
+    model.spare = spare
+    rebase(model, [torch.randn(64, 3)])
+    assert (model.norm.weight < 0.5).all()
+
+
+def test_what_would_not_fit_the_dtype_stays():
+    norm = nn.BatchNorm1d(2).half()
+    norm.running_var.fill_(60000)
+    model, inputs = Scaled(norm, torch.tensor([1.0, 1.0]).half()), torch.randn(64, 2).half()
+    rebase(model, [inputs], torch.tensor([3.0, 0.5]).half())
+    assert norm.running_var[0] == 60000 and norm.weight[0] == 1, "nine times as much is infinite"
+    assert norm.weight[1].item() == pytest.approx(0.5, abs=1e-2)
 
 
 def test_modes_momentum_counts_means_and_biases_are_left_alone():
