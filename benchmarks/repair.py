@@ -31,7 +31,7 @@ WAYS: Mapping[str, lrc.Method] = {
     "activation, sum of squares": lrc.ALDS("activation", "sum"),
     "activation, sum of fourth powers": lrc.ALDS("activation", "sum", power=4),
     "activation, loss, fourth powers": lrc.ALDS("activation", "loss", power=4),
-    "the same, moments shrunk": lrc.ALDS("activation", "loss", power=4, shrinkage=0.5),
+    "the default: the same, moments shrunk": lrc.ALDS("activation", "loss", power=4, shrinkage=0.5),
 }
 REPAIRS = ("none", "decoder, dense inputs", "both, dense inputs", "decoder, cut inputs", "both, cut inputs")
 RATIOS = (0.8, 0.7, 0.5, 0.35, 0.25, 0.2)
