@@ -106,9 +106,11 @@ def moved(name: str, value: Tensor, before: Tensor, after: Tensor, eps: float = 
     former, latter = before.to(value), after.to(value)
     if not name.endswith(("running_var", "weight")):
         return value + (latter - former)
-    added = eps if name.endswith("running_var") else 0.0
+    is_variance = name.endswith("running_var")
+    added = eps if is_variance else 0.0
     factor = (latter.double() + added) / (former.double() + added)
-    result = ((value.double() + added) * factor - added).clamp(min=-torch.inf if added == 0 else 0).to(value)
+    scaled = (value.double() + added) * factor - added
+    result = (scaled.clamp(min=0) if is_variance else scaled).to(value)
     return torch.where(factor.isfinite() & (factor > 0) & result.isfinite(), result, value)
 
 

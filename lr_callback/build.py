@@ -118,11 +118,7 @@ def build_layers(
             warn_of_attached({name: weights_held(targets[name]) for name in pending})
         return {
             name: _rebuild(
-                name,
-                targets[name],
-                chosen[name],
-                crew if owner == processes.rank else None,
-                known[name].shrunk(shrinkage) if name in known else None,
+                name, targets[name], chosen[name], crew if owner == processes.rank else None, known.get(name), shrinkage
             )
             for name, owner in owners.items()
         }
@@ -144,7 +140,12 @@ def _is_as_chosen(layer: nn.Module, choice: Factorization | None) -> bool:
 
 
 def _rebuild(
-    name: str, layer: nn.Module, choice: Factorization | None, crew: Workers | None, importance: Importance | None
+    name: str,
+    layer: nn.Module,
+    choice: Factorization | None,
+    crew: Workers | None,
+    importance: Importance | None,
+    shrinkage: float,
 ) -> nn.Module:
     """Return the layer as chosen; without a crew its factors are not set, another process has them."""
     if choice is None:
@@ -153,7 +154,7 @@ def _rebuild(
     made = skeleton(layer, choice)
     if crew is None:
         return made
-    made.set_factors(*factors(dense_weight(layer), made.geometry(made), choice, crew, importance))
+    made.set_factors(*factors(dense_weight(layer), made.geometry(made), choice, crew, importance, shrinkage))
     if not all(bool(torch.isfinite(factor).all()) for factor in made.factors):
         raise ValueError(
             f"{name}: the factors must be finite, found NaN or infinity in those of rank {choice.rank} in "
@@ -167,7 +168,12 @@ def _structure(layer: FactorizedLayer) -> tuple[str, int, int]:
 
 
 def factors(
-    weight: Tensor, geometry: Geometry, choice: Factorization, crew: Workers, importance: Importance | None = None
+    weight: Tensor,
+    geometry: Geometry,
+    choice: Factorization,
+    crew: Workers,
+    importance: Importance | None = None,
+    shrinkage: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Return the encoder's and the decoder's weight of a dense weight, float64, in the order of axes of ``folding``.
 
@@ -177,8 +183,9 @@ def factors(
         choice: what it becomes.
         crew: where the decompositions are computed.
         importance: of its inputs and outputs, by which the error is weighted; None: all count the same.
+        shrinkage: of the method, see :meth:`Importance.shrunk`.
     """
-    folding, num_slices, importance = choice.folding, choice.num_slices, importance or Importance()
+    folding, num_slices, importance = choice.folding, choice.num_slices, (importance or Importance()).shrunk(shrinkage)
     matrix, moments = weighted_fold(weight, folding, geometry, importance)
     slices, rows = split(matrix, num_slices), importance.of_rows(geometry, folding)
     if moments is None:

@@ -165,8 +165,8 @@ def _stand_ins(
             candidates = alone.candidates(dense_weight(layer), costs[name], crew, known)
             choice = _about(candidates, share)
             if choice is not None:
-                weighted = None if known is None else known.shrunk(method.shrinkage)
-                made[name] = _stand_in(layer, costs[name], choice, crew, weighted), float(choice[0].errors[choice[1]])
+                form = _stand_in(layer, costs[name], choice, crew, known, method.shrinkage)
+                made[name] = form, float(choice[0].errors[choice[1]])
     return made
 
 
@@ -180,13 +180,18 @@ def _about(layer: LayerCandidates, share: float) -> Choice:
 
 
 def _stand_in(
-    layer: nn.Module, cost: LayerCost, choice: Choice, crew: Workers, importance: Importance | None
+    layer: nn.Module,
+    cost: LayerCost,
+    choice: Choice,
+    crew: Workers,
+    importance: Importance | None,
+    shrinkage: float,
 ) -> nn.Module:
     assert choice is not None
     candidate, rank = choice
     form = Factorization(candidate.folding, candidate.num_slices, rank, 0.0, candidate.cost(rank), cost.dense)
     made, weight = skeleton(layer, form), dense_weight(layer)
-    made.set_factors(*factors(weight, cost.geometry, form, crew, importance))
+    made.set_factors(*factors(weight, cost.geometry, form, crew, importance, shrinkage))
     shift = None if importance is None else importance.shift(weight.double() - dense_weight(made).double())
     if shift is not None:  # a constant that is made up for after a cut is no effect of it
         bias = dense_bias(layer)

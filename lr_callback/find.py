@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from lr_callback.holders import held_elsewhere, shared_memory
-from lr_callback.layer_types import LAYER_TYPES, dense_weight, layer_type
+from lr_callback.holders import held_elsewhere, owners_of_parameters, shared_memory
+from lr_callback.layer_types import LAYER_TYPES, dense_weight, full_name, layer_type
 from lr_callback.layers import FactorizedLayer
 from lr_callback.table import readable
 from lr_callback.traps import COMPUTED, around, factor_trap, holds_weight, layer_trap, weight_trap
@@ -116,16 +116,12 @@ class _Holders:
 
 
 def _holders(model: nn.Module) -> _Holders:
-    owners: dict[int, list[str]] = {}
     wanted: list[nn.Module | Tensor] = []
-    for name, layer in model.named_modules():
-        for parameter in layer._parameters.values():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append(name)
+    for layer in model.modules():
         if layer_type(layer) is not None:
             weights = [] if (weight := layer._parameters.get("weight")) is None else [weight]
             wanted += [layer, *weights]
-    return _Holders(owners, shared_memory(model), held_elsewhere(model, wanted))
+    return _Holders(owners_of_parameters(model), shared_memory(model), held_elsewhere(model, wanted))
 
 
 def _refusal(name: str, layer: nn.Module, inside: str | None, holders: _Holders) -> str | None:
@@ -159,7 +155,7 @@ def _class_of(layer: nn.Module) -> str:
     """Name the class of a layer; in full where a known type has the same name."""
     kind = type(layer)
     is_namesake = any(kind.__name__ == known.rpartition(".")[2] for known in LAYER_TYPES)
-    return f"{kind.__module__}.{kind.__qualname__}" if is_namesake else kind.__name__
+    return full_name(kind) if is_namesake else kind.__name__
 
 
 def _shared(weight: nn.Parameter, name: str, holders: _Holders) -> str | None:

@@ -9,7 +9,6 @@ from itertools import islice
 from typing import Any, TypeVar
 from weakref import ref
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
@@ -90,7 +89,7 @@ def following(model: nn.Module, layers: Iterable[nn.Module], meet: Meet | None =
             if meet is not None:
                 meet(layer, norm, inputs)
 
-    with _Uses(found) as uses, _meeting(model, take, uses), watching(layers, leave):
+    with _Uses(found) as uses, _at_work(model, take, uses), watching(layers, leave):
         yield found
 
 
@@ -202,40 +201,41 @@ def _version(tensor: Tensor) -> int:
 
 
 @contextmanager
-def _meeting(model: nn.Module, take: Callable[[_BatchNorm, Tensor], None], uses: _Uses) -> Iterator[None]:
-    """Tell of each call of a BatchNorm layer before it happens, and note when one is at work."""
+def meeting(norms: Iterable[_BatchNorm], take: Callable[[_BatchNorm, Tensor], None]) -> Iterator[None]:
+    """Tell of each call of some BatchNorm layers and what they take, before it happens."""
 
     def before(norm: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         assert isinstance(norm, _BatchNorm)
         take(norm, arguments[0] if arguments else named["input"])
-        uses.inside += 1
-
-    def after(norm: nn.Module, arguments: tuple[Any, ...], outputs: object) -> None:
-        uses.inside -= 1
 
     with ExitStack() as stack:
-        for module in model.modules():
-            if isinstance(module, _BatchNorm):
-                stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-                stack.callback(module.register_forward_hook(after).remove)
+        for norm in norms:
+            stack.callback(norm.register_forward_pre_hook(before, with_kwargs=True).remove)
         yield
 
 
-def putting_back(norms: Iterable[_BatchNorm]) -> Callable[[], None]:
-    """Return what puts back parameters and statistics of BatchNorm layers as they are now, in place."""
-    kept = [
-        (value, value.detach().clone())
-        for norm in norms
-        for value in [*norm.parameters(recurse=False), *norm.buffers(recurse=False)]
-        if not is_lazy(value)
-    ]
+@contextmanager
+def _at_work(model: nn.Module, take: Callable[[_BatchNorm, Tensor], None], uses: _Uses) -> Iterator[None]:
+    """Tell of each call of a BatchNorm layer before it happens, and note when one is at work."""
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
 
-    @torch.no_grad()
-    def put_back() -> None:
-        for value, former in kept:
-            value.copy_(former)
+    def enter(norm: _BatchNorm, inputs: Tensor) -> None:
+        take(norm, inputs)
+        uses.inside += 1
 
-    return put_back
+    def leave(norm: nn.Module, arguments: tuple[Any, ...], outputs: object) -> None:
+        uses.inside -= 1
+
+    with meeting(norms, enter), ExitStack() as stack:
+        for norm in norms:
+            stack.callback(norm.register_forward_hook(leave).remove)
+        yield
+
+
+def held_by(norms: Iterable[_BatchNorm]) -> list[Tensor]:
+    """Return the parameters and statistics of BatchNorm layers, but those that are not initialised yet."""
+    every = (value for norm in norms for value in [*norm.parameters(recurse=False), *norm.buffers(recurse=False)])
+    return [value for value in every if not is_lazy(value)]
 
 
 def batchnorm_layers(model: nn.Module) -> list[_BatchNorm]:

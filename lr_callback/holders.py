@@ -162,6 +162,16 @@ def _cells(function: FunctionType) -> Iterator[object]:
             continue
 
 
+def owners_of_parameters(model: nn.Module) -> dict[int, list[str]]:
+    """Return the id of each parameter of a model -> the names of the modules that have it; of a tied one several."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(name)
+    return owners
+
+
 def shared_memory(model: nn.Module) -> dict[int, list[str]]:
     """Find the different parameters and buffers of a model that lie in the same memory.
 

@@ -100,10 +100,11 @@ class Importance:
         return varying
 
     def shrunk(self, shrinkage: float) -> Importance:
-        """Return it with second moments on the way from those that were seen to equal ones.
+        """Return it with second moments on the way from those that were seen to equal ones, for errors and factors.
 
         ``(1 - s) C + s t I``, with ``C`` the moments about the means that are known, and ``t`` the mean of its diagonal
-        over all groups. Training changes the inputs of a layer, and what does not occur now may occur then.
+        over all groups; the means are in it, then. Training changes the inputs of a layer, and what does not occur now
+        may occur then.
 
         Args:
             shrinkage: ``s``, 0 to 1.
@@ -123,10 +124,7 @@ class Importance:
         diagonal = varying if varying.dim() == 2 else varying.diagonal(dim1=1, dim2=2)
         mixed, equal = (1 - shrinkage) * varying, shrinkage * diagonal.mean()
         (mixed if varying.dim() == 2 else mixed.diagonal(dim1=1, dim2=2)).add_(equal)
-        if self.means is not None:
-            means = self.means.to(mixed)
-            mixed += means.square() if varying.dim() == 2 else means.unsqueeze(2) * means.unsqueeze(1)
-        return replace(self, inputs=mixed)
+        return replace(self, inputs=mixed, means=None)
 
     def shift(self, change: Tensor) -> Tensor | None:
         """Return what a change of the weight changes the mean of the outputs by; None where that counts as an error.

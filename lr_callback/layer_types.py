@@ -25,19 +25,20 @@ from lr_callback.layers import (
 )
 
 
-def _name(layer: type[nn.Module]) -> str:
-    return f"{layer.__module__}.{layer.__qualname__}"
+def full_name(kind: type) -> str:
+    """Return the name of a class with that of its module, by which it is known before it is imported."""
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 LAYER_TYPES: Mapping[str, type[FactorizedLayer]] = {
-    _name(nn.Linear): FactorizedLinear,
-    _name(nn.Conv1d): FactorizedConv1d,
-    _name(nn.Conv2d): FactorizedConv2d,
-    _name(nn.Conv3d): FactorizedConv3d,
-    _name(nn.ConvTranspose1d): FactorizedConvTranspose1d,
-    _name(nn.ConvTranspose2d): FactorizedConvTranspose2d,
-    _name(nn.ConvTranspose3d): FactorizedConvTranspose3d,
-    _name(nn.Embedding): FactorizedEmbedding,
+    full_name(nn.Linear): FactorizedLinear,
+    full_name(nn.Conv1d): FactorizedConv1d,
+    full_name(nn.Conv2d): FactorizedConv2d,
+    full_name(nn.Conv3d): FactorizedConv3d,
+    full_name(nn.ConvTranspose1d): FactorizedConvTranspose1d,
+    full_name(nn.ConvTranspose2d): FactorizedConvTranspose2d,
+    full_name(nn.ConvTranspose3d): FactorizedConvTranspose3d,
+    full_name(nn.Embedding): FactorizedEmbedding,
     "transformers.pytorch_utils.Conv1D": FactorizedConv1D,
     # Subclasses that compute what torch's class does, and differ in how they are made, or in the order of one sum.
     "timm.layers.linear.Linear": FactorizedLinear,
@@ -53,7 +54,7 @@ _FACTORIZED = frozenset(LAYER_TYPES.values())
 def layer_type(layer: nn.Module) -> type[FactorizedLayer] | None:
     """Return the row of a dense or factorized layer, None if its type is not in the table."""
     kind = type(layer)
-    return next((row for row in _FACTORIZED if row is kind), None) or LAYER_TYPES.get(_name(kind))
+    return next((row for row in _FACTORIZED if row is kind), None) or LAYER_TYPES.get(full_name(kind))
 
 
 def dense_weight(layer: nn.Module) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -182,6 +182,18 @@ def as_written() -> Iterator[None]:
     with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
         warnings.filterwarnings("ignore", message="Using `torch.compile.module.` when there are global hooks")
         yield
+
+
+def putting_back(values: Iterable[Tensor]) -> Callable[[], None]:
+    """Return what gives tensors the values again that they have now, in place."""
+    kept = [(value, value.detach().clone()) for value in values]
+
+    @torch.no_grad()
+    def put_back() -> None:
+        for value, former in kept:
+            value.copy_(former)
+
+    return put_back
 
 
 @contextmanager

@@ -10,7 +10,7 @@ eval mode is as it was, and train mode begins with the network that the refit ha
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TypeVar
 
 import torch
@@ -19,8 +19,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from lr_callback.collect import merged
-from lr_callback.following import batchnorm_layers, putting_back
+from lr_callback.following import batchnorm_layers, held_by, meeting
+from lr_callback.holders import owners_of_parameters
+from lr_callback.layer_types import full_name
 from lr_callback.moments import SecondMoments
+from lr_callback.observe import putting_back
 from lr_callback.processes import Processes
 from lr_callback.running import run_batches
 
@@ -61,7 +64,7 @@ def rebasing(
         RuntimeError: If another process failed.
     """
     norms = batchnorm_layers(model)
-    put_back = putting_back(norms)
+    put_back = putting_back(held_by(norms))
     try:
         layers = _own(model, norms)
         with former:
@@ -77,17 +80,14 @@ def rebasing(
 
 def _own(model: nn.Module, norms: Iterable[_BatchNorm]) -> dict[str, _BatchNorm]:
     """Return the layers that compute what they are called, and whose weight is theirs alone, and is trained."""
-    uses: dict[int, int] = {}
-    for module in model.modules():
-        for value in module._parameters.values():
-            uses[id(value)] = uses.get(id(value), 0) + 1
+    owners = owners_of_parameters(model)
     names = {module: name for name, module in model.named_modules()}
-    plain = [norm for norm in norms if f"{type(norm).__module__}.{type(norm).__qualname__}" in _PLAIN]
+    plain = [norm for norm in norms if full_name(type(norm)) in _PLAIN]
     weights = {norm: norm._parameters.get("weight") for norm in plain if norm.running_var is not None}
     return {
         names[norm]: norm
         for norm, weight in weights.items()
-        if weight is not None and weight.requires_grad and not is_lazy(weight) and uses[id(weight)] == 1
+        if weight is not None and weight.requires_grad and not is_lazy(weight) and len(owners[id(weight)]) == 1
     }
 
 
@@ -116,9 +116,10 @@ def _variances(
 def _watched(layers: Mapping[str, _BatchNorm]) -> Iterator[dict[str, SecondMoments]]:
     """Measure what comes into some layers; of what is not finite the moments are NaN."""
     moments: dict[str, SecondMoments] = {}
+    names = {norm: name for name, norm in layers.items()}
 
-    def see(name: str, inputs: Tensor) -> None:
-        rows = inputs.transpose(1, -1).reshape(1, -1, inputs.shape[1])
+    def see(norm: _BatchNorm, inputs: Tensor) -> None:
+        name, rows = names[norm], inputs.transpose(1, -1).reshape(1, -1, inputs.shape[1])
         if name not in moments:
             moments[name] = SecondMoments(rows.shape[2], diagonal=True, sync_on_compute=False).to(rows.device)
         if bool(rows.isfinite().all()):
@@ -126,13 +127,7 @@ def _watched(layers: Mapping[str, _BatchNorm]) -> Iterator[dict[str, SecondMomen
         else:
             moments[name].total.fill_(torch.nan)
 
-    with ExitStack() as stack:
-        for name, norm in layers.items():
-
-            def tell(_: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], name: str = name) -> None:
-                see(name, inputs[0] if inputs else named["input"])
-
-            stack.callback(norm.register_forward_pre_hook(tell, with_kwargs=True).remove)
+    with meeting(names, see):
         yield moments
 
 

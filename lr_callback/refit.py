@@ -25,7 +25,7 @@ from lr_callback.layers import FactorizedLayer, dense_bias
 from lr_callback.layerwise import Progress
 from lr_callback.lockstep import Walk, mixed, walks
 from lr_callback.moments import SecondMoments
-from lr_callback.observe import as_written, untouched
+from lr_callback.observe import as_written, putting_back, untouched
 from lr_callback.processes import Processes
 from lr_callback.rebasing import rebasing
 from lr_callback.running import run_batches, runner
@@ -100,7 +100,7 @@ def refit_(
     layers = {name: model.get_submodule(name) for name in replaced}
     students = {name: layer for name, layer in layers.items() if isinstance(layer, FactorizedLayer)}
     fits = {name: fit_of(layer, replaced[name], factors == "decoder") for name, layer in students.items()}
-    kept = {name: [value.clone() for value in _values(layer)] for name, layer in students.items()}
+    put_back = putting_back(value for layer in students.values() for value in _values(layer))
     processes = processes or Processes()
     before = standing_in(model, {layer: replaced[name] for name, layer in students.items()})
     around = rebasing(model, before, batches, forward, processes)
@@ -113,10 +113,7 @@ def refit_(
                 fit.settle()
         return left
     except BaseException:
-        with torch.no_grad():
-            for name, layer in students.items():
-                for value, former in zip(_values(layer), kept[name], strict=True):
-                    value.copy_(former)
+        put_back()
         raise
 
 

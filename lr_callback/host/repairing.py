@@ -7,24 +7,23 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import Tensor, nn
+from torch import nn
 
 from lr_callback.collect import collect_moments
 from lr_callback.effects import measure_effects
 from lr_callback.fisher import fisher_importance
-from lr_callback.following import batchnorm_layers, putting_back
+from lr_callback.following import batchnorm_layers, held_by
 from lr_callback.gains import batchnorm_importance
 from lr_callback.host.calibration import WAYS_OUT, calibration_calls, isolated_rng
 from lr_callback.host.scope import Scope
 from lr_callback.host.strategies import processes_of
 from lr_callback.importance import Importance
 from lr_callback.layers import dense_bias
-from lr_callback.observe import untouched
+from lr_callback.observe import putting_back, untouched
 from lr_callback.optimizers import optimizers_in
 from lr_callback.probe import Probe
 from lr_callback.refit import Inputs, refit_
@@ -137,10 +136,9 @@ class Repairing:
             return
         processes = processes_of(trainer)
         bar = trainer.progress_bar_callback
-        undo.callback(putting_back(batchnorm_layers(pl_module)))
-        for bias in [dense_bias(layer) for layer in made.values()]:
-            if bias is not None:  # it is the one of the layer that stands there, too
-                undo.callback(_set, bias, bias.detach().clone())
+        # A layer's bias is that of the layer that stands there, too.
+        biases = [bias for layer in made.values() if (bias := dense_bias(layer)) is not None]
+        undo.callback(putting_back([*biases, *held_by(batchnorm_layers(pl_module))]))
         replaced = {name: targets[name] for name in made}
         options: dict[str, Any] = {"forward": Probe.repeat, "processes": processes}
         with isolated_rng(), standing_in(pl_module, {targets[name]: layer for name, layer in made.items()}):
@@ -185,11 +183,6 @@ _WITHOUT = (
     "is not tried, with refit='cut' it is an error."
 )
 """Why less than the best is done where nothing was asked for."""
-
-
-def _set(parameter: nn.Parameter, value: Tensor) -> None:
-    with torch.no_grad():
-        parameter.copy_(value)
 
 
 EFFECTS = 2

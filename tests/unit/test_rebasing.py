@@ -14,6 +14,7 @@ from lr_callback.processes import Processes
 from lr_callback.rebasing import rebasing
 from lr_callback.recipes import CifarResNet
 from lr_callback.surgery import standing_in
+from tests.unit.test_repair import same, state
 
 KINDS = {
     "1d": (nn.BatchNorm1d, ()),
@@ -21,14 +22,6 @@ KINDS = {
     "2d": (nn.BatchNorm2d, (4, 3)),
     "3d": (nn.BatchNorm3d, (2, 2, 3)),
 }
-
-
-def state(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def same(one, other, but=()) -> bool:
-    return all(torch.equal(value, other[name]) for name, value in one.items() if not name.endswith(but))
 
 
 class Scaled(nn.Module):
