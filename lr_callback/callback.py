@@ -60,6 +60,11 @@ class LowRankCompression(Checkpointed):
         refit: refit the factors at each compression by least squares (:mod:`lr_callback.refit`), layer after layer on
             the inputs that the compressed network gives them (``cut``), or at once on those of the network before it
             (``dense``); ``auto``: as ``cut`` where the training can be run for it, else a warning; None: not at all.
+        correct_biases: let a layer's bias, or the mean of the BatchNorm that takes its outputs, make up for what these
+            are off on average, as a part of the refit or without one (:func:`lr_callback.repair.correct_biases_`); where it
+            is off, a constant error counts as any other.
+        rebase_batchnorm: after a refit let trained BatchNorm layers expect the variances of the refitted network
+            (:mod:`lr_callback.rebasing`): otherwise a network that is right in eval mode begins to train as another.
         recalibrate_batchnorm: measure the statistics of BatchNorm layers anew at each compression.
         calibration_batches: number of training batches, on each process, that these take, an error that is weighted by
             activations, and the objective ``loss``: from a copy of the training loader, with its augmentation.
@@ -100,6 +105,8 @@ class LowRankCompression(Checkpointed):
         optimizer_state: OptimizerState = "reset",
         learning_rate_rewind: bool = False,
         refit: Refit | None = "auto",
+        correct_biases: bool = True,
+        rebase_batchnorm: bool = True,
         recalibrate_batchnorm: bool = False,
         calibration_batches: int = 8,
         distill: float | None = None,
@@ -111,7 +118,7 @@ class LowRankCompression(Checkpointed):
         super().__init__(cost, distill, distill_temperature, learning_rate_rewind)
         check_optimizer_state(optimizer_state)
         self.schedule = Schedule(keep_ratio, epochs, ramp, when)
-        self.repairing = Repairing(refit, recalibrate_batchnorm, calibration_batches)
+        self.repairing = Repairing(refit, recalibrate_batchnorm, calibration_batches, correct_biases, rebase_batchnorm)
         self.scope = Scope(method, include, exclude, embeddings)
         self.optimizer_state = optimizer_state
         self.show_table, self.snapshots, self.reset_monitors = show_table, snapshots, reset_monitors

@@ -28,6 +28,7 @@ class Fit(ABC):
     Args:
         student: the factorized layer.
         teacher: the layer before the cut.
+        biases: whether the mean of the outputs may change.
 
     Attributes:
         norm: the BatchNorm layer that takes the outputs of a layer without a bias, and those of no other: it subtracts
@@ -35,15 +36,15 @@ class Fit(ABC):
         shift: what the mean of the outputs is to change by besides, ``(F,)``.
     """
 
-    def __init__(self, student: FactorizedLayer, teacher: nn.Module) -> None:
-        self.student, self.teacher = student, teacher
+    def __init__(self, student: FactorizedLayer, teacher: nn.Module, biases: bool = True) -> None:
+        self.student, self.teacher, self.biases = student, teacher, biases
         self.norm: _BatchNorm | None = None
         self.shift = student.factors[0].new_zeros(student.geometry(student).out_channels)
 
     @property
     def intercept(self) -> bool:
-        """Whether the mean of the outputs can be changed."""
-        return self.student.bias is not None or self.norm is not None
+        """Whether the mean of the outputs can be changed, and may be."""
+        return self.biases and (self.student.bias is not None or self.norm is not None)
 
     @property
     @abstractmethod
@@ -85,14 +86,14 @@ class Fit(ABC):
             self.norm.running_mean -= self.shift.to(self.norm.running_mean)
 
 
-def fit_of(student: FactorizedLayer, teacher: nn.Module, decoder_only: bool) -> Fit:
+def fit_of(student: FactorizedLayer, teacher: nn.Module, decoder_only: bool, biases: bool = True) -> Fit:
     """Return a fit of both factors where that can be done, else of the decoder."""
     kind, sizes = type(student), student.geometry(student)
     pointwise = prod(sizes.decoder_kernel(student.folding)) == 1
     inputs = sizes.in_channels // sizes.groups * prod(sizes.kernel)
     if decoder_only or not pointwise or not kind.has_patches or inputs > LARGEST:
-        return DecoderFit(student, teacher)
-    return BothFit(student, teacher)
+        return DecoderFit(student, teacher, biases)
+    return BothFit(student, teacher, biases)
 
 
 class DecoderFit(Fit):

@@ -10,7 +10,7 @@ BatchNorm layers are rebased (:mod:`lr_callback.rebasing`), so that training goe
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal, TypeVar
 from warnings import warn
@@ -49,6 +49,8 @@ def refit_(
     inputs: Inputs = "cut",
     factors: Factors = "both",
     gentle: bool = False,
+    biases: bool = True,
+    rebase: bool = True,
     processes: Processes | None = None,
     progress: Progress | None = None,
 ) -> dict[str, float]:
@@ -70,6 +72,8 @@ def refit_(
             decoder alone.
         gentle: do what can be done, without warnings: of a layer that is seen at fewer than two positions for each of
             its inputs leave the factors as they are, and change the mean alone of what it gives.
+        biases: whether the mean of a layer's outputs may change: its bias, or that of the BatchNorm that takes them.
+        rebase: whether BatchNorm layers are rebased.
         processes: of a distributed run, each with batches of its own; all get the same decoders. None: this one alone.
         progress: told of each layer before it is refitted.
 
@@ -99,11 +103,11 @@ def refit_(
         raise ValueError(f"`factors` must be 'both' or 'decoder', got {factors!r}.")
     layers = {name: model.get_submodule(name) for name in replaced}
     students = {name: layer for name, layer in layers.items() if isinstance(layer, FactorizedLayer)}
-    fits = {name: fit_of(layer, replaced[name], factors == "decoder") for name, layer in students.items()}
+    fits = {name: fit_of(layer, replaced[name], factors == "decoder", biases) for name, layer in students.items()}
     put_back = putting_back(value for layer in students.values() for value in _values(layer))
     processes = processes or Processes()
     before = standing_in(model, {layer: replaced[name] for name, layer in students.items()})
-    around = rebasing(model, before, batches, forward, processes)
+    around = rebasing(model, before, batches, forward, processes) if rebase else nullcontext()
     try:
         with torch.no_grad(), _own_biases(replaced[name] for name in students), around:
             refit = _Refit(model, fits, batches, forward, processes, progress, gentle)

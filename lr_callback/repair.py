@@ -7,7 +7,7 @@ a layer are off on average, its bias can make up for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -15,12 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lr_callback.following import batchnorm_layers, look
+from lr_callback.following import batchnorm_layers, held_by, look
 from lr_callback.importance import Importance
 from lr_callback.layer_types import dense_weight
 from lr_callback.layers import FactorizedLayer
+from lr_callback.observe import putting_back
 from lr_callback.processes import Processes
 from lr_callback.running import runner
+from lr_callback.surgery import standing_in
 
 Batch = TypeVar("Batch")
 
@@ -34,16 +36,17 @@ def recalibrate_batchnorm_(
     """Replace the running statistics of BatchNorm layers by their cumulative average over batches, in place.
 
     Layers that are frozen (in eval mode in a model that is in train mode) or that keep no statistics are left alone;
-    so are weights, modes and the momentum of each layer. In a model in eval mode no layer counts as frozen.
+    so are weights, modes and the momentum of each layer. In a model in eval mode no layer counts as frozen. A
+    ``SyncBatchNorm`` is measured as the others are: on each process by itself, and averaged in the end.
 
     Args:
         model: on the device of the batches.
         batches: training batches, with the augmentation of the training; 2,000 images are plenty.
         forward: runs the model on a batch; None: as for :func:`~lr_callback.collect.collect_moments`.
-        processes: of a distributed run, each with batches of its own; all get the mean of their statistics.
+        processes: of a distributed run, each with batches of its own; all get the mean over all batches.
 
     Returns:
-        Number of layers that were measured anew.
+        Number of layers that were measured anew; those that are not called on the batches keep what they have.
 
     Raises:
         ValueError: If there are no batches; the statistics are as they were.
@@ -57,22 +60,21 @@ def recalibrate_batchnorm_(
         [1.0, 6.0]
     """
     run, processes = runner(model, forward), processes or Processes()
-    with _measuring(model) as layers, torch.no_grad():
+    with _measuring(model) as (layers, not_called), torch.no_grad():
 
-        def measure() -> list[Tensor]:
+        def measure() -> list[_Statistics]:
             seen = 0
             for batch in batches:
                 run(batch)
                 seen += 1
             if layers and not seen:
                 raise ValueError("`batches` must hold at least one batch to measure BatchNorm statistics on, got none.")
-            return [value.cpu() for value in _statistics(layers)]
+            return [{name: value.cpu() for name, value in layer.named_buffers()} for layer in layers]
 
         parts = processes.gather(measure, long=True)
-        if len(parts) > 1:
-            for value, *own in zip(_statistics(layers), *parts, strict=True):
-                value.copy_(torch.stack(own).mean(0))
-    return len(layers)
+        called = [layer for layer, *own in zip(layers, *parts, strict=True) if _take(layer, own)]
+        not_called += [layer for layer in layers if layer not in called]
+    return len(called)
 
 
 def correct_biases_(
@@ -139,27 +141,64 @@ def correct_biases_(
     return corrected
 
 
-def _statistics(layers: Iterable[_BatchNorm]) -> list[Tensor]:
-    return [value for layer in layers for value in (layer.running_mean, layer.running_var) if value is not None]
+_Statistics = dict[str, Tensor]
+"""The buffers of a BatchNorm layer, by name."""
+
+
+def _take(layer: _BatchNorm, parts: Sequence[_Statistics]) -> bool:
+    """Give a layer the mean over all batches that several processes measured; return whether it was called at all."""
+    counts = torch.stack([own["num_batches_tracked"] for own in parts])
+    total = counts.sum()
+    if len(parts) > 1 and total > 0:
+        for name, value in layer.named_buffers():
+            stacked = torch.stack([own[name] for own in parts])
+            weights = (counts.double() / total).reshape(-1, *[1] * value.dim())
+            value.copy_(total if name == "num_batches_tracked" else (weights * stacked.double()).sum(0))
+    return bool(total > 0)
+
+
+class _Apart(_BatchNorm):
+    """A SyncBatchNorm that does without other processes: the same parameters, statistics and hooks.
+
+    Args:
+        layer: in the mode, and with the momentum, that it is to have.
+    """
+
+    def __init__(self, layer: nn.SyncBatchNorm) -> None:
+        super().__init__(layer.num_features, affine=False, track_running_stats=False)
+        vars(self).update(vars(layer))
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Take inputs of any number of axes, as the layer does."""
 
 
 @contextmanager
-def _measuring(model: nn.Module) -> Iterator[list[_BatchNorm]]:
-    """Put the BatchNorm layers to measure into train mode with a cumulative average, all else into eval mode."""
+def _measuring(model: nn.Module) -> Iterator[tuple[list[_BatchNorm], list[_BatchNorm]]]:
+    """Put the BatchNorm layers to measure into train mode with a cumulative average, all else into eval mode.
+
+    Statistics are put back after an error, and of layers that are put into the second list.
+    """
     modes = {module: module.training for module in model.modules()}
-    layers = batchnorm_layers(model)
+    layers, not_called = batchnorm_layers(model), list[_BatchNorm]()
     momenta = [layer.momentum for layer in layers]
-    statistics = [{name: value.clone() for name, value in layer.named_buffers()} for layer in layers]
+    put_back = {layer: putting_back(held_by([layer])) for layer in layers}
     try:
         model.eval()
         for layer in layers:
             layer.reset_running_stats()
             layer.momentum = None
             layer.train()
-        yield layers
+        # One that waited for other processes would wait for ever for one that has failed, or that has fewer batches.
+        apart: dict[nn.Module, nn.Module] = {
+            layer: _Apart(layer) for layer in layers if type(layer) is nn.SyncBatchNorm
+        }
+        with standing_in(model, apart):
+            yield layers, not_called
+        for layer in not_called:
+            put_back[layer]()
     except BaseException:
-        for layer, kept in zip(layers, statistics, strict=True):
-            layer.load_state_dict(kept, strict=False)
+        for restore in put_back.values():
+            restore()
         raise
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):

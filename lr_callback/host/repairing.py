@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -15,6 +15,7 @@ from torch import nn
 
 from lr_callback.collect import collect_moments
 from lr_callback.effects import measure_effects
+from lr_callback.events import check_flags
 from lr_callback.fisher import fisher_importance
 from lr_callback.following import batchnorm_layers, held_by
 from lr_callback.gains import batchnorm_importance
@@ -42,23 +43,26 @@ class Repairing:
         refit: factors by least squares, on the inputs of the cut network (``cut``) or of the network before it
             (``dense``); ``auto``: as ``cut`` where the training can be run for it, else not at all, with a warning;
             None: not at all.
-        batchnorm: whether statistics of BatchNorm layers are measured anew.
+        recalibrate_batchnorm: whether statistics of BatchNorm layers are measured anew.
         batches: number of training batches that it takes, on each process.
+        correct_biases: whether biases, or the means of BatchNorm layers, make up for what outputs are off on average.
+        rebase_batchnorm: whether BatchNorm layers expect the variances of a refitted network.
 
     Raises:
         ValueError: If an argument is out of range.
     """
 
     refit: Refit | None = None
-    batchnorm: bool = False
+    recalibrate_batchnorm: bool = False
     batches: int = 8
+    correct_biases: bool = True
+    rebase_batchnorm: bool = True
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
         if self.refit not in (None, "auto", "cut", "dense"):
             raise ValueError(f"`refit` must be 'auto', 'cut', 'dense' or None, got {self.refit!r}.")
-        if not isinstance(self.batchnorm, bool):
-            raise ValueError(f"`recalibrate_batchnorm` must be true or false, got {self.batchnorm!r}.")
+        check_flags(self, "recalibrate_batchnorm", "correct_biases", "rebase_batchnorm")
         if not isinstance(self.batches, int) or isinstance(self.batches, bool) or self.batches < 1:
             raise ValueError(f"`calibration_batches` must be a whole number of at least 1, got {self.batches!r}.")
 
@@ -74,11 +78,11 @@ class Repairing:
             MisconfigurationException: If they cannot be had, and something that was asked for needs them.
         """
         needs = scope.chosen is not None and (scope.method.needs_effects or scope.method.error in _MEASURED)
-        if needs or self.batchnorm or self.refit in ("cut", "dense"):
+        if needs or self.recalibrate_batchnorm or self.refit in ("cut", "dense"):
             calls = processes_of(trainer).agree(lambda: calibration_calls(trainer, pl_module, self.batches), long=True)
-            return scope, calls, importance_of(trainer, pl_module, scope, calls)
+            return scope, calls, self._importance(trainer, pl_module, scope, calls)
         if scope.chosen is not None and self.refit is None:
-            return scope, [], importance_of(trainer, pl_module, scope, [])
+            return scope, [], self._importance(trainer, pl_module, scope, [])
         return self._measure_if_possible(trainer, pl_module, scope)
 
     def _measure_if_possible(
@@ -98,10 +102,10 @@ class Repairing:
 
         reasons = [reason for reason in processes_of(trainer).gather(attempt, long=True) if reason is not None]
         if not reasons and scope.chosen is not None:
-            return scope, calls, importance_of(trainer, pl_module, scope, calls)
+            return scope, calls, self._importance(trainer, pl_module, scope, calls)
         for tried in [] if reasons else [scope, scope.without_effects]:
             try:
-                return tried, calls, importance_of(trainer, pl_module, tried, calls, gentle=True)
+                return tried, calls, self._importance(trainer, pl_module, tried, calls, gentle=True)
             except Exception as error:
                 # Whatever is raised on one process, something is raised on all: none goes on alone.
                 reasons = [_reason(error)]
@@ -109,7 +113,12 @@ class Repairing:
         missing = [] if scope.chosen is not None else ["errors are not weighted by activations"]
         missing += [] if self.refit is None else ["factors are not refitted"]
         rank_zero_warn(_WITHOUT.format(" and ".join(missing), reasons[0]))
-        return without, [], importance_of(trainer, pl_module, without, [])
+        return without, [], self._importance(trainer, pl_module, without, [])
+
+    def _importance(
+        self, trainer: Trainer, pl_module: LightningModule, scope: Scope, calls: list[Probe], gentle: bool = False
+    ) -> dict[str, Importance] | None:
+        return importance_of(trainer, pl_module, scope, calls, gentle, self.correct_biases)
 
     def repair(
         self,
@@ -143,9 +152,9 @@ class Repairing:
         options: dict[str, Any] = {"forward": Probe.repeat, "processes": processes}
         with isolated_rng(), standing_in(pl_module, {targets[name]: layer for name, layer in made.items()}):
             is_refitted = self.refit is not None and self._refit(pl_module, replaced, calls, bar, options)
-            if not is_refitted and importance is not None:
+            if self.correct_biases and not is_refitted and importance is not None:
                 correct_biases_(pl_module, replaced, importance, calls, **options)
-            if self.batchnorm:
+            if self.recalibrate_batchnorm:
                 with progress_line(bar, "BatchNorm", "batch") as progress:
                     recalibrate_batchnorm_(pl_module, Told(calls, progress), **options)
 
@@ -160,9 +169,15 @@ class Repairing:
         """Refit layers, and return whether that was done: what was left open may fail, with a warning."""
         inputs: Inputs = "dense" if self.refit == "dense" else "cut"
         gentle = self.refit == "auto"
+        own: dict[str, Any] = {
+            "inputs": inputs,
+            "gentle": gentle,
+            "biases": self.correct_biases,
+            "rebase": self.rebase_batchnorm,
+        }
         try:
             with progress_line(bar, "refit") as progress:
-                refit_(pl_module, replaced, calls, inputs=inputs, gentle=gentle, progress=progress, **options)
+                refit_(pl_module, replaced, calls, progress=progress, **own, **options)
         except Exception as error:
             if not gentle:
                 raise
@@ -194,7 +209,12 @@ _MEASURED = {"activation": collect_moments, "batchnorm": batchnorm_importance}
 
 @isolated_rng()
 def importance_of(
-    trainer: Trainer, pl_module: LightningModule, scope: Scope, calls: list[Probe], gentle: bool = False
+    trainer: Trainer,
+    pl_module: LightningModule,
+    scope: Scope,
+    calls: list[Probe],
+    gentle: bool = False,
+    biases: bool = True,
 ) -> dict[str, Importance] | None:
     """Return the importance of the layers on some calls, for a method that weighs errors by it, or layers.
 
@@ -204,6 +224,7 @@ def importance_of(
         scope: its layers and the method.
         calls: of some batches.
         gentle: take what the calls show without warnings that they show little.
+        biases: whether constant errors of outputs are made up for; else they count.
     """
     method, known = scope.method, None
     options: dict[str, Any] = {"include": scope.include, "exclude": scope.exclude, "processes": processes_of(trainer)}
@@ -212,6 +233,8 @@ def importance_of(
         with progress_line(bar, "importance", "batch") as progress:
             own = {"forward": Probe.repeat, **({"gentle": gentle} if method.error == "activation" else {}), **options}
             known = _MEASURED[method.error](pl_module, Told(calls, progress), **own)
+    if known is not None and not biases:
+        known = {name: replace(one, means=None) for name, one in known.items()}
     if method.error == "fisher":
         optimizers = [*trainer.optimizers, *optimizers_in(pl_module)]
         known = fisher_importance(pl_module, optimizers=optimizers, **options)

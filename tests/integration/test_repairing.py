@@ -592,7 +592,6 @@ def test_each_part_of_a_cut_that_takes_time_is_shown_in_the_trainers_bar(tmp_pat
     [
         ({"refit": True}, "`refit` must be 'auto', 'cut', 'dense' or None, got True"),
         ({"refit": "both"}, "`refit` must be 'auto', 'cut', 'dense' or None, got 'both'"),
-        ({"recalibrate_batchnorm": 1}, "`recalibrate_batchnorm` must be true or false, got 1"),
         ({"calibration_batches": 0}, "`calibration_batches` must be a whole number of at least 1, got 0"),
         ({"calibration_batches": 2.5}, "`calibration_batches` must be a whole number of at least 1, got 2.5"),
     ],
@@ -600,3 +599,44 @@ def test_each_part_of_a_cut_that_takes_time_is_shown_in_the_trainers_bar(tmp_pat
 def test_bad_arguments_are_refused(options, text):
     with pytest.raises(ValueError, match=text):
         lrc.LowRankCompression(0.5, 1, **options)
+
+
+@pytest.mark.parametrize("switch", ["correct_biases", "rebase_batchnorm", "recalibrate_batchnorm"])
+def test_a_switch_of_a_repair_that_is_neither_on_nor_off_is_refused(switch):
+    with pytest.raises(TypeError, match=f"`{switch}` must be True or False, got 'no'"):
+        lrc.LowRankCompression(0.5, 1, **{switch: "no"})
+
+
+@pytest.mark.situation("Repair", "each repair turned off", "works")
+def test_each_repair_can_be_turned_off(tmp_path):
+    names = ("body.1.running_mean", "body.1.running_var", "body.1.weight", "head.decoder.bias")
+    held = {}
+
+    class Held(Compared):
+        """Keep what repairs change, right before and right after the cut."""
+
+        def compress(self, trainer, pl_module, keep_ratio):
+            before = {name: value.clone() for name, value in pl_module.state_dict().items()}
+            before["head.decoder.bias"] = before["head.bias"]
+            report = super().compress(trainer, pl_module, keep_ratio)
+            after = pl_module.state_dict()
+            held["changed"] = [name for name in names if not torch.equal(before[name], after[name])]
+            return report
+
+    def changed(**options):
+        torch.manual_seed(1)
+        callback = Held(0.4, epochs=1, show_table=False, **{"method": lrc.ALDS("activation"), **options})
+        trainer = trainer_of(callback, max_epochs=2, default_root_dir=tmp_path)
+        module = Network()
+        module.body[0] = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        trainer.fit(module, DataLoader(Augmented(), batch_size=32))
+        return held["changed"]
+
+    mean, variance, weight, bias = names
+    assert changed(refit="cut") == [mean, variance, weight, bias]
+    assert changed(refit="cut", rebase_batchnorm=False) == [mean, bias]
+    assert changed(refit="cut", correct_biases=False) == [variance, weight]
+    assert changed(refit="cut", correct_biases=False, rebase_batchnorm=False) == []
+    assert changed(refit=None) == [mean, bias]
+    assert changed(refit=None, correct_biases=False) == []
+    assert changed(refit=None, correct_biases=False, recalibrate_batchnorm=True) == [mean, variance]

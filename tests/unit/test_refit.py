@@ -377,3 +377,26 @@ def test_a_decoder_is_refitted_under_autocast():
             return model(images)
 
     assert refit_(model, {"1": report.replaced["0"]}, [batch], forward=forward)["1"] < 1
+
+
+@pytest.mark.parametrize("factors", ["both", "decoder"])
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_biases_stay_if_they_may_not_change_and_the_factors_are_the_best_without(kind, factors):
+    torch.manual_seed(0)
+    make, shape = KINDS[kind]
+    layer, batch = make(), torch.randn(*shape) + 1
+    model, report = cut(layer, num_slices=2)
+    bias, wanted = layer.bias.detach().clone(), layer(batch).detach()
+    before = squared(model, layer, batch)
+    left = refit_(model, report.replaced, [batch], factors=factors, biases=False)
+    assert torch.equal(model[0].bias, bias)
+    after = (model(batch) - wanted).double().square().sum()
+    assert left["0"] == pytest.approx(after.item() / before, abs=1e-4)
+    gradient, scale = (
+        torch.autograd.grad(one, model[0].decoder.weight)[0] for one in (after, model(batch).double().square().sum())
+    )
+    assert gradient.norm() < 1e-3 * scale.norm()
+    again, report = cut(layer, num_slices=2)
+    refit_(again, report.replaced, [batch], factors=factors)
+    with torch.no_grad():
+        assert (again(batch) - wanted).double().square().sum() < after

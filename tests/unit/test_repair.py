@@ -9,6 +9,7 @@ from torch import nn
 import lr_callback as lrc
 from lr_callback.collect import collect_moments
 from lr_callback.repair import correct_biases_, recalibrate_batchnorm_
+from tests.unit.test_processes import on_ranks
 
 
 def network():
@@ -162,3 +163,55 @@ def test_biases_of_transposed_layers_are_corrected():
     report = lrc.factorize_(model, allocation, importance=moments)
     assert correct_biases_(model, report.replaced, moments, batches) == 1
     assert torch.allclose(model(batches[0]).mean((0, 2, 3)), wanted, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_sync_batchnorm_is_measured_on_each_process_alone_and_then_averaged(tmp_path):
+    """Real processes: one that waited in a batch would never come back, for the other has fewer batches."""
+    batches = [[torch.randn(8, 4) + rank for _ in range(3 - rank)] for rank in range(2)]
+    hooked = []
+
+    def synced():
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(network())
+        model[1].register_forward_hook(lambda *_: hooked.append(1))
+        return model
+
+    def work(processes):
+        model = synced()
+        assert recalibrate_batchnorm_(model, batches[processes.rank], processes=processes) == 2
+        assert type(model[1]) is nn.SyncBatchNorm and model[1].training and len(hooked) == 3 - processes.rank
+        with pytest.raises((OSError, RuntimeError), match="the disk is gone"):
+            recalibrate_batchnorm_(model, broken_on(processes.rank), processes=processes)
+        return {name: value.tolist() for name, value in model.state_dict().items()}
+
+    def broken_on(rank):
+        yield torch.randn(8, 4)
+        if rank == 1:
+            raise OSError("the disk is gone")
+
+    first, second = on_ranks(2, tmp_path, work)
+    assert first == second
+    alone = []
+    for own in batches:
+        model = network()
+        recalibrate_batchnorm_(model, own)
+        alone.append(state(model))
+    for name in ("1.running_mean", "1.running_var", "4.running_mean", "4.running_var"):
+        assert torch.allclose(torch.tensor(first[name]), (3 * alone[0][name] + 2 * alone[1][name]) / 5)
+    assert first["1.num_batches_tracked"] == first["4.num_batches_tracked"] == 5
+
+
+def test_a_layer_that_is_not_called_keeps_its_statistics():
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.other = nn.BatchNorm1d(4), nn.BatchNorm1d(4)
+
+        def forward(self, inputs):
+            return self.used(inputs)
+
+    model = Branches()
+    model.other(torch.randn(8, 4) + 3)
+    before = state(model.other)
+    assert recalibrate_batchnorm_(model, [torch.randn(8, 4) + 1]) == 1
+    assert same(state(model.other), before) and model.used.running_mean.mean() > 0.5
