@@ -61,7 +61,7 @@ class LowRankCompression(Checkpointed):
             the inputs that the compressed network gives them (``cut``), or at once on those of the network before it
             (``dense``); ``auto``: as ``cut`` where the training can be run for it, else a warning; None: not at all.
         correct_biases: let a layer's bias, or the mean of the BatchNorm that takes its outputs, make up for what these
-            are off on average, in a refit or without one (:func:`lr_callback.repair.correct_biases_`); if not, a constant
+            are off on average, in a refit or without one (:func:`lr_callback.repair.correct_biases_`); if not, such an
             error counts as any other.
         rebase_batchnorm: after a refit let trained BatchNorm layers expect the variances of the refitted network
             (:mod:`lr_callback.rebasing`): otherwise a network that is right in eval mode begins to train as another.
