@@ -49,13 +49,22 @@ class Seen:
     def solve(self) -> tuple[Tensor, Tensor]:
         """Return the moments ``(c, c)`` of the inputs, and the map ``M``.
 
-        Of less than two rows for each input a map of all of them learns the rows: then it is the dense one.
+        What is added to the dense map is found by regression on all inputs, which learns the rows, too, where they are
+        few. So it counts only by that part of its ``R^2`` that is left when that is adjusted for the number of inputs,
+        ``1 - (1 - R^2) (n - 1) / (n - c - 1)``; nothing, of less than two rows for each input.
+
+        Source: the adjusted coefficient of determination, Ezekiel, "Methods of Correlation Analysis" (1930).
         """
         size, centered = self.weight.shape[1], self.centered
-        squares = centered[:size, :size]
+        squares, products = centered[:size, :size], centered[size:, :size]
         if self.count < 2 * size:
             return squares, self.weight
-        return squares, self.weight + ridge_solve(squares, centered[size:, :size])
+        change = ridge_solve(squares, products)
+        explained, total = float((change * products).sum()), float(centered[size:, size:].trace())
+        if explained <= 0:
+            return squares, self.weight
+        left = 1 - (1 - explained / total) * (self.count - 1) / max(1, self.count - size - 1)
+        return squares, self.weight + max(0.0, left * total / explained) * change
 
     def shift(self, built: Tensor) -> Tensor:
         """Return the change of the bias ``(f,)`` that goes with a map that was built."""

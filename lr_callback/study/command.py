@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -16,7 +18,7 @@ from lr_callback.study.figure import draw
 from lr_callback.study.files import NAME, Store
 from lr_callback.study.plan import Plan, Run, Treatment
 from lr_callback.study.pruning import torch_pruning
-from lr_callback.study.rows import Row, choose_metric, in_percent, summary
+from lr_callback.study.rows import Row, by_network, choose_metric, in_percent, summary
 from lr_callback.study.runs import Laboratory
 
 _OURS = {"callbacks", "devices", "num_nodes", "strategy", "logger", "default_root_dir", "fast_dev_run"}
@@ -24,8 +26,9 @@ _OURS |= {"max_epochs", "min_epochs", "max_steps", "min_steps", "max_time", "bar
 _OURS |= {"enable_checkpointing", "enable_progress_bar", "enable_model_summary", "profiler"}
 """Arguments of the Trainer that a study sets itself, or has no use for."""
 
-_DESCRIPTION = """Compare methods on one network: at every size and for every seed, right after the cut and after the
-same epochs of training, with a dense control that is trained for as long. Runs that are in the folder are not repeated.
+_DESCRIPTION = """Compare methods on one network, or on several: at every size and for every seed, right after the cut
+and after the same epochs of training, with a dense control that is trained for as long. Runs that are in the folder are
+not repeated.
 """
 
 
@@ -40,14 +43,14 @@ def study_command(arguments: Sequence[str], write: Callable[[str], None]) -> Non
     config = parser.parse_args(list(arguments))
     try:
         chosen = parser.instantiate_classes(config)
-        plan = _plan(chosen)
+        plan, networks = _plan(chosen), _networks(chosen)
         store = Store(Path(chosen.output), _plain(config))
     except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         parser.error(str(error))
     with _told_once():
-        laboratory = _laboratory(parser, config, plan, store.folder)
-        metric = _metric(parser, laboratory, chosen.metric)
-        rows = _carry_out(plan, laboratory, store, metric, write)
+        laboratories = {name: _laboratory(parser, config, plan, store.folder, name) for name in networks}
+        metric = _metric(parser, laboratories.values(), chosen.metric)
+        rows = _carry_out(plan, laboratories, store, metric, write)
     write(f"\n{summary(rows, metric)}\n")
     _draw(rows, metric, store.folder / NAME, write)
 
@@ -57,7 +60,10 @@ def study_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="lr-callback study", description=_DESCRIPTION)
     add = parser.add_argument
     add("--config", action="config", help="a YAML file with these arguments")
-    parser.add_subclass_arguments(LightningModule, "model", help="the network and how it is trained and tested")
+    parser.add_subclass_arguments(
+        LightningModule, "model", required=False, help="the network and how it is trained and tested"
+    )
+    add("--networks", type=dict[str, LightningModule] | None, help="name -> such a model, to compare on several")
     parser.add_subclass_arguments(LightningDataModule, "data", required=False, help="the data, if the model has none")
     add("--methods", type=dict[str, Treatment], default={}, help="name -> method, refit, ...: see Treatment")
     add("--keep_ratios", type=list[float], default=[0.5], help="fractions of the parameters to keep, in (0, 1)")
@@ -72,19 +78,39 @@ def study_parser() -> ArgumentParser:
 
 def _plan(chosen: Namespace) -> Plan:
     plan = Plan(chosen.methods, chosen.keep_ratios, chosen.seeds, chosen.epochs, chosen.dense_epochs)
-    if chosen.model is None:
-        raise ValueError("--model must name a LightningModule, for example lr_callback.recipes.ImageClassifier.")
     if any(treatment.filter_pruning for treatment in plan.treatments.values()):
         torch_pruning()  # before the first run, not at its turn
     return plan
 
 
-def _laboratory(parser: ArgumentParser, config: Namespace, plan: Plan, folder: Path) -> Laboratory:
+def _networks(chosen: Namespace) -> list[str]:
+    """Return the names of the networks; one without a name, if there is one."""
+    if (chosen.model is None) == (chosen.networks is None):
+        found = "neither" if chosen.model is None else "both"
+        raise ValueError(
+            "either --model must name a LightningModule, for example lr_callback.recipes.ImageClassifier, or "
+            f"--networks several by names of their own; found {found}."
+        )
+    names = [""] if chosen.networks is None else list(chosen.networks)
+    if not names or not all(re.fullmatch(r"[\w.-]+", name) for name in names if chosen.networks is not None):
+        raise ValueError(
+            "`networks` must have names of letters, digits, '_', '-' and '.', which files are named by; found "
+            f"{', '.join(map(repr, names)) or 'none'}."
+        )
+    return names
+
+
+def _laboratory(parser: ArgumentParser, config: Namespace, plan: Plan, folder: Path, network: str) -> Laboratory:
+    own = config.clone()
+    if network:
+        own["model"] = own["networks"][network]
+    own["networks"] = None
+
     def make() -> tuple[LightningModule, LightningDataModule | None]:
-        made = parser.instantiate_classes(config.clone())
+        made = parser.instantiate_classes(own.clone())
         return made.model, made.data
 
-    written = _plain(config)
+    written = _plain(own)
     trainer = {name: value for name, value in written["trainer"].items() if value is not None}
     setting = {"model": written["model"], "data": written.get("data"), "trainer": trainer}
     return Laboratory(make, plan, setting, trainer, folder)
@@ -112,9 +138,10 @@ def _told_once() -> Iterator[None]:
         yield
 
 
-def _metric(parser: ArgumentParser, laboratory: Laboratory, asked: str | None) -> str:
-    """Return the metric to compare by; what goes wrong in the model's own test keeps its traceback."""
-    names = laboratory.metrics()
+def _metric(parser: ArgumentParser, laboratories: Iterable[Laboratory], asked: str | None) -> str:
+    """Return the metric to compare by, of all networks; what goes wrong in a model's own test keeps its traceback."""
+    first, *others = (one.metrics() for one in laboratories)
+    names = [name for name in first if all(name in other for other in others)]
     try:
         return choose_metric(names, asked)
     except ValueError as error:
@@ -122,10 +149,14 @@ def _metric(parser: ArgumentParser, laboratory: Laboratory, asked: str | None) -
 
 
 def _draw(rows: Sequence[Row], metric: str, path: Path, write: Callable[[str], None]) -> None:
-    """Draw the figure; where that cannot be done, say so when the rest is written, and end as failed."""
+    """Draw a figure of each network; where that cannot be done, say so when the rest is written, and end as failed."""
     files = f"{len(rows)} runs: {path}.json, {path}.csv"
     try:
-        write(f"{files}, {draw(rows, metric, path.with_suffix('.png'))}")
+        drawn = [
+            str(draw(own, metric, path.with_name(f"{path.name}-{name}.png" if name else f"{path.name}.png")))
+            for name, own in by_network(rows).items()
+        ]
+        write(", ".join([files, *drawn]))
     except ModuleNotFoundError as error:
         write(files)
         sys.exit(str(error))
@@ -137,19 +168,20 @@ def _plain(config: Namespace) -> dict[str, Any]:
 
 
 def _carry_out(
-    plan: Plan, laboratory: Laboratory, store: Store, metric: str, write: Callable[[str], None]
+    plan: Plan, laboratories: Mapping[str, Laboratory], store: Store, metric: str, write: Callable[[str], None]
 ) -> list[Row]:
     """Carry out the runs that are not done; whatever stops them, those before stay in the files."""
     rows: list[Row] = []
-    runs = plan.runs()
-    for number, run in enumerate(runs, start=1):
-        found = store.done(plan.key(run, laboratory.setting), run.name)
-        if found is None:
-            found = laboratory.run(run)
+    runs = [(name, run) for name in laboratories for run in plan.runs()]
+    for number, (name, run) in enumerate(runs, start=1):
+        key = plan.key(run, laboratories[name].setting)
+        before = store.done(key, run.name)
+        found = replace(before or laboratories[name].run(run), network=name)
+        if before is None:
             store.add(found)
-            write(f"[{number}/{len(runs)}] {run}: {_result(found, run, metric)} ({found.seconds:.1f} s)")
-        else:
-            write(f"[{number}/{len(runs)}] {run}: {_result(found, run, metric)} (done before)")
+        taken = "done before" if before is not None else f"{found.seconds:.1f} s"
+        what = f"{name}, {run}" if name else str(run)
+        write(f"[{number}/{len(runs)}] {what}: {_result(found, run, metric)} ({taken})")
         rows.append(found)
         store.write_csv(rows)
     return rows

@@ -31,6 +31,7 @@ class Row:
         reason: why nothing was made; None: something was.
         finished: date and time.
         environment: index of the environment in the file.
+        network: its name in a study of several; empty in one of one.
     """
 
     key: str
@@ -48,6 +49,7 @@ class Row:
     reason: str | None = None
     finished: str = ""
     environment: int = 0
+    network: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain data."""
@@ -130,8 +132,13 @@ def spread(rows: Sequence[Row], moment: str, metric: str) -> Spread | None:
     return Spread(known) if known else None
 
 
+def by_network(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Return the rows of each network, in the order of the first ones."""
+    return {name: [row for row in rows if row.network == name] for name in dict.fromkeys(row.network for row in rows)}
+
+
 def grouped(rows: Sequence[Row]) -> dict[tuple[str, float], list[Row]]:
-    """Return the rows that something was made in, by method and keep ratio, in their order."""
+    """Return the rows of one network that something was made in, by method and keep ratio, in their order."""
     found: dict[tuple[str, float], list[Row]] = {}
     for row in rows:
         if row.reason is None:
@@ -149,7 +156,14 @@ def difference(rows: Sequence[Row], controls: Sequence[Row], moment: str, metric
 
 
 def summary(rows: Sequence[Row], metric: str) -> str:
-    """Return a table of all methods and sizes, over seeds, and the reasons of runs that made nothing."""
+    """Return a table of all methods and sizes, over seeds, and the reasons of runs that made nothing, by network."""
+    parts = [
+        f"{name}\n{_summary(own, metric)}" if name else _summary(own, metric) for name, own in by_network(rows).items()
+    ]
+    return "\n\n".join(parts)
+
+
+def _summary(rows: Sequence[Row], metric: str) -> str:
     groups = grouped(rows)
     controls = groups.get((CONTROL, 1.0), [])
     moment = "after" if any(row.after for row in rows) else "right_after"

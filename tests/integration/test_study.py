@@ -293,3 +293,73 @@ def test_bad_input_ends_with_what_to_do(tmp_path, capsys, more, methods, message
     assert stopped.value.code == 2
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "out" / "study.json").exists()
+
+
+def networks(**depths):
+    """Return networks of some depths, as JSON."""
+    return json.dumps(
+        {
+            name: {
+                "class_path": "lr_callback.recipes.ImageClassifier",
+                "init_args": {
+                    "network": {
+                        "class_path": "lr_callback.recipes.CifarResNet",
+                        "init_args": {"depth": depth, "in_channels": 1},
+                    },
+                    "learning_rate": 0.05,
+                },
+            }
+            for name, depth in depths.items()
+        }
+    )
+
+
+DATA = ["--data.class_path", "lr_callback.recipes.DigitsData", "--trainer.accelerator", "cpu"]
+SHORT = ["--keep_ratios", "[0.4]", "--trainer.limit_train_batches", "3", "--trainer.limit_test_batches", "2"]
+
+
+def several(folder, *more, methods=TWO):
+    lines = []
+    study_command([*DATA, *SHORT, "--output", str(folder), "--methods", json.dumps(methods), *more], lines.append)
+    return lines
+
+
+def test_several_networks_are_compared_each_with_its_own_control_table_and_figure(tmp_path):
+    pytest.importorskip("matplotlib")
+    lines = several(tmp_path, "--networks", networks(small=8, deep=14))
+    assert [line.partition(": test_accuracy")[0] for line in lines[:6]] == [
+        "[1/6] small, dense, seed 0",
+        "[2/6] small, ALDS, keep 0.4, seed 0",
+        "[3/6] small, L-Rank, keep 0.4, seed 0",
+        "[4/6] deep, dense, seed 0",
+        "[5/6] deep, ALDS, keep 0.4, seed 0",
+        "[6/6] deep, L-Rank, keep 0.4, seed 0",
+    ]
+    tables = lines[6].strip().split("\n\n")
+    assert [table.splitlines()[0] for table in tables] == ["small", "deep"]
+    assert all(len(re.findall(r"^(?:dense|ALDS|L-Rank) ", table, re.M)) == 3 for table in tables)
+    rows = rows_of(tmp_path)
+    assert [one["network"] for one in rows] == ["small"] * 3 + ["deep"] * 3
+    assert int(rows[0]["parameters"]) < int(rows[3]["parameters"])
+    assert float(rows[4]["kept_parameters"]) == pytest.approx(0.4, abs=0.02)
+    assert {file.name for file in tmp_path.glob("*.png")} == {"study-small.png", "study-deep.png"}
+    again = several(tmp_path, "--networks", networks(other=8))
+    assert all(line.endswith("(done before)") and "other" in line for line in again[:3])
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ([], "either --model must name a LightningModule, .* or --networks several by names .* found neither"),
+        (["--networks", "{}"], "`networks` must have names of letters, .* found none"),
+        (["--networks", networks(**{"a/b": 8})], "`networks` must have names of letters, .* found 'a/b'"),
+    ],
+)
+def test_a_study_of_no_network_or_of_names_that_no_file_can_have_is_refused(tmp_path, capsys, more, message):
+    with pytest.raises(SystemExit):
+        several(tmp_path / "out", *more)
+    assert re.search(message, " ".join(capsys.readouterr().err.split()))
+    with pytest.raises(SystemExit):
+        command(tmp_path / "out", "--networks", networks(one=8))
+    assert "found both" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
