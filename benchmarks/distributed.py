@@ -27,7 +27,8 @@ import torchvision
 from environment import keep, markdown
 from torch import nn
 
-from lr_callback.analysis import Analysis, analyze
+from lr_callback.analysed import Analysis
+from lr_callback.analysis import analyze
 from lr_callback.find import find_layers
 from lr_callback.layer_types import layer_cost
 from lr_callback.processes import Processes

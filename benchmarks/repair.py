@@ -89,7 +89,8 @@ class Study:
             start = time.perf_counter()
             if repair != "none":
                 factors, _, inputs = repair.removesuffix(" inputs").partition(", ")
-                lrc.refit_(model, report.replaced, self.batches, inputs=inputs, factors=factors)
+                gentle = way.startswith("the default")  # as refit="auto" is
+                lrc.refit_(model, report.replaced, self.batches, inputs=inputs, factors=factors, gentle=gentle)
             row["seconds"][ratio] = round(time.perf_counter() - start, 1)
             row["kept"][ratio] = round(allocation.cost / allocation.dense_cost, 4)
             compose(model, self.data)

@@ -6,14 +6,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from lr_callback.allocation import Allocation as Allocation
-from lr_callback.allocation import Factorization as Factorization
-from lr_callback.analysis import Analysis as Analysis
+from lr_callback.analysed import Analysis as Analysis
 from lr_callback.analysis import allocate as allocate
 from lr_callback.analysis import analyze as analyze
 from lr_callback.checkpoint import restore_ as restore_
 from lr_callback.distillation import distillation_loss as distillation_loss
 from lr_callback.exporting import Exported as Exported
 from lr_callback.exporting import export as export
+from lr_callback.factorization import Factorization as Factorization
 from lr_callback.hook import prepare as prepare
 from lr_callback.importance import Importance as Importance
 from lr_callback.layers import FactorizedConv1D as FactorizedConv1D

@@ -10,15 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from lr_callback.costs import COSTS
-from lr_callback.folding import FOLDINGS
+from lr_callback.factorization import Factorization, Spending, read_layer, read_shape, read_spending
 from lr_callback.table import WIDTH, align, readable, shorten, wrap
 from lr_callback.written import Kind, check_fields, describe, is_plain, read_json
 
 VERSION = 1
 """Version of the written form; a file of a newer version is refused."""
-
-_LARGEST_ERROR = 1e6
-"""Beyond any error of a layer, which is at most the root of its slices."""
 
 _KERNEL = {
     "kernel_in_encoder": "encoder",
@@ -27,27 +24,6 @@ _KERNEL = {
     "width_in_decoder": "decoder w",
     "kernel_in_decoder": "decoder",
 }
-
-
-@dataclass(frozen=True)
-class Factorization:
-    """What one layer becomes.
-
-    Args:
-        folding: which kernel axes go to the decoder.
-        num_slices: ``k``, equal parts of the input channels of each group.
-        rank: singular values kept per slice.
-        relative_error: of the layer, in the allocation's measure, 0 to ``sqrt(k)``.
-        cost: of the factorized layer, in the allocation's unit.
-        dense_cost: of the dense layer, in the same unit.
-    """
-
-    folding: str
-    num_slices: int
-    rank: int
-    relative_error: float
-    cost: int
-    dense_cost: int
 
 
 @dataclass(frozen=True)
@@ -68,6 +44,8 @@ class Allocation:
         gap: what the method's objective would be at its smallest is at least ``1 - gap`` times what it is here; 0 where
             it is exact, or the method has none.
         weights: layer name -> what its error was multiplied with among the others; empty: all count the same.
+        others: unit -> what is spent in it, where there were budgets in several units.
+        max_error: that no layer errs by more than, where that was asked for; the budget is then what it takes.
     """
 
     layers: Mapping[str, Factorization | None]
@@ -82,6 +60,8 @@ class Allocation:
     method: Mapping[str, Any] = field(default_factory=dict)
     gap: float = 0.0
     weights: Mapping[str, float] = field(default_factory=dict)
+    others: Mapping[str, Spending] = field(default_factory=dict)
+    max_error: float | None = None
 
     @property
     def worst_error(self) -> float:
@@ -158,14 +138,23 @@ class Allocation:
 
     def summary(self) -> str:
         """Return one line: the cost before and after, the budget, the worst error, and a gap if there is one."""
-        unit = self.unit.replace("_", "-")
         gap = f", objective proven within {self.gap:.1e} of the smallest" if self.gap else ""
+        asked = "" if self.max_error is None else f", at most {self.max_error:g} asked"
+        own = Spending(self.cost, self.dense_cost, self.budget)
+        ratio = None if self.max_error is not None else self.keep_ratio
+        spent = [_spent(self.unit, own, ratio), *(_spent(unit, one, None) for unit, one in self.others.items())]
         return (
-            f"{len(self.factorized)} of {len(self.layers)} layers factorized: "
-            f"{self.dense_cost:,} -> {self.cost:,} {unit} "
-            f"({self.cost / self.dense_cost:.1%} kept, {self.keep_ratio:.1%} asked), "
-            f"worst {self.error} error {self.worst_error:.3f}{gap}"
+            f"{len(self.factorized)} of {len(self.layers)} layers factorized: {', '.join(spent)}, "
+            f"worst {self.error} error {self.worst_error:.3f}{asked}{gap}"
         )
+
+
+def _spent(unit: str, one: Spending, ratio: float | None) -> str:
+    """Return what is kept in a unit; where no fraction was asked for, and the budget is not the cost, that of both."""
+    asked = one.budget / one.dense_cost if ratio is None and one.budget != one.cost else ratio
+    told = "" if asked is None else f", {asked:.1%} asked"
+    kept = f"{one.cost / one.dense_cost:.1%} kept"
+    return f"{one.dense_cost:,} -> {one.cost:,} {unit.replace('_', '-')} ({kept}{told})"
 
 
 _FIELDS: dict[str, Kind] = {
@@ -181,17 +170,11 @@ _FIELDS: dict[str, Kind] = {
     "method": dict,
     "gap": (int, float),
     "weights": dict,
+    "others": dict,
+    "max_error": (int, float, type(None)),
 }
-_LATER: dict[str, Any] = {"gap": 0.0, "weights": {}}
+_LATER: dict[str, Any] = {"gap": 0.0, "weights": {}, "others": {}, "max_error": None}
 """Fields that files of the same version may lack, and what they are then."""
-_LAYER_FIELDS: dict[str, Kind] = {
-    "folding": str,
-    "num_slices": int,
-    "rank": int,
-    "relative_error": (int, float),
-    "cost": int,
-    "dense_cost": int,
-}
 
 
 def _read(written: object) -> Allocation:
@@ -211,14 +194,15 @@ def _read(written: object) -> Allocation:
         )
     parts = check_fields({**_LATER, **written}, _FIELDS, "Allocation")
     _check_ranges(parts)
-    layers = {name: _read_layer(name, layer) for name, layer in parts["layers"].items()}
-    shapes = {name: _read_shape(name, shape) for name, shape in parts["shapes"].items()}
+    layers = {name: read_layer(name, layer) for name, layer in parts["layers"].items()}
+    shapes = {name: read_shape(name, shape) for name, shape in parts["shapes"].items()}
     if set(shapes) != set(layers):
         raise ValueError(
             f"Allocation: `shapes` must name the same layers as `layers`, they differ in "
             f"{sorted(set(shapes) ^ set(layers))}; the file is damaged, write it again."
         )
-    return Allocation(**{**parts, "layers": layers, "shapes": shapes})
+    others = {unit: read_spending(unit, one) for unit, one in parts["others"].items()}
+    return Allocation(**{**parts, "layers": layers, "shapes": shapes, "others": others})
 
 
 def _check_ranges(parts: Mapping[str, Any]) -> None:
@@ -242,6 +226,8 @@ def _check_ranges(parts: Mapping[str, Any]) -> None:
         raise ValueError(f"Allocation: `gap` must be from 0 to 1, got {describe(parts['gap'])}.")
     if not all(type(one) in (int, float) and 0 <= one < inf for one in parts["weights"].values()):
         raise ValueError(f"Allocation: `weights` must be finite numbers from 0, got {describe(parts['weights'])}.")
+    if parts["max_error"] is not None and not 0 < parts["max_error"] <= 1:
+        raise ValueError(f"Allocation: `max_error` must be in (0, 1], got {describe(parts['max_error'])}.")
     if parts["budget"] < 0:
         raise ValueError(f"Allocation: `budget` must not be negative, got {parts['budget']}.")
 
@@ -253,38 +239,3 @@ def _check_method(method: Mapping[str, Any]) -> None:
     shrinkage = method.get("shrinkage", 0.0)
     if type(shrinkage) not in (int, float) or not 0 <= shrinkage <= 1:
         raise ValueError(f"Allocation: `shrinkage` of the method must be from 0 to 1, got {describe(shrinkage)}.")
-
-
-def _read_layer(name: str, written: object) -> Factorization | None:
-    if written is None:
-        return None
-    where = f"Allocation, layer {name!r}"
-    if not isinstance(written, Mapping):
-        raise ValueError(f"{where}: must be a dict or null, got {describe(written)}.")
-    layer = Factorization(**check_fields(written, _LAYER_FIELDS, where))
-    if layer.folding not in FOLDINGS:
-        raise ValueError(f"{where}: `folding` must be one of {list(FOLDINGS)}, got {layer.folding!r}.")
-    if layer.num_slices < 1 or layer.rank < 1:
-        raise ValueError(f"{where}: `num_slices` and `rank` must be at least 1, got {layer.num_slices}, {layer.rank}.")
-    if not 0 <= layer.relative_error <= _LARGEST_ERROR:
-        raise ValueError(
-            f"{where}: `relative_error` must be a finite number from 0, got {describe(layer.relative_error)}."
-        )
-    if not 0 < layer.cost <= layer.dense_cost:
-        raise ValueError(
-            f"{where}: `cost` must be above 0 and at most `dense_cost`, got {layer.cost} and {layer.dense_cost}."
-        )
-    return layer
-
-
-def _read_shape(name: str, written: object) -> tuple[int, ...]:
-    if isinstance(written, (list, tuple)) and len(written) >= 2 and all(map(_is_size, written)):
-        return tuple(written)
-    raise ValueError(
-        f"Allocation, layer {name!r}: its shape must be a list of at least two whole numbers from 1, got "
-        f"{describe(written)}."
-    )
-
-
-def _is_size(size: object) -> bool:
-    return type(size) is int and 1 <= size < 2**63

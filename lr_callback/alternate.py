@@ -6,11 +6,14 @@ inputs. Last, all slices' decoders are solved for at once.
 
 With inputs of a network that was cut before this layer, ``M`` differs from the layer's dense weight: it mends, as far
 as a linear map can, what the layers before have changed (Zhang et al., arXiv 1505.06798, section 3.3, for one slice).
+Of few images all of this learns the images: where that is asked for, what was found on one half of them must serve on
+the other; else the factors stay, and only the mean of the outputs is made up for.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,13 +30,13 @@ class Seen:
         both: ``(c + f + 1, c + f + 1)`` float64.
         weight: ``(f, c)`` float64, the dense map.
         intercept: whether the layer has a bias, which may change.
-        count: number of rows.
+        halves: the same moments of two halves of the rows, which share no image; none: the halves are not known.
     """
 
     both: Tensor
     weight: Tensor
     intercept: bool
-    count: int
+    halves: tuple[Tensor, ...] = ()
 
     @property
     def means(self) -> Tensor:
@@ -46,35 +49,42 @@ class Seen:
         """Second moments about the means."""
         return self.both[:-1, :-1] - torch.outer(self.means, self.means)
 
-    def solve(self) -> tuple[Tensor, Tensor]:
-        """Return the moments ``(c, c)`` of the inputs, and the map ``M``.
-
-        What is added to the dense map is found by regression on all inputs, which learns the rows, too, where they are
-        few. So it counts only by that part of its ``R^2`` that is left when that is adjusted for the number of inputs,
-        ``1 - (1 - R^2) (n - 1) / (n - c - 1)``; nothing, of less than two rows for each input.
-
-        Source: the adjusted coefficient of determination, Ezekiel, "Methods of Correlation Analysis" (1930).
-        """
+    @property
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Moments ``(c, c)`` of the inputs, and their products ``(f, c)`` with what is missing, about the means."""
         size, centered = self.weight.shape[1], self.centered
-        squares, products = centered[:size, :size], centered[size:, :size]
-        if self.count < 2 * size:
-            return squares, self.weight
-        change = ridge_solve(squares, products)
-        explained, total = float((change * products).sum()), float(centered[size:, size:].trace())
-        if explained <= 0:
-            return squares, self.weight
-        left = 1 - (1 - explained / total) * (self.count - 1) / max(1, self.count - size - 1)
-        return squares, self.weight + max(0.0, left * total / explained) * change
+        return centered[:size, :size], centered[size:, :size]
+
+    @property
+    def parts(self) -> list[Seen]:
+        """The two halves, each by itself; nothing, if they are not known."""
+        return [replace(self, both=half, halves=()) for half in self.halves] if len(self.halves) == 2 else []
+
+    def learned(self) -> list[Tensor]:
+        """Return what is added to the dense map, as found on each half; nothing without halves.
+
+        It is found by regression on all inputs, which learns the rows, too, and the positions of one image are no
+        independent rows. So it is multiplied by what serves best, from 0 to 1, on the half that it was not found on.
+        """
+        moments = [part.moments for part in self.parts]
+        changes = [ridge_solve(*half) for half in moments]
+        gained = energy = 0.0
+        for change, (squares, products) in zip(changes, reversed(moments), strict=True):
+            gained += float((change * products).sum())
+            energy += float(((change @ squares) * change).sum())
+        kept = min(1.0, max(0.0, gained / energy)) if energy > 0 else 0.0
+        return [kept * change for change in changes]
 
     def shift(self, built: Tensor) -> Tensor:
         """Return the change of the bias ``(f,)`` that goes with a map that was built."""
         size = self.weight.shape[1]
         return self.means[size:] + (self.weight - built) @ self.means[:size]
 
-    def squared(self, built: Tensor) -> float:
-        """Return the mean squared error of a map that was built, with the bias as it is."""
+    def squared(self, built: Tensor, shift: Tensor) -> float:
+        """Return the mean squared error of a map that was built, with a change of the bias."""
         off = torch.cat([self.weight - built, torch.eye(len(self.weight), dtype=built.dtype, device=built.device)], 1)
-        return float(((off @ self.both[:-1, :-1]) * off).sum())
+        mean = off @ self.both[-1, :-1]
+        return float(((off @ self.both[:-1, :-1]) * off).sum() - 2 * (shift * mean).sum() + shift.square().sum())
 
 
 @dataclass(frozen=True)
@@ -96,25 +106,48 @@ class Alternated:
     after: float
 
 
-def alternate(seen: Seen, left: Tensor, right: Tensor) -> Alternated:
+def alternate(seen: Seen, left: Tensor, right: Tensor, check: bool = False) -> Alternated:
     """Return better factors of one group of a layer than the ones given.
 
     Args:
         seen: what came in, and what came out.
         left: ``(k, f, j)``, the decoder of each slice, float64.
         right: ``(k, j, c / k)``, the encoder of each slice, float64.
+        check: keep the ones given where those of one half of the images do not serve the other.
     """
-    squares, wanted = seen.solve()
-    before = seen.squared(_composed(left, right))
+    changes, former = seen.learned(), _composed(left, right)
+    before = seen.squared(former, torch.zeros_like(former[:, 0]))
+    if not check or _serves(seen, changes, left, right):
+        left, right = _fitted(seen, _mean(changes, seen.weight), left, right)
+    built = _composed(left, right)
+    shift = seen.shift(built)
+    return Alternated(left, right, shift, before, seen.squared(built, shift))
+
+
+def _mean(changes: Sequence[Tensor], weight: Tensor) -> Tensor:
+    """Return the map that the outputs should come from."""
+    return weight + sum(changes, torch.zeros_like(weight)) / max(1, len(changes))
+
+
+def _serves(seen: Seen, changes: Sequence[Tensor], left: Tensor, right: Tensor) -> bool:
+    """Return whether factors found on one half of the images err less on the other than those that there are."""
+    new = old = 0.0
+    parts, former = seen.parts, _composed(left, right)
+    for own, other, change in zip(parts, reversed(parts), changes, strict=True):
+        built = _composed(*_fitted(own, own.weight + change, left, right))
+        new += other.squared(built, own.shift(built))
+        old += other.squared(former, own.shift(former))
+    return not parts or new < old
+
+
+def _fitted(seen: Seen, wanted: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the factors of all slices that come closest to a map of what was seen."""
+    squares, _ = seen.moments
     if len(right) == 1:
         left, right = (one.unsqueeze(0) for one in project(wanted, right.shape[1], squares))
     else:
         left, right = _sweep(squares, wanted, _decoders(squares, wanted, left, right), right)
-    left, right = _even(_decoders(squares, wanted, left, right), right)
-    built = _composed(left, right)
-    shift = seen.shift(built)
-    # The bias takes up the means of what is missing: their square is what it gains.
-    return Alternated(left, right, shift, before, seen.squared(built) - float(shift.square().sum()))
+    return _even(_decoders(squares, wanted, left, right), right)
 
 
 def _composed(left: Tensor, right: Tensor) -> Tensor:

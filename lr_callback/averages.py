@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lr_callback.allocation import Factorization
 from lr_callback.build import densified, skeleton
+from lr_callback.factorization import Factorization
 from lr_callback.folding import Geometry, fold, unfold_decoder
 from lr_callback.layer_types import dense_weight
 from lr_callback.layers import FactorizedLayer, dense_bias

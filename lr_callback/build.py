@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from lr_callback.allocation import Allocation, Factorization
+from lr_callback.allocation import Allocation
 from lr_callback.attached import copy_attributes, warn_of_attached
+from lr_callback.factorization import Factorization
 from lr_callback.find import find_layers
 from lr_callback.folding import Geometry, unfold_decoder, unfold_encoder
 from lr_callback.importance import Importance, checked_importance, weighted_fold

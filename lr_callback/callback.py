@@ -6,12 +6,14 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from time import perf_counter
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 from lr_callback.events import check_flags
 from lr_callback.find import factorized_in
+from lr_callback.goals import Goal, one_goal, units_of
 from lr_callback.hook import hold_structure, install_hook, release_structure
 from lr_callback.host.averaging import align_averages, held_averages
 from lr_callback.host.checkpointed import Checkpointed
@@ -29,6 +31,7 @@ from lr_callback.host.trainer import check_optimizers, is_smoke_test, lacks
 from lr_callback.interrupts import held
 from lr_callback.methods import Method
 from lr_callback.projection import OptimizerState, check_optimizer_state
+from lr_callback.report import show
 from lr_callback.surgery import SurgeryReport, keep_places
 
 
@@ -41,6 +44,11 @@ class LowRankCompression(Checkpointed):
 
     Args:
         keep_ratio: fraction of all parameters (or of ``cost``) to keep, in (0, 1]; or one for each epoch in ``epochs``.
+            None: 0.5, unless one of the next two is given.
+        budget: in its place, fractions in several units at once, ``{"parameters": 0.3, "multiply_adds": 0.6}``; all
+            hold, and the allocation tells how far from the best it may be.
+        max_error: in its place, the largest relative error that a layer may have, in (0, 1], in the method's measure:
+            the model becomes as small as that lets it.
         epochs: at the start of which epoch, counted from 0; or several, ascending. Each later one multiplies the
             factors back and allocates anew.
         when: ``epochs``; or ``auto``: once, when the spectra of the layers have settled, the median stable rank being
@@ -51,9 +59,12 @@ class LowRankCompression(Checkpointed):
             with a warning.
         cost: ``parameters``, ``bytes`` of the state dict's tensors, or ``multiply_adds`` as counted on the first
             training batch (for epoch 0 on the module's ``example_input_array``).
-        include: glob patterns of layer names; only these are factorized. By default all.
-        exclude: glob patterns of layer names that stay dense.
+        include: patterns of layers; only these are factorized. By default all. A glob pattern of names (``layer1.*``),
+            a type (``type:Linear``), ``place:first`` or ``place:last`` (:mod:`lr_callback.patterns`).
+        exclude: patterns of layers that stay dense.
         embeddings: whether ``nn.Embedding`` is factorized, too.
+        overrides: pattern of layers -> what each becomes, whatever the others do: ``{"keep_ratio": 0.5}`` of itself,
+            ``{"rank": 32}`` (and ``num_slices``, ``folding``) or ``"dense"`` (:mod:`lr_callback.overrides`).
         optimizer_state: what the optimizer knows of new factors: ``reset``, nothing; or ``project``, the momentum of
             their dense weight through the chain rule, for SGD, Adam and AdamW (:mod:`lr_callback.projection`).
         learning_rate_rewind: after each compression let learning rates and schedulers start again as the run began.
@@ -73,7 +84,7 @@ class LowRankCompression(Checkpointed):
             before (:func:`lr_callback.distillation_loss`); None: not at all. Takes the memory of all dense weights, on
             the device and in each checkpoint, and that of a forward pass without gradients.
         distill_temperature: of both softmaxes.
-        show_table: print the table of all layers at each compression.
+        show_table: print what can be kept at least before the training, and the table at each compression.
         snapshots: write weights-only checkpoints ``dense.ckpt`` (before the first compression), ``cut.ckpt`` (after the
             latest) and ``final.ckpt`` into ``compression`` in the log folder, or else in ``default_root_dir``.
         reset_monitors: let EarlyStopping and ModelCheckpoint begin anew at each compression: what was best so far was
@@ -92,9 +103,11 @@ class LowRankCompression(Checkpointed):
 
     def __init__(
         self,
-        keep_ratio: float | list[float] = 0.5,
+        keep_ratio: float | list[float] | None = None,
         epochs: int | list[int] = 1,
         *,
+        budget: dict[str, float] | None = None,
+        max_error: float | None = None,
         when: When = "epochs",
         ramp: bool = False,
         method: Method | None = None,
@@ -102,6 +115,7 @@ class LowRankCompression(Checkpointed):
         include: list[str] | None = None,
         exclude: list[str] | None = None,
         embeddings: bool = False,
+        overrides: dict[str, Any] | None = None,
         optimizer_state: OptimizerState = "reset",
         learning_rate_rewind: bool = False,
         refit: Refit | None = "auto",
@@ -115,24 +129,26 @@ class LowRankCompression(Checkpointed):
         snapshots: bool = False,
         reset_monitors: bool = True,
     ) -> None:
-        super().__init__(cost, distill, distill_temperature, learning_rate_rewind)
+        goal = one_goal(keep_ratio, budget, max_error, cost)
+        super().__init__(units_of(goal, cost), distill, distill_temperature, learning_rate_rewind)
         check_optimizer_state(optimizer_state)
-        self.schedule = Schedule(keep_ratio, epochs, ramp, when)
+        self.schedule = Schedule(goal, epochs, ramp, when)
         self.repairing = Repairing(refit, recalibrate_batchnorm, calibration_batches, correct_biases, rebase_batchnorm)
-        self.scope = Scope(method, include, exclude, embeddings)
+        self.scope = Scope(method, include, exclude, embeddings, overrides)
         self.optimizer_state = optimizer_state
         self.show_table, self.snapshots, self.reset_monitors = show_table, snapshots, reset_monitors
         check_flags(self, "learning_rate_rewind", "show_table", "snapshots", "reset_monitors")
 
     @property
-    def events(self) -> dict[int, float]:
-        """Epoch -> fraction to keep; with ``when="auto"`` the latest epoch at which it may be."""
+    def events(self) -> dict[int, Goal]:
+        """Epoch -> fraction to keep, or another goal; with ``when="auto"`` the latest epoch at which it may be."""
         return self.schedule.events
 
-    def should_compress(self, trainer: Trainer, pl_module: LightningModule) -> float | None:
+    def should_compress(self, trainer: Trainer, pl_module: LightningModule) -> Goal | None:
         """Return the fraction to keep if the model is to be compressed at the start of this epoch, else None.
 
-        Override it for other moments. By default the latest event that is due; under ``fast_dev_run`` the first.
+        Or another goal (:mod:`lr_callback.goals`), in the units of the callback's own. Override it for other moments.
+        By default the latest event that is due; under ``fast_dev_run`` the first.
         """
         return self.schedule.due(trainer, self._record)
 
@@ -174,11 +190,14 @@ class LowRankCompression(Checkpointed):
         if 0 in self.events or is_smoke_test(trainer):
             self._counting.observe_example(trainer, pl_module)
         if not self._counting.is_due:
-            self._check_budgets(pl_module)
+            self._check_budgets(trainer, pl_module)
 
-    def _check_budgets(self, pl_module: LightningModule) -> None:
-        """Refuse budgets that cannot be met before the training, not in the middle of it."""
-        self.scope.check_budgets(pl_module, self.schedule.left(self._record), self._counting.prices)
+    def _check_budgets(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse budgets that cannot be met before the training, not in the middle of it; say what can be."""
+        prices, goals = self._counting.prices, self.schedule.left(self._record)
+        self.scope.check_budgets(pl_module, goals, prices)
+        if self.show_table and goals:
+            show(trainer, self.scope.reach(pl_module, prices))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse from now on a state dict of another structure, and begin an epoch that is to begin."""
@@ -193,11 +212,11 @@ class LowRankCompression(Checkpointed):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compress, if it is time."""
         self._record = self.schedule.measure(trainer, pl_module, self.scope, self._record)
-        keep_ratio = same_on_all(trainer, lambda: self.should_compress(trainer, pl_module))
-        if keep_ratio is not None:
-            self.compress(trainer, pl_module, keep_ratio)
+        goal = same_on_all(trainer, lambda: self.should_compress(trainer, pl_module))
+        if goal is not None:
+            self.compress(trainer, pl_module, goal)
 
-    def compress(self, trainer: Trainer, pl_module: LightningModule, keep_ratio: float) -> SurgeryReport:
+    def compress(self, trainer: Trainer, pl_module: LightningModule, keep_ratio: Goal) -> SurgeryReport:
         """Analyse, allocate, replace the layers and let the optimizers follow; write snapshots, log and print.
 
         It is done as a whole or not at all: whatever is raised on the way leaves all as it was.
@@ -205,7 +224,7 @@ class LowRankCompression(Checkpointed):
         Args:
             trainer: whose optimizers are edited.
             pl_module: whose layers are replaced.
-            keep_ratio: in (0, 1].
+            keep_ratio: in (0, 1], or another goal (:mod:`lr_callback.goals`).
 
         Raises:
             ValueError: If the budget cannot be met or a weight is not finite.
@@ -248,7 +267,7 @@ class LowRankCompression(Checkpointed):
         if not self._counting.count(trainer):
             return
         if self._counting.required:
-            self._check_budgets(pl_module)
+            self._check_budgets(trainer, pl_module)
         if self.allocation is not None:
             log_multiply_adds(trainer, pl_module, self._counting.observation)
 

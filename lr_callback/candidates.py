@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ class Candidate:
         errors: ``(last + 1,)`` float64: entry ``r`` is the relative error at rank ``r``; infinite where it is not known
             because another candidate of the layer is no dearer and no worse.
         costs: ``(last + 1,)`` int64: entry ``r`` is the cost at rank ``r``.
+        others: the same in other units, where there are budgets in several.
     """
 
     folding: str
@@ -29,6 +30,7 @@ class Candidate:
     full_rank: int
     errors: Tensor
     costs: Tensor
+    others: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def last(self) -> int:
@@ -50,12 +52,14 @@ class LayerCandidates:
         norm: Frobenius norm of the dense weight, for what needs to know how large a relative error is; 1 where no
             weight has been looked at.
         weight: of the layer's error, to a power, among those of others; None: not known.
+        others: cost of the dense layer in other units.
     """
 
     dense_cost: int
     candidates: tuple[Candidate, ...]
     norm: float = 1.0
     weight: float | None = None
+    others: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -113,12 +117,33 @@ def _candidate(cost: LayerCost, folding: str, num_slices: int, errors: Tensor) -
     return Candidate(folding, num_slices, full_rank, errors, cost.at_ranks(folding, num_slices, len(errors) - 1))
 
 
+def with_units(layer: LayerCandidates, costs: Mapping[str, LayerCost]) -> LayerCandidates:
+    """Return candidates with their costs in other units, too, at the ranks that cost less than dense in all of them.
+
+    Args:
+        layer: its candidates.
+        costs: unit -> the costs of the layer in it.
+    """
+    if not costs:
+        return layer
+    priced = (_with_units(candidate, costs) for candidate in layer.candidates)
+    kept = tuple(candidate for candidate in priced if candidate.last >= 1)
+    return replace(layer, candidates=kept, others={unit: cost.dense for unit, cost in costs.items()})
+
+
+def _with_units(candidate: Candidate, costs: Mapping[str, LayerCost]) -> Candidate:
+    own = {unit: cost.at_ranks(candidate.folding, candidate.num_slices, candidate.last) for unit, cost in costs.items()}
+    end = min(int((own[unit] < cost.dense).sum()) for unit, cost in costs.items())
+    others = {unit: one[:end] for unit, one in own.items()}
+    return replace(candidate, errors=candidate.errors[:end], costs=candidate.costs[:end], others=others)
+
+
 def frontier(layer: LayerCandidates, rank_multiple: int = 1) -> Frontier:
     """Keep the choices of a layer that no other choice beats in cost and error at once.
 
     Args:
         layer: its candidates.
-        rank_multiple: ``rank * num_slices`` must be a multiple of it.
+        rank_multiple: the rank must be a multiple of it.
 
     Example::
 
@@ -133,7 +158,7 @@ def frontier(layer: LayerCandidates, rank_multiple: int = 1) -> Frontier:
     errors: list[Tensor] = [torch.zeros(1, dtype=torch.float64)]
     for index, candidate in enumerate(layer.candidates):
         ranks = torch.arange(1, candidate.last + 1)
-        ranks = ranks[ranks * candidate.num_slices % rank_multiple == 0]
+        ranks = ranks[ranks % rank_multiple == 0]
         owners.append(torch.stack([torch.full_like(ranks, index), ranks], dim=1))
         costs.append(candidate.costs[ranks])
         errors.append(candidate.errors[ranks])

@@ -16,8 +16,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lr_callback.allocation import Allocation, Factorization
+from lr_callback.allocation import Allocation
 from lr_callback.build import dense_skeleton, skeleton
+from lr_callback.factorization import Factorization
 from lr_callback.find import find_layers
 from lr_callback.folding import FOLDINGS
 from lr_callback.layer_types import layer_cost, layer_type

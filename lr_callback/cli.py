@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Trainer
@@ -87,18 +88,21 @@ def analyze_command(arguments: Sequence[str]) -> None:
     parser.add_subclass_arguments(nn.Module, "model", help="the model, by import path and its arguments")
     parser.add_argument("--keep_ratio", type=float, default=0.5, help="fraction of all parameters to keep, in (0, 1]")
     parser.add_subclass_arguments(Method, "method", required=False, help="how to choose; by default ALDS")
-    parser.add_argument("--include", type=list[str] | None, help="glob patterns; only these layers are factorized")
-    parser.add_argument("--exclude", type=list[str] | None, help="glob patterns of layers that stay dense")
+    parser.add_argument("--include", type=list[str] | None, help="patterns; only these layers are factorized")
+    parser.add_argument("--exclude", type=list[str] | None, help="patterns of layers that stay dense")
     parser.add_argument("--embeddings", type=bool, default=False, help="factorize nn.Embedding layers, too")
+    parser.add_argument(
+        "--overrides", type=dict[str, Any] | None, help="pattern -> dense, {keep_ratio: ...}, {rank: ...}"
+    )
     parser.add_argument("--json", type=str | None, help="a file to write the allocation to")
     chosen = parser.instantiate_classes(parser.parse_args(list(arguments)))
     if chosen.model is None:
         parser.error("--model must name a model, for example --model lr_callback.recipes.CifarResNet; got none.")
     try:
-        choice = {"include": chosen.include, "exclude": chosen.exclude, "embeddings": chosen.embeddings}
+        choice = {name: chosen[name] for name in ("include", "exclude", "embeddings", "overrides")}
         found = analyze(chosen.model, chosen.method, **choice)
         allocation: Allocation = found.allocate(chosen.keep_ratio)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         parser.error(str(error))
     _write(str(allocation))
     low, high = found.reachable

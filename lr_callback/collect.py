@@ -6,7 +6,6 @@ not changed.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
 from typing import TypeVar
@@ -20,7 +19,7 @@ from lr_callback.following import following
 from lr_callback.importance import Importance
 from lr_callback.layer_types import layer_type
 from lr_callback.layers import dense_bias
-from lr_callback.moments import SecondMoments
+from lr_callback.moments import SecondMoments, summed
 from lr_callback.processes import Processes, by_name
 from lr_callback.running import run_batches, runner
 from lr_callback.table import listed
@@ -155,17 +154,7 @@ def add_rows(moments: dict[str, SecondMoments], name: str, rows: Tensor, trouble
 
 def merged(parts: Iterable[Mapping[str, SecondMoments]]) -> dict[str, SecondMoments]:
     """Add up the moments of each layer that several processes measured, in the order of their ranks."""
-    return {name: _sum(held) for name, held in by_name(parts).items()}
-
-
-def _sum(parts: Sequence[SecondMoments]) -> SecondMoments:
-    if len(parts) == 1:
-        return parts[0]
-    whole = copy.copy(parts[0])
-    whole.total = torch.stack([one.total for one in parts]).sum(0)
-    whole.sums = torch.stack([one.sums for one in parts]).sum(0)
-    whole.count = torch.stack([one.count for one in parts]).sum(0)
-    return whole
+    return {name: summed(held) for name, held in by_name(parts).items()}
 
 
 def _warn_of_few(moments: Mapping[str, SecondMoments]) -> None:

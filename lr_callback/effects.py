@@ -22,10 +22,10 @@ from warnings import warn
 import torch
 from torch import Tensor, nn
 
-from lr_callback.allocation import Factorization
 from lr_callback.build import factors, skeleton
 from lr_callback.candidates import LayerCandidates, frontier
 from lr_callback.costs import LayerCost
+from lr_callback.factorization import Factorization
 from lr_callback.find import find_layers
 from lr_callback.importance import Importance, checked_importance
 from lr_callback.layer_types import dense_weight

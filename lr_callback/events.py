@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from numbers import Integral
 
-from lr_callback.analysis import check_keep_ratio
+from lr_callback.goals import Goal, check_goal, check_keep_ratio
 
 
-def read_events(keep_ratio: object, epochs: object, ramp: bool = False) -> dict[int, float]:
-    """Return epoch -> fraction to keep, ascending.
+def read_events(keep_ratio: object, epochs: object, ramp: bool = False) -> dict[int, Goal]:
+    """Return epoch -> fraction to keep, or another goal, ascending.
 
     Args:
-        keep_ratio: a number in (0, 1], or a list of them, one for each epoch.
+        keep_ratio: a number in (0, 1], or a list of them, one for each epoch; or another goal, for all of them.
         epochs: a whole number from 0, or a list of different ones.
         ramp: whether the one ratio is reached step by step over the epochs, see :func:`cubic_ramp`.
 
@@ -29,19 +29,19 @@ def read_events(keep_ratio: object, epochs: object, ramp: bool = False) -> dict[
     if not listed or len(set(listed)) < len(listed):
         raise ValueError(f"`epochs` must name at least one epoch and none twice, got {epochs!r}.")
     if ramp:
-        if isinstance(keep_ratio, (list, tuple)) or len(listed) < 2:
+        if isinstance(keep_ratio, (list, tuple, Mapping)) or len(listed) < 2:
             raise ValueError(
                 "`ramp` leads to one `keep_ratio` over at least two `epochs`, got "
                 f"keep_ratio={keep_ratio!r} and epochs={epochs!r}."
             )
-        return cubic_ramp(check_keep_ratio(keep_ratio), listed)
+        return dict(cubic_ramp(check_keep_ratio(keep_ratio), listed))
     ratios = list(keep_ratio) if isinstance(keep_ratio, (list, tuple)) else [keep_ratio] * len(listed)
     if len(ratios) != len(listed):
         raise ValueError(
             f"`keep_ratio` must be one number, or one for each of the {len(listed)} `epochs` {listed}, "
             f"got {len(ratios)}: {keep_ratio!r}."
         )
-    return dict(sorted(zip(listed, map(check_keep_ratio, ratios), strict=True)))
+    return dict(sorted(zip(listed, map(check_goal, ratios), strict=True)))
 
 
 def cubic_ramp(keep_ratio: float, epochs: Iterable[int]) -> dict[int, float]:
@@ -73,8 +73,8 @@ def _epoch(epoch: object) -> int:
     raise ValueError(f"`epochs` must be whole numbers from 0, got {epoch!r}.")
 
 
-def due(events: Mapping[int, float], applied: Iterable[int], epoch: int) -> float | None:
-    """Return the fraction of the latest event up to an epoch, if none as late was applied; else None.
+def due(events: Mapping[int, Goal], applied: Iterable[int], epoch: int) -> Goal | None:
+    """Return the goal of the latest event up to an epoch, if none as late was applied; else None.
 
     Example::
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from math import prod
 
 import torch
@@ -15,7 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from lr_callback.holders import held_elsewhere, owners_of_parameters, shared_memory
 from lr_callback.layer_types import LAYER_TYPES, dense_weight, full_name, layer_type
 from lr_callback.layers import FactorizedLayer
-from lr_callback.table import readable
+from lr_callback.patterns import as_patterns, check_patterns, meant
 from lr_callback.traps import COMPUTED, around, factor_trap, holds_weight, layer_trap, weight_trap
 
 
@@ -39,8 +38,8 @@ def find_layers(
 
     Args:
         model: is not changed.
-        include: glob patterns of layer names; only these are factorized. None: all.
-        exclude: glob patterns of layer names that stay dense.
+        include: patterns of layers (:mod:`lr_callback.patterns`); only these are factorized. None: all.
+        exclude: patterns of layers that stay dense.
 
     Raises:
         ValueError: If a pattern matches no layer.
@@ -61,7 +60,7 @@ def find_layers(
         else:
             found.skipped[name] = reason
     check_patterns(include=include, exclude=exclude)
-    _select(found, _patterns(include), _patterns(exclude))
+    _select(model, found, as_patterns(include), as_patterns(exclude))
     return found
 
 
@@ -174,25 +173,6 @@ def _elsewhere(holders: _Holders, *held: nn.Module | Tensor) -> str | None:
     return f"held by {places[0]} too, which would keep the layer as it is now; hold layers as submodules only"
 
 
-def check_patterns(**arguments: object) -> None:
-    """Refuse what are no patterns.
-
-    Args:
-        arguments: name of an argument -> its value.
-
-    Raises:
-        TypeError: If one is neither None, a string, nor a list or tuple of strings.
-    """
-    for name, value in arguments.items():
-        listed = [value] if isinstance(value, str) else value
-        if value is not None and not (
-            isinstance(listed, (list, tuple)) and all(isinstance(one, str) for one in listed)
-        ):
-            raise TypeError(
-                f"`{name}` must be a glob pattern of layer names such as 'layer1.*', or a list of them, got {value!r}."
-            )
-
-
 def factorized_in(model: nn.Module) -> list[str]:
     """Return the names of the factorized layers of a model.
 
@@ -217,32 +197,32 @@ def replaceable_in(model: nn.Module) -> dict[str, FactorizedLayer]:
     return {name: layer for name, layer in find_layers(model).layers.items() if isinstance(layer, FactorizedLayer)}
 
 
-def _patterns(patterns: Sequence[str] | str | None) -> tuple[str, ...] | None:
-    return (patterns,) if isinstance(patterns, str) else None if patterns is None else tuple(patterns)
-
-
-def _matches(name: str, pattern: str) -> bool:
-    """Return whether a pattern is for a layer's name, with or without what ``torch.compile`` puts into it."""
-    return fnmatchcase(name, pattern) or fnmatchcase(readable(name), pattern)
-
-
-def _select(found: Found, include: tuple[str, ...] | None, exclude: tuple[str, ...] | None) -> None:
+def _select(model: nn.Module, found: Found, include: tuple[str, ...] | None, exclude: tuple[str, ...] | None) -> None:
     """Move the layers that the user leaves out to the skipped ones."""
-    names = [*found.layers, *found.skipped]
+    able = list(found.layers)
+    layers = {name: model.get_submodule(name) for name in [*found.layers, *found.skipped]}
+    named: dict[str, set[str]] = {"include": set(), "exclude": set()}
     for argument, patterns in (("include", include), ("exclude", exclude)):
         for pattern in patterns or ():
-            if not any(_matches(name, pattern) for name in names):
-                raise ValueError(
-                    f"`{argument}`: each pattern must match a layer's name, {pattern!r} matches none of: "
-                    f"{', '.join(names) or '(the model has no layers with a weight)'}."
-                )
-    for name in list(found.layers):
-        if include is not None and not any(_matches(name, pattern) for pattern in include):
+            names = meant(pattern, layers, able)
+            if not names:
+                raise ValueError(no_match(argument, pattern, layers))
+            named[argument] |= names
+    for name in able:
+        if include is not None and name not in named["include"]:
             found.skipped[name] = "not among `include`"
-        elif any(_matches(name, pattern) for pattern in exclude or ()):
+        elif name in named["exclude"]:
             found.skipped[name] = "named by `exclude`"
         if name in found.skipped:
             del found.layers[name]
+
+
+def no_match(argument: str, pattern: str, layers: Mapping[str, nn.Module]) -> str:
+    """Return what is wrong with a pattern that matches no layer."""
+    what = "type" if pattern.startswith("type:") else "name"
+    kinds = dict.fromkeys(type(layer).__name__ for layer in layers.values())
+    known = ", ".join(kinds if what == "type" else layers) or "(the model has no layers with a weight)"
+    return f"`{argument}`: each pattern must match a layer's {what}, {pattern!r} matches none of: {known}."
 
 
 def check_weight(name: str, layer: nn.Module) -> str | None:

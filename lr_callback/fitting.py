@@ -6,6 +6,7 @@ A fit says what rows a call of the layer gives, and what to do with their moment
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from math import prod
 
 import torch
@@ -17,7 +18,7 @@ from lr_callback.collect import LARGEST, spread
 from lr_callback.folding import decoder_matrices, unfold_decoder, unfold_encoder
 from lr_callback.layer_types import dense_weight, layer_type
 from lr_callback.layers import FactorizedLayer, dense_bias
-from lr_callback.moments import SecondMoments
+from lr_callback.moments import SecondMoments, summed
 from lr_callback.regression import regress
 from lr_callback.running import watching
 
@@ -60,9 +61,28 @@ class Fit(ABC):
             wanted: outputs of the teacher in the same call of the model before the cut.
         """
 
+    def halves(self, inputs: Tensor, wanted: Tensor, split: bool) -> list[Tensor]:
+        """Return the rows of one call, or those of its first images and of its last ones.
+
+        Args:
+            inputs: see :meth:`rows`.
+            wanted: likewise.
+            split: whether to split; a call without an axis of images, or of one image, is not split.
+        """
+        images = len(inputs) if inputs.dim() >= len(self.student.geometry(self.student).kernel) + 2 else 1
+        if not split or images < 2 or len(wanted) != images:
+            return [self.rows(inputs, wanted)]
+        middle = images // 2
+        return [self.rows(inputs[:middle], wanted[:middle]), self.rows(inputs[middle:], wanted[middle:])]
+
     @abstractmethod
-    def solve(self, moments: SecondMoments) -> float:
-        """Set the student's factors; return the fraction of the squared error of its outputs that is left."""
+    def solve(self, parts: Sequence[SecondMoments], check: bool = False) -> float:
+        """Set the student's factors; return the fraction of the squared error of its outputs that is left.
+
+        Args:
+            parts: moments of all rows, or of two halves of them that share no image.
+            check: keep the factors where those of one half do not serve the other, if that can be told.
+        """
 
     @abstractmethod
     def missing(self, moments: SecondMoments) -> Tensor:
@@ -125,10 +145,10 @@ class DecoderFit(Fit):
         """Return the means of the rows' middle part."""
         return moments.means[:, self.width : -1].flatten()
 
-    def solve(self, moments: SecondMoments) -> float:
+    def solve(self, parts: Sequence[SecondMoments], check: bool = False) -> float:
         """Change the decoder."""
         encoder, decoder = self.student.ordered_factors
-        change, shift, left = regress(moments, self.width, self.intercept)
+        change, shift, left = regress(summed(parts), self.width, self.intercept)
         self.student.set_factors(encoder, decoder.double() + change.reshape(decoder.shape))
         self.shift_mean(shift)
         return left
@@ -165,16 +185,19 @@ class BothFit(Fit):
         means, off = moments.means, self._weight - dense_weight(self.student).double().reshape(self._weight.shape)
         return (means[:, self.width : -1] + (off @ means[:, : self.width, None]).squeeze(2)).flatten()
 
-    def solve(self, moments: SecondMoments) -> float:
+    def solve(self, parts: Sequence[SecondMoments], check: bool = False) -> float:
         """Change both factors."""
         student, sizes = self.student, self.student.geometry(self.student)
         encoder, decoder = (factor.double() for factor in student.ordered_factors)
-        slices, groups, count = student.num_slices, sizes.groups, int(moments.count)
+        slices, groups = student.num_slices, sizes.groups
+        whole, halves = summed(parts).compute(), [one.compute() for one in parts]
         left = decoder_matrices(decoder, slices, groups).reshape(groups, slices, -1, student.rank)
         right = encoder.reshape(groups, slices, student.rank, -1)
         found = [
-            alternate(Seen(both, weight, self.intercept, count), *factors)
-            for both, weight, *factors in zip(moments.compute(), self._weight, left, right, strict=True)
+            alternate(Seen(both, weight, self.intercept, tuple(own)), *factors, check=check)
+            for both, own, weight, *factors in zip(
+                whole, zip(*halves, strict=True), self._weight, left, right, strict=True
+            )
         ]
         encoders, decoders = torch.cat([one.right for one in found]), torch.cat([one.left for one in found])
         folding = student.folding

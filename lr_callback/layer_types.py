@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from lr_callback.allocation import Factorization
 from lr_callback.costs import Call, LayerCost
+from lr_callback.factorization import Factorization
 from lr_callback.layers import (
     FactorizedConv1D,
     FactorizedConv1d,

@@ -27,24 +27,27 @@ Progress = Callable[[int, int, str], None]
 def candidates_of(
     layers: Mapping[str, nn.Module],
     costs: Mapping[str, LayerCost],
-    method: Method,
+    methods: Mapping[str, Method],
     progress: Progress | None,
     importance: Mapping[str, Importance] | None = None,
+    others: Mapping[str, Mapping[str, LayerCost]] | None = None,
 ) -> dict[str, LayerCandidates]:
     """Compute the candidates of some layers.
 
     Args:
         layers: dense or factorized.
         costs: of each of them, and perhaps of others.
-        method: whose candidates they are.
+        methods: whose candidates they are, of each of them.
         progress: told of each layer.
-        importance: of the layers, where the method's error is weighted by it.
+        importance: of the layers, where the errors are weighted by it.
+        others: layer name -> unit -> its cost, where there are budgets in several units.
     """
-    known = importance or {}
+    known, units = importance or {}, others or {}
 
     def candidates(name: str, crew: Workers) -> LayerCandidates:
         with torch.no_grad():
-            return method.candidates(dense_weight(layers[name]), costs[name], crew, known.get(name))
+            own = (costs[name], crew, known.get(name), units.get(name))
+            return methods[name].candidates(dense_weight(layers[name]), *own)
 
     small = _small(layers, costs)
     order = [*small, *(name for name in layers if name not in small)]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -94,3 +97,14 @@ class SecondMoments(Metric):
     def compute(self) -> Tensor:
         """Return the moments ``(g, s, s)``, or ``(g, s)``, float64; zero before the first row."""
         return self.total / self.count.clamp(min=1)
+
+
+def summed(parts: Sequence[SecondMoments]) -> SecondMoments:
+    """Add up moments of the same entries, of other rows each; one alone is returned as it is."""
+    if len(parts) == 1:
+        return parts[0]
+    whole = copy.copy(parts[0])
+    whole.total = torch.stack([one.total for one in parts]).sum(0)
+    whole.sums = torch.stack([one.sums for one in parts]).sum(0)
+    whole.count = torch.stack([one.count for one in parts]).sum(0)
+    return whole

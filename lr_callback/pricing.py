@@ -12,6 +12,7 @@ from lr_callback.costs import OBSERVED, LayerCost, check_cost
 from lr_callback.find import Found, check_weight, replaceable_in
 from lr_callback.folding import Geometry
 from lr_callback.layer_types import layer_cost, layer_type, saved_cost
+from lr_callback.methods import Method
 from lr_callback.observe import Observation
 
 
@@ -130,8 +131,10 @@ def layer_costs(found: Found, prices: Prices, skip_zero: bool = True, embeddings
     return costs
 
 
-def no_gain(geometry: Geometry) -> str:
+def no_gain(geometry: Geometry, method: Method) -> str:
     """Return why a layer is skipped that has no candidate."""
+    if not method.slice_counts(geometry):
+        return f"none of the numbers of slices that are allowed divides its {geometry.weight_shape[1]} input channels"
     depthwise = geometry.groups == geometry.in_channels > 1
     what = "a depthwise convolution" if depthwise else "too small"
     return f"{what}: no rank costs less than the dense layer"

@@ -24,7 +24,7 @@ from lr_callback.following import look
 from lr_callback.layers import FactorizedLayer, dense_bias
 from lr_callback.layerwise import Progress
 from lr_callback.lockstep import Walk, mixed, walks
-from lr_callback.moments import SecondMoments
+from lr_callback.moments import SecondMoments, summed
 from lr_callback.observe import as_written, putting_back, untouched
 from lr_callback.processes import Processes
 from lr_callback.rebasing import rebasing
@@ -71,7 +71,8 @@ def refit_(
             and a position has at most :data:`~lr_callback.collect.LARGEST` inputs; else, and for ``decoder``, the
             decoder alone.
         gentle: do what can be done, without warnings: of a layer that is seen at fewer than two positions for each of
-            its inputs leave the factors as they are, and change the mean alone of what it gives.
+            its inputs, or whose factors as found on half of the images do not serve the others, change the mean alone
+            of what it gives.
         biases: whether the mean of a layer's outputs may change: its bias, or that of the BatchNorm that takes them.
         rebase: whether BatchNorm layers are rebased.
         processes: of a distributed run, each with batches of its own; all get the same decoders. None: this one alone.
@@ -186,7 +187,7 @@ class _Refit:
         self._warn_of_few(self._few(found))
         left: dict[str, float] = {}
         for name in self._told([name for name in self._fits if name in found]):
-            left |= self._solve(name, found[name])
+            left |= self._solve(name, [found[name]])
         return left
 
     def one_by_one(self, calls: Mapping[str, int]) -> dict[str, float]:
@@ -222,26 +223,33 @@ class _Refit:
         for name in set(stations) - set(order):
             stations[name].is_open = True
         for name in self._told(order):
-            found = merged(self._processes.gather(partial(self._measure, name, before, after), long=True))
-            few += self._few(found)
-            if name in found:
-                left |= self._solve(name, found[name])
+            found = self._processes.gather(partial(self._measure, name, before, after), long=True)
+            parts = [half[name] for one in zip(*found, strict=True) if name in (half := merged(one))]
+            if parts:
+                few += self._few({name: summed(parts)})
+                left |= self._solve(name, parts)
             stations[name].refresh()
             for walk in after:
                 walk.at = None if walk.at == name else walk.at
         self._warn_of_few(few)
         return left
 
-    def _measure(self, name: str, before: Sequence[Walk], after: Sequence[Walk]) -> dict[str, SecondMoments]:
-        """Return the moments of the runs that wait at a layer, by its name; none, if none of them does."""
-        moments: dict[str, SecondMoments] = {}
-        for one, other in zip(before, after, strict=True):
+    def _measure(self, name: str, before: Sequence[Walk], after: Sequence[Walk]) -> list[dict[str, SecondMoments]]:
+        """Return the moments of the runs that wait at a layer, by its name, of every second run each; none waits: none.
+
+        Of a run alone it is the first images and the last ones.
+        """
+        halves: list[dict[str, SecondMoments]] = [{}, {}]
+        is_alone = len(before) == 1 and self._processes.size == 1
+        for index, (one, other) in enumerate(zip(before, after, strict=True), self._processes.rank):
             if other.at is None:
                 other.step()
             wanted = one.step_to(name) if other.at == name else None
-            if wanted is not None and other.tensor is not None:
-                add_rows(moments, name, self._fits[name].rows(other.tensor, wanted), _TROUBLE)
-        return {name: one.cpu() for name, one in moments.items()}
+            if wanted is None or other.tensor is None:
+                continue
+            for half, rows in enumerate(self._fits[name].halves(other.tensor, wanted, is_alone), index):
+                add_rows(halves[half % 2], name, rows, _TROUBLE)
+        return [{name: one.cpu() for name, one in half.items()} for half in halves]
 
     def look(self) -> dict[str, int]:
         """Return how often each student is called on a batch, in the order of the first calls; note what follows it."""
@@ -251,13 +259,13 @@ class _Refit:
             self._fits[name].norm = norm if self._fits[name].student.bias is None else None
         return calls
 
-    def _solve(self, name: str, moments: SecondMoments) -> dict[str, float]:
+    def _solve(self, name: str, parts: Sequence[SecondMoments]) -> dict[str, float]:
         """Change one layer; return the fraction of the squared error that is left, nothing if only its mean changed."""
         fit = self._fits[name]
-        if self._gentle and self._few({name: moments}):
-            fit.level(moments)
+        if self._gentle and self._few({name: summed(parts)}):
+            fit.level(summed(parts))
             return {}
-        return {name: fit.solve(moments.to(fit.student.factors[0].device))}
+        return {name: fit.solve([one.to(fit.student.factors[0].device) for one in parts], self._gentle)}
 
     def _told(self, names: Collection[str]) -> Iterator[str]:
         """Go through layers, and tell of each."""

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import lr_callback as lrc
 from benchmarks.zoo.case import Case
-from lr_callback.analysis import Analysis, analyze
+from lr_callback.analysed import Analysis
+from lr_callback.analysis import analyze
 from lr_callback.find import factorized_in, find_layers
 from lr_callback.layers import FactorizedLayer
 

@@ -19,7 +19,7 @@ class Checkpointed(CallbackBase):
     """A callback with the knowledge of its run.
 
     Args:
-        cost: unit of the budgets.
+        units: of the budgets.
         distill: weight of the distillation loss, or None.
         temperature: of its softmaxes.
         learning_rate_rewind: whether learning rates are rewound to where they began.
@@ -28,16 +28,18 @@ class Checkpointed(CallbackBase):
         ValueError: If an argument is out of range.
     """
 
-    def __init__(self, cost: str, distill: float | None, temperature: float, learning_rate_rewind: bool) -> None:
+    def __init__(
+        self, units: tuple[str, ...], distill: float | None, temperature: float, learning_rate_rewind: bool
+    ) -> None:
         super().__init__()
-        self._options, self.learning_rate_rewind = (cost, distill, temperature), learning_rate_rewind
+        self._options, self.learning_rate_rewind = (units, distill, temperature), learning_rate_rewind
         self._forget()
         self._resuming = Resuming()
 
     def _forget(self) -> None:
         """Begin anew: an earlier run of this callback may have been with another model or other batches."""
-        cost, weight, temperature = self._options
-        self._record, self._counting, self._distilling = Record(), Counting(cost), Distilling(weight, temperature)
+        units, weight, temperature = self._options
+        self._record, self._counting, self._distilling = Record(), Counting(units), Distilling(weight, temperature)
 
     @property
     def allocation(self) -> Allocation | None:

@@ -19,10 +19,10 @@ class Counting:
     """What a run knows of how its network is called.
 
     Args:
-        cost: unit of the budgets; where it is multiply-adds, a network that cannot be counted is an error.
+        units: of the budgets; where multiply-adds are among them, a network that cannot be counted is an error.
 
     Attributes:
-        cost: unit of the budgets.
+        units: of the budgets.
         required: whether it is counted on a batch.
         observation: of one batch; None until one was seen.
 
@@ -30,9 +30,10 @@ class Counting:
         ValueError: If there is no such unit.
     """
 
-    def __init__(self, cost: str) -> None:
-        check_cost(cost)
-        self.cost, self.required = cost, cost in OBSERVED
+    def __init__(self, units: tuple[str, ...]) -> None:
+        for unit in units:
+            check_cost(unit)
+        self.units, self.required = units, not OBSERVED.isdisjoint(units)
         self._probe: Probe | None = None
         self._possible = True
         self.observation: Observation | None = None
@@ -43,9 +44,9 @@ class Counting:
         return self.required and self.observation is None
 
     @property
-    def prices(self) -> Prices:
-        """What is paid for; not before there is an observation, where it takes one."""
-        return Prices(self.cost, self.observation)
+    def prices(self) -> list[Prices]:
+        """What is paid for, in each unit; not before there is an observation, where one takes it."""
+        return [Prices(unit, self.observation) for unit in self.units]
 
     def observe_example(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count on the module's example input, where a budget in multiply-adds is due before any batch was seen.

@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lr_callback.events import check_flags, due, read_events
+from lr_callback.goals import Goal
 from lr_callback.host.journal import log_now
 from lr_callback.host.record import Record
 from lr_callback.host.scope import Scope
@@ -32,7 +33,7 @@ class Schedule:
             ``max_epochs``.
 
     Attributes:
-        events: epoch -> fraction to keep; with ``auto`` the latest epoch, known once there is a Trainer.
+        events: epoch -> fraction to keep, or another goal; with ``auto`` the latest epoch, once there is a Trainer.
 
     Raises:
         TypeError: If ``ramp`` is no switch.
@@ -65,8 +66,8 @@ class Schedule:
                     f"Trainer must know how many there are, got max_epochs={trainer.max_epochs}. Set `max_epochs`, or "
                     "choose `epochs`."
                 )
-            (keep_ratio,) = self.events.values()
-            self.events = {max(1, trainer.max_epochs // 2): keep_ratio}
+            (goal,) = self.events.values()
+            self.events = {max(1, trainer.max_epochs // 2): goal}
         warn_of_late_events(trainer, self.events)
 
     def measure(self, trainer: Trainer, pl_module: LightningModule, scope: Scope, record: Record) -> Record:
@@ -80,8 +81,8 @@ class Schedule:
         log_now(trainer, {_NAME: float(metric.compute())})
         return record.with_ranks(trainer.current_epoch, ranks, PATIENCE + 1)
 
-    def due(self, trainer: Trainer, record: Record) -> float | None:
-        """Return the fraction of the event that is due at the start of an epoch; None if there is none."""
+    def due(self, trainer: Trainer, record: Record) -> Goal | None:
+        """Return the goal of the event that is due at the start of an epoch; None if there is none."""
         first = min(self.events)
         if is_smoke_test(trainer) and not record.applied:
             return self.events[first]
@@ -109,6 +110,6 @@ class Schedule:
                 "has the size that it had. Let the run be longer, compress earlier, or resume from its last checkpoint."
             )
 
-    def left(self, record: Record) -> list[float]:
-        """Return the fractions of the events that have not passed."""
-        return [keep_ratio for event, keep_ratio in self.events.items() if event > record.last]
+    def left(self, record: Record) -> list[Goal]:
+        """Return the goals of the events that have not passed."""
+        return [goal for event, goal in self.events.items() if event > record.last]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,14 +11,18 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.optim import SparseAdam
 
-from lr_callback.analysis import Analysis, analyze, survey
+from lr_callback.analysed import Analysis
+from lr_callback.analysis import analyze, survey
 from lr_callback.events import check_flags
-from lr_callback.find import check_patterns, find_layers
+from lr_callback.find import find_layers
 from lr_callback.fisher import WITHOUT
+from lr_callback.goals import MAX_ERROR, Goal
 from lr_callback.host.strategies import processes_of
 from lr_callback.importance import Importance
 from lr_callback.methods import Method, best_method, check_method
 from lr_callback.optimizers import optimizers_in, with_inner
+from lr_callback.overrides import read_overrides
+from lr_callback.patterns import check_patterns
 from lr_callback.pricing import Prices
 from lr_callback.report import progress_line
 
@@ -32,22 +36,25 @@ class Scope:
         include: glob patterns of layer names; None: all.
         exclude: glob patterns of layer names that stay dense.
         embeddings: whether ``nn.Embedding`` layers are factorized, too.
+        overrides: pattern of layers -> what each becomes, whatever the others do.
 
     Raises:
-        TypeError: If ``chosen`` is no method, or ``embeddings`` no switch.
-        ValueError: If a pattern is no text.
+        TypeError: If ``chosen`` is no method, ``embeddings`` no switch, a pattern no text, or ``overrides`` no mapping.
+        ValueError: If an override is none, or out of range.
     """
 
     chosen: Method | None = None
     include: list[str] | None = None
     exclude: list[str] | None = None
     embeddings: bool = False
+    overrides: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
         check_method(self.chosen)
         check_patterns(include=self.include, exclude=self.exclude)
         check_flags(self, "embeddings")
+        read_overrides(self.overrides)
 
     @property
     def method(self) -> Method:
@@ -64,20 +71,35 @@ class Scope:
         """The same where no batches can be had: a method that was left open needs none."""
         return self if self.chosen is not None else replace(self, chosen=check_method(None))
 
-    def check_budgets(self, pl_module: LightningModule, ratios: Iterable[float], prices: Prices) -> None:
-        """Refuse fractions to keep that no choice of ranks meets.
+    def check_budgets(self, pl_module: LightningModule, goals: Iterable[Goal], prices: Sequence[Prices]) -> None:
+        """Refuse fractions to keep that no choice of ranks meets; an error that is asked for can always be met.
 
         Args:
             pl_module: whose layers are priced; no weight is looked at.
-            ratios: fractions to keep, in (0, 1].
-            prices: the unit of the budgets.
+            goals: see :mod:`lr_callback.goals`.
+            prices: the units of the budgets.
 
         Raises:
             ValueError: If one is out of reach; the text gives the range.
         """
         surveyed = survey(pl_module, self.method, prices=prices, **self._layers)
-        for keep_ratio in ratios:
-            surveyed.allocate(keep_ratio)
+        for goal in goals:
+            if not (isinstance(goal, Mapping) and MAX_ERROR in goal):
+                surveyed.allocate(goal)
+
+    def reach(self, pl_module: LightningModule, prices: Sequence[Prices]) -> str:
+        """Return what of a module can be kept at least, in each unit that is known before the training.
+
+        Args:
+            pl_module: whose layers are priced; no weight is looked at.
+            prices: the units of the budgets.
+        """
+        known = {one.unit: one for one in (Prices(), Prices("bytes"), *prices)}
+        ranges: list[str] = []
+        for unit, one in known.items():
+            found = survey(pl_module, self.method, prices=one, **self._layers)
+            ranges.append(f"{100 * found.reachable[0]:.1f} % of {found.dense_cost:,} {unit.replace('_', '-')}")
+        return f"Low-rank compression can go down to {', '.join(ranges)}"
 
     def check_optimizers(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse optimizers that would stop a compression, before the training.
@@ -113,7 +135,7 @@ class Scope:
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        prices: Prices,
+        prices: Sequence[Prices],
         importance: Mapping[str, Importance] | None = None,
     ) -> Analysis:
         """Analyse the module as it stands, shared out over the processes of the run; show the progress in its bar."""
@@ -123,4 +145,5 @@ class Scope:
 
     @property
     def _layers(self) -> dict[str, Any]:
-        return {"include": self.include, "exclude": self.exclude, "embeddings": self.embeddings}
+        own = {"include": self.include, "exclude": self.exclude}
+        return {**own, "embeddings": self.embeddings, "overrides": self.overrides}

@@ -6,6 +6,7 @@ Classes are told by their names, over their bases: ``lightning`` and ``pytorch_l
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
@@ -13,6 +14,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lr_callback.hook import has_hook
 from lr_callback.processes import Processes, digest
 from lr_callback.table import listed
+
+Value = TypeVar("Value")
 
 _REFUSED: Mapping[str, str] = {
     "FSDPStrategy": "it holds all parameters as shards of flat ones, in which no layer can be replaced",
@@ -41,7 +44,7 @@ def processes_of(trainer: Trainer) -> Processes:
     return Processes(trainer.global_rank, trainer.world_size)
 
 
-def same_on_all(trainer: Trainer, decide: Callable[[], float | None]) -> float | None:
+def same_on_all(trainer: Trainer, decide: Callable[[], Value]) -> Value:
     """Ask every process whether to compress, and refuse an answer that is not that of all: they would part here.
 
     Raises:

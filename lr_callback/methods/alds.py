@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from math import isfinite
+from math import fsum, isfinite
 from statistics import median
 from typing import Literal
 
 from lr_callback.candidates import Frontier, LayerCandidates, frontier
+from lr_callback.folding import Geometry
 from lr_callback.knapsack import smallest_sum
 from lr_callback.methods.base import Choice, Method, Solution, check_at_least_one
 from lr_callback.minimax import minimax
 from lr_callback.written import is_number
+
+Error = Literal["slice", "operator", "bound", "frobenius", "activation", "batchnorm", "fisher"]
 
 Objective = Callable[[Mapping[str, Frontier], int, float], tuple[dict[str, int], float]]
 """From the frontiers of all layers, a budget and a power to the index of each layer's choice, and the gap."""
@@ -48,9 +51,11 @@ class ALDS(Method):
         foldings: which to try of ``kernel_in_encoder``, ``depth_in_decoder``, ``height_in_decoder``,
             ``width_in_decoder``, ``kernel_in_decoder``; a layer takes those that its kernel has the axes for.
         max_slices: largest number of slices to try; by default all that divide the input channels.
-        rank_multiple: rank times slices, the width between the two factors, must be a multiple of it.
+        rank_multiple: the rank must be a multiple of it, and so the width between the two factors, rank times slices;
+            of several slices so must the input channels of each: what hardware multiplies in blocks of 8 or 16.
         power: of the errors in the sum, at least 1: squares by default; the higher it is, the less is a large error of
             one layer made up for by small ones of others.
+        slices: the numbers of slices that may be tried, of those that divide the input channels; None: all.
         shrinkage: with ``activation``, how far the second moments are on the way from those that were seen to equal
             inputs, 0 to 1 (:meth:`Importance.shrunk`): training changes what layers see.
 
@@ -69,13 +74,14 @@ class ALDS(Method):
 
     def __init__(
         self,
-        error: Literal["slice", "operator", "bound", "frobenius", "activation", "batchnorm", "fisher"] = "slice",
+        error: Error = "slice",
         objective: Literal["minimax", "sum", "loss"] = "minimax",
         foldings: Sequence[str] = ("kernel_in_encoder",),
         max_slices: int | None = None,
         rank_multiple: int = 1,
         power: float = 2,
         shrinkage: float = 0.0,
+        slices: Sequence[int] | None = None,
     ) -> None:
         super().__init__(error, foldings, max_slices)
         if objective not in OBJECTIVES:
@@ -87,11 +93,19 @@ class ALDS(Method):
         self.rank_multiple = rank_multiple
         self.power = power
         self.shrinkage = float(shrinkage)
+        if slices is not None:  # what is not given is not written: methods of before are equal to those of now
+            self.slices = _checked_slices(slices)
 
     @property
     def takes_any_rank(self) -> bool:
         """Whether there is no ``rank_multiple``."""
         return self.rank_multiple == 1
+
+    def slice_counts(self, geometry: Geometry) -> list[int]:
+        """Return the numbers of slices that it tries of a layer, ascending."""
+        channels = geometry.in_channels // geometry.groups
+        counts = super().slice_counts(geometry)
+        return [count for count in counts if count == 1 or channels // count % self.rank_multiple == 0]
 
     @property
     def needs_effects(self) -> bool:
@@ -107,7 +121,9 @@ class ALDS(Method):
         edges, weights = self._frontiers(layers), _weights(layers) if self.needs_effects else {}
         charged = {name: _weighed(edges[name], weight ** (1 / self.power)) for name, weight in weights.items()}
         chosen, gap = OBJECTIVES[self.objective](charged or edges, budget, self.power)
-        return Solution({name: edges[name].choices[index] for name, index in chosen.items()}, gap, weights)
+        errors = [(charged or edges)[name].errors[index] for name, index in chosen.items()]
+        value = max(errors, default=0.0) if self.objective == "minimax" else fsum(error**self.power for error in errors)
+        return Solution({name: edges[name].choices[index] for name, index in chosen.items()}, gap, weights, value)
 
     def smallest_cost(self, layers: Mapping[str, LayerCandidates]) -> int:
         """Return the cost of every layer's cheapest choice."""
@@ -139,6 +155,13 @@ def _check_power(power: object, objective: str) -> None:
             "`power` is of the errors in a sum, and objective='minimax' adds none up: the largest error is the same "
             f"whatever the power. Leave it out, or choose objective='sum'; got {power!r}."
         )
+
+
+def _checked_slices(slices: Sequence[int]) -> tuple[int, ...]:
+    listed = list(slices) if isinstance(slices, Sequence) and not isinstance(slices, str) else []
+    if not listed or not all(type(count) is int and count >= 1 for count in listed):
+        raise ValueError(f"`slices` must be a list of whole numbers from 1, such as [1, 2, 4], got {slices!r}.")
+    return tuple(sorted(set(listed)))
 
 
 def _check_shrinkage(shrinkage: object, error: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lr_callback.candidates import Candidate, LayerCandidates, layer_candidates
+from lr_callback.candidates import Candidate, LayerCandidates, frontier, layer_candidates, with_units
 from lr_callback.costs import LayerCost
 from lr_callback.errors import find_measure, relative_errors
 from lr_callback.folding import Geometry, decoder_axes
@@ -34,11 +34,13 @@ class Solution:
         gap: what the objective would be at its smallest is at least ``1 - gap`` times what it is; 0: it is exact, or
             the method has no objective.
         weights: layer name -> what its error was multiplied with among the others; empty: all count the same.
+        value: of the objective; None: the method has none.
     """
 
     choices: Mapping[str, Choice]
     gap: float = 0.0
     weights: Mapping[str, float] = field(default_factory=dict)
+    value: float | None = None
 
 
 class Method(ABC):
@@ -52,10 +54,14 @@ class Method(ABC):
     Attributes:
         power: to which the errors of layers are added up, if they are.
         shrinkage: of the inputs' moments that errors are weighted by, see :meth:`Importance.shrunk`.
+        slices: the numbers of slices that it may try; None: all.
+        rank_multiple: that ranks must be a multiple of.
     """
 
     power: float = 2
     shrinkage: float = 0.0
+    slices: tuple[int, ...] | None = None
+    rank_multiple: int = 1
 
     def __init__(
         self, error: str, foldings: Sequence[str] = ("kernel_in_encoder",), max_slices: int | None = None
@@ -79,10 +85,16 @@ class Method(ABC):
 
     def slice_counts(self, geometry: Geometry) -> list[int]:
         """Return the numbers of slices that it tries of a layer, ascending."""
-        return geometry.slice_counts(self.max_slices)
+        counts = geometry.slice_counts(self.max_slices)
+        return counts if self.slices is None else [count for count in counts if count in self.slices]
 
     def candidates(
-        self, weight: Tensor, cost: LayerCost, workers: Workers, importance: Importance | None = None
+        self,
+        weight: Tensor,
+        cost: LayerCost,
+        workers: Workers,
+        importance: Importance | None = None,
+        others: Mapping[str, LayerCost] | None = None,
     ) -> LayerCandidates:
         """Compute the candidates of one layer; see :func:`lr_callback.candidates.layer_candidates`.
 
@@ -91,27 +103,39 @@ class Method(ABC):
             cost: of the layer.
             workers: where they are computed.
             importance: of the layer's inputs and outputs, for an error that is weighted; None: all count the same.
+            others: unit -> cost of the layer in it, where there are budgets in several units.
         """
         geometry, known = cost.geometry, importance or Importance()
         known.check_fits(geometry)
         known = known.shrunk(self.shrinkage)
 
         def curves(folding: str, last: Mapping[int, int]) -> dict[int, Tensor]:
-            prices = {count: cost.per_rank(folding, count) for count in last} if self.takes_any_rank else None
+            # What is of no use in one unit may be so in another.
+            screens = self.takes_any_rank and not others
+            prices = {count: cost.per_rank(folding, count) for count in last} if screens else None
             matrix, moments = weighted_fold(weight, folding, geometry, known)
             return relative_errors(matrix, self.error, last, workers, prices, moments)
 
         norm = float(torch.linalg.vector_norm(weight, dtype=torch.float64))
         found = layer_candidates(cost, self.foldings, self.slice_counts(cost.geometry), curves)
-        return replace(found, norm=norm, weight=known.weight)
+        return with_units(replace(found, norm=norm, weight=known.weight), others or {})
 
-    def priced(self, cost: LayerCost) -> LayerCandidates:
+    def priced(self, cost: LayerCost, others: Mapping[str, LayerCost] | None = None) -> LayerCandidates:
         """Return the candidates of one layer with their costs right and errors that only fall, none computed."""
 
         def curves(folding: str, last: Mapping[int, int]) -> dict[int, Tensor]:
             return {count: torch.linspace(1, 0, rank + 1, dtype=torch.float64) for count, rank in last.items()}
 
-        return layer_candidates(cost, self.foldings, self.slice_counts(cost.geometry), curves)
+        found = layer_candidates(cost, self.foldings, self.slice_counts(cost.geometry), curves)
+        return with_units(found, others or {})
+
+    def within(self, layers: Mapping[str, LayerCandidates], max_error: float) -> dict[str, Choice]:
+        """Choose, of every layer, the cheapest form whose error is at most this."""
+        edges = {name: frontier(layer, self.rank_multiple) for name, layer in layers.items()}
+        first = {
+            name: next(i for i, error in enumerate(edge.errors) if error <= max_error) for name, edge in edges.items()
+        }
+        return {name: edges[name].choices[index] for name, index in first.items()}
 
     def solve(self, layers: Mapping[str, LayerCandidates], budget: int) -> Solution:
         """Choose what every layer becomes, as :meth:`choose` does, and say how good that is."""

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from hashlib import sha256
 from typing import Any, Literal
 
-from lr_callback.analysis import check_keep_ratio
+from lr_callback.goals import check_keep_ratio
 from lr_callback.methods import Method, best_method
 
 CONTROL = "dense"

@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 
-from lr_callback.allocation import VERSION, Allocation, Factorization
+from lr_callback.allocation import VERSION, Allocation
+from lr_callback.factorization import Factorization
 
 CONV = Factorization("height_in_decoder", 4, 3, 0.25, 300, 1000)
 LINEAR = Factorization("kernel_in_encoder", 1, 7, 0.5, 400, 500)

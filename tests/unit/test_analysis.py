@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 import lr_callback as lrc
-from lr_callback.analysis import check_keep_ratio, survey
+from lr_callback.analysis import survey
 from lr_callback.costs import COSTS
+from lr_callback.goals import check_keep_ratio
 from lr_callback.observe import observe
 from lr_callback.pricing import Prices, dense_parameters
 
@@ -39,7 +40,10 @@ def model():
 @pytest.mark.parametrize("ratio", [0, 0.0, -0.1, 1.01, 2, math.nan, math.inf, True, "0.5", None, [0.5]], ids=repr)
 def test_a_ratio_that_is_no_number_in_0_to_1_is_refused(model, ratio):
     message = r"`keep_ratio` must be a number in \(0, 1\], the fraction of the model to keep, got "
-    for refuse in (check_keep_ratio, lambda given: lrc.allocate(model, given), lrc.analyze(model).allocate):
+    refusing = [check_keep_ratio, lrc.analyze(model).allocate]
+    if ratio is not None:  # not given: the default
+        refusing.append(lambda given: lrc.allocate(model, given))
+    for refuse in refusing:
         with pytest.raises(ValueError, match=message):
             refuse(ratio)
 

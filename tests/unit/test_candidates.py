@@ -35,7 +35,7 @@ def random_layer(seed: int, candidates: int = 4, steps: int = 12) -> LayerCandid
 def every_choice(layer: LayerCandidates, rank_multiple: int) -> list[tuple[int, float]]:
     choices = [(layer.dense_cost, 0.0)]
     for one in layer.candidates:
-        ranks = [rank for rank in range(1, one.last + 1) if rank * one.num_slices % rank_multiple == 0]
+        ranks = [rank for rank in range(1, one.last + 1) if rank % rank_multiple == 0]
         choices += [(one.cost(rank), one.errors[rank].item()) for rank in ranks]
     return choices
 
@@ -129,7 +129,7 @@ def test_every_choice_on_the_frontier_has_its_own_cost_and_error(seed, rank_mult
             candidate, rank = choice
             assert (cost, error) == (candidate.cost(rank), candidate.errors[rank].item())
             assert any(candidate is one for one in layer.candidates)
-            assert rank * candidate.num_slices % rank_multiple == 0
+            assert rank % rank_multiple == 0
 
 
 def test_equal_choices_go_to_the_candidate_listed_first():

@@ -23,9 +23,11 @@ def network() -> tuple[dict[str, nn.Module], dict[str, LayerCost]]:
 @pytest.mark.parametrize("error", ["slice", "operator"])
 def test_small_layers_have_the_candidates_that_each_has_alone(error, monkeypatch):
     layers, costs = network()
-    together = candidates_of(layers, costs, ALDS(error=error), None)
+    together = candidates_of(layers, costs, dict.fromkeys(layers, ALDS(error=error)), None)
     monkeypatch.setattr(layerwise, "_SMALL", 0)
-    apart = [candidates_of({name: layer}, costs, ALDS(error=error), None)[name] for name, layer in layers.items()]
+    apart = [
+        candidates_of({name: layer}, costs, {name: ALDS(error=error)}, None)[name] for name, layer in layers.items()
+    ]
     assert list(together) == list(layers)
     for one, other in zip(together.values(), apart, strict=True):
         assert [each.num_slices for each in one.candidates] == [each.num_slices for each in other.candidates]
@@ -37,13 +39,13 @@ def test_small_layers_have_the_candidates_that_each_has_alone(error, monkeypatch
 def test_progress_is_told_of_every_layer_once_with_the_number_done():
     layers, costs = network()
     told: list[tuple[int, int, str]] = []
-    candidates_of(layers, costs, ALDS(), lambda *of: told.append(of))
+    candidates_of(layers, costs, dict.fromkeys(layers, ALDS()), lambda *of: told.append(of))
     assert [(done, count) for done, count, _ in told] == [(number, 4) for number in range(4)]
     assert sorted(name for *_, name in told) == sorted(layers)
 
 
 def test_no_layer_has_no_candidates():
-    assert candidates_of({}, {}, ALDS(), None) == {}
+    assert candidates_of({}, {}, {}, None) == {}
 
 
 def test_a_failure_in_a_small_layer_comes_out_and_the_others_are_not_waited_for():
@@ -58,5 +60,5 @@ def test_a_failure_in_a_small_layer_comes_out_and_the_others_are_not_waited_for(
     layers = {str(number): nn.Linear(4, 4) for number in range(500)}
     costs = layer_costs(find_layers(nn.ModuleDict(layers)), Prices())
     with pytest.raises(ValueError, match="this layer cannot be had"):
-        candidates_of(layers, costs, Failing(), None)
+        candidates_of(layers, costs, dict.fromkeys(layers, Failing()), None)
     assert 1 <= len(seen) < 500

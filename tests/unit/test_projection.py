@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import lr_callback as lrc
-from lr_callback.allocation import Factorization
 from lr_callback.build import skeleton
+from lr_callback.factorization import Factorization
 from lr_callback.folding import FOLDINGS
 from lr_callback.projection import can_project, check_optimizer_state, project_gradient, projected_state
 

@@ -78,7 +78,7 @@ def test_errors_that_are_given_up_change_no_choice(error, rank_multiple, crew):
     curves = layer_candidates(
         cost,
         method.foldings,
-        geometry.slice_counts(),
+        method.slice_counts(geometry),
         lambda name, last: relative_errors(fold(weight, name, 1)[0], error, last, crew),
     )
     wanted = frontier(curves, rank_multiple)

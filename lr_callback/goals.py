@@ -1,0 +1,105 @@
+"""Goals: what an allocation is to meet, as a user says it.
+
+A goal is a fraction of the model to keep; or fractions in several units, which all hold, ``{"parameters": 0.3,
+"multiply_adds": 0.6}``; or ``{"max_error": 0.2}``, the smallest model in which no layer errs by more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeAlias
+
+from lr_callback.costs import COSTS
+from lr_callback.written import is_number
+
+Goal: TypeAlias = "float | Mapping[str, float]"
+
+MAX_ERROR = "max_error"
+
+
+def check_keep_ratio(keep_ratio: object) -> float:
+    """Return the ratio as a float.
+
+    Raises:
+        ValueError: If it is not a number in (0, 1].
+    """
+    if is_number(keep_ratio) and 0 < float(keep_ratio) <= 1:
+        return float(keep_ratio)
+    raise ValueError(f"`keep_ratio` must be a number in (0, 1], the fraction of the model to keep, got {keep_ratio!r}.")
+
+
+def check_goal(goal: object) -> Goal:
+    """Return a goal with its numbers as floats.
+
+    Raises:
+        ValueError: If it is none.
+
+    Example::
+
+        >>> check_goal({"parameters": 1, "multiply_adds": 0.5})
+        {'parameters': 1.0, 'multiply_adds': 0.5}
+    """
+    if not isinstance(goal, Mapping) or not goal:
+        return check_keep_ratio(goal)
+    if set(goal) == {MAX_ERROR}:
+        return {MAX_ERROR: _check_max_error(goal[MAX_ERROR])}
+    return _check_budget(goal)
+
+
+def _check_max_error(error: object) -> float:
+    if is_number(error) and 0 < float(error) <= 1:
+        return float(error)
+    raise ValueError(f"`max_error` must be a number in (0, 1], the largest relative error of a layer, got {error!r}.")
+
+
+def _check_budget(budget: object) -> dict[str, float]:
+    if not isinstance(budget, Mapping) or not budget or not all(unit in COSTS for unit in budget):
+        raise ValueError(
+            f"`budget` must map units to fractions to keep, such as {{'parameters': 0.3, 'multiply_adds': 0.6}}; units "
+            f"are {', '.join(COSTS)}; got {budget!r}."
+        )
+    for unit, ratio in budget.items():
+        if not is_number(ratio) or not 0 < float(ratio) <= 1:
+            raise ValueError(f"`budget`: the fraction of {unit} to keep must be a number in (0, 1], got {ratio!r}.")
+    return {unit: float(ratio) for unit, ratio in budget.items()}
+
+
+def one_goal(keep_ratio: object, budget: object, max_error: object, cost: str, default: float = 0.5) -> object:
+    """Return what is asked for, by the one of three arguments that is given.
+
+    Args:
+        keep_ratio: a fraction, or what holds several.
+        budget: unit -> fraction.
+        max_error: of each layer.
+        cost: unit of the fraction; a budget names its own.
+        default: the fraction, where nothing is given.
+
+    Raises:
+        ValueError: If more than one is given, or what is given is no goal; a ``keep_ratio`` is not looked at.
+    """
+    given = {"keep_ratio": keep_ratio, "budget": budget, MAX_ERROR: max_error}
+    names = [f"`{name}`" for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise ValueError(
+            f"Only one of `keep_ratio`, `budget` and `max_error` can be asked for, got {' and '.join(names)}."
+        )
+    if budget is not None:
+        if cost != COSTS[0]:
+            raise ValueError(
+                f"`cost` is the unit of `keep_ratio`; a `budget` names its own units, got cost={cost!r}, too."
+            )
+        return _check_budget(budget)
+    if max_error is not None:
+        return {MAX_ERROR: _check_max_error(max_error)}
+    return default if keep_ratio is None else keep_ratio
+
+
+def units_of(goal: object, cost: str) -> tuple[str, ...]:
+    """Return the units that a goal takes; the first is that of an allocation.
+
+    Example::
+
+        >>> units_of({"bytes": 0.5, "multiply_adds": 0.5}, "parameters"), units_of(0.5, "bytes")
+        (('bytes', 'multiply_adds'), ('bytes',))
+    """
+    return tuple(goal) if isinstance(goal, Mapping) and MAX_ERROR not in goal else (cost,)

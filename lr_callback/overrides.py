@@ -1,0 +1,178 @@
+"""Overrides: what some layers become whatever the others do.
+
+``{"layer3.*": {"keep_ratio": 0.5}, "head": {"rank": 32}, "stem": "dense"}``: a pattern of layers
+(:mod:`lr_callback.patterns`) and what holds for each of them. ``dense``: it stays as it is. ``keep_ratio``: the form of
+the smallest error that costs at most this fraction of the layer. ``rank``: this form, of one slice in the first folding
+of the method unless ``num_slices`` and ``folding`` say more. The others share what is left of the budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import floor
+from typing import Any, cast
+
+from torch import nn
+
+from lr_callback.candidates import LayerCandidates, frontier
+from lr_callback.find import Found, no_match
+from lr_callback.folding import FOLDINGS
+from lr_callback.methods import ALDS, Choice, Method
+from lr_callback.methods.alds import Error
+from lr_callback.patterns import check_place, meant
+from lr_callback.written import is_number
+
+_FORMS = "'dense', {'keep_ratio': 0.5} or {'rank': 32, 'num_slices': 4, 'folding': 'kernel_in_encoder'}"
+
+
+@dataclass(frozen=True)
+class Override:
+    """What a layer becomes.
+
+    Args:
+        keep_ratio: fraction of its own dense cost, in (0, 1]; None: its form is given.
+        rank: singular values for each slice; None: the layer has a fraction, or stays dense.
+        num_slices: of that form.
+        folding: of that form; None: the method's first.
+    """
+
+    keep_ratio: float | None = None
+    rank: int | None = None
+    num_slices: int = 1
+    folding: str | None = None
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the layer stays as it is."""
+        return self.keep_ratio is None and self.rank is None
+
+    def method(self, method: Method) -> Method:
+        """Return what computes the candidates of the layer: of a form that is given, only those."""
+        if self.rank is None:
+            return method
+        foldings, error = (self.folding or method.foldings[0],), cast("Error", method.error)
+        return ALDS(error, foldings=foldings, slices=(self.num_slices,), shrinkage=method.shrinkage)
+
+    def choose(self, name: str, layer: LayerCandidates, rank_multiple: int = 1) -> Choice:
+        """Return the choice of the layer.
+
+        Args:
+            name: of the layer.
+            layer: its candidates, by :meth:`method`.
+            rank_multiple: that the rank must be a multiple of, where it is not given.
+
+        Raises:
+            ValueError: If there is no such form, or none that is as small.
+        """
+        if self.keep_ratio is None:
+            return self._form(name, layer)
+        edge, most = frontier(layer, rank_multiple), floor(self.keep_ratio * layer.dense_cost)
+        fitting = [choice for choice, cost in zip(edge.choices, edge.costs, strict=True) if cost <= most]
+        if not fitting:
+            raise ValueError(
+                f"`overrides`: {name} cannot be as small as keep_ratio={self.keep_ratio:g}; its smallest form takes "
+                f"{edge.costs[0] / layer.dense_cost:.4f} of it."
+            )
+        return fitting[-1]
+
+    def _form(self, name: str, layer: LayerCandidates) -> Choice:
+        if not layer.candidates:
+            raise ValueError(
+                f"`overrides`: {name} cannot have {self.num_slices} slice(s): they must divide its input channels, and "
+                "a rank of 1 must cost less than the dense layer."
+            )
+        (candidate,) = layer.candidates
+        assert self.rank is not None
+        if self.rank > candidate.last:
+            raise ValueError(
+                f"`overrides`: {name} with {self.num_slices} slice(s) of rank {self.rank} costs no less than the dense "
+                f"layer; the largest rank that does is {candidate.last}."
+            )
+        return candidate, self.rank
+
+
+def read_overrides(overrides: object) -> dict[str, Override]:
+    """Return pattern -> what its layers become.
+
+    Args:
+        overrides: see above; None: none.
+
+    Raises:
+        TypeError: If it is no mapping from patterns.
+        ValueError: If a value is none of the forms, or out of range.
+
+    Example::
+
+        >>> read_overrides({"head": {"rank": 8}, "stem": "dense"})["head"].rank
+        8
+    """
+    if overrides is None:
+        return {}
+    if not isinstance(overrides, Mapping) or not all(isinstance(pattern, str) for pattern in overrides):
+        raise TypeError(f"`overrides` must map patterns of layers to {_FORMS}, got {overrides!r}.")
+    for pattern in overrides:
+        check_place("overrides", pattern)
+    return {pattern: _read(pattern, value) for pattern, value in overrides.items()}
+
+
+def _read(pattern: str, value: object) -> Override:
+    if value == "dense":
+        return Override()
+    keys = {key for key, one in value.items() if one is not None} if isinstance(value, Mapping) else set()
+    if not isinstance(value, Mapping) or not (
+        keys == {"keep_ratio"} or "rank" in keys <= {"rank", "num_slices", "folding"}
+    ):
+        raise ValueError(f"`overrides`, {pattern!r}: must be {_FORMS}, got {value!r}.")
+    given: dict[str, Any] = {key: value[key] for key in keys}
+    for key in keys & {"rank", "num_slices"}:
+        if type(given[key]) is not int or given[key] < 1:
+            raise ValueError(f"`overrides`, {pattern!r}: `{key}` must be a whole number from 1, got {given[key]!r}.")
+    ratio = given.get("keep_ratio", 1)
+    if not is_number(ratio) or not 0 < ratio <= 1:
+        raise ValueError(f"`overrides`, {pattern!r}: `keep_ratio` must be a number in (0, 1], got {ratio!r}.")
+    if given.get("folding", "kernel_in_encoder") not in FOLDINGS:
+        raise ValueError(
+            f"`overrides`, {pattern!r}: `folding` must be one of {list(FOLDINGS)}, got {given['folding']!r}."
+        )
+    return Override(**given)
+
+
+def overridden(overrides: Mapping[str, Override], model: nn.Module, found: Found) -> dict[str, Override]:
+    """Return layer name -> what it becomes; move those that stay dense to the skipped ones.
+
+    Args:
+        overrides: from :func:`read_overrides`.
+        model: whose layers they are.
+        found: what can be factorized.
+
+    Raises:
+        ValueError: If a pattern matches no layer, or none that can be factorized; or two say different things of one.
+    """
+    able = list(found.layers)
+    layers = {name: model.get_submodule(name) for name in [*found.layers, *found.skipped]}
+    chosen: dict[str, tuple[str, Override]] = {}
+    for pattern, override in overrides.items():
+        names = meant(pattern, layers, able)
+        if not names:
+            raise ValueError(no_match("overrides", pattern, layers))
+        _check_able(pattern, override, names, found)
+        for name in sorted(names & set(able)):
+            other, before = chosen.setdefault(name, (pattern, override))
+            if before != override:
+                raise ValueError(
+                    f"`overrides` say different things of {name}: {other!r} and {pattern!r} both match it; let only "
+                    "one of them do so."
+                )
+    for name, (_, override) in chosen.items():
+        if override.is_dense:
+            found.skipped[name] = "stays dense by `overrides`"
+            del found.layers[name]
+    return {name: override for name, (_, override) in chosen.items() if not override.is_dense}
+
+
+def _check_able(pattern: str, override: Override, names: set[str], found: Found) -> None:
+    left_out = sorted(names & set(found.skipped))
+    if left_out and not override.is_dense and not names & set(found.layers):
+        reasons = "; ".join(f"{name}: {found.skipped[name]}" for name in left_out[:3])
+        raise ValueError(f"`overrides`: no layer that {pattern!r} matches can be factorized: {reasons}.")
