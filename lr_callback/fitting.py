@@ -194,8 +194,8 @@ class BothFit(Fit):
         left = decoder_matrices(decoder, slices, groups).reshape(groups, slices, -1, student.rank)
         right = encoder.reshape(groups, slices, student.rank, -1)
         found = [
-            alternate(Seen(both, weight, self.intercept, tuple(own)), *factors, check=check)
-            for both, own, weight, *factors in zip(
+            alternate(Seen(both, weight, self.intercept, own), one, other, check)
+            for both, own, weight, one, other in zip(
                 whole, zip(*halves, strict=True), self._weight, left, right, strict=True
             )
         ]

@@ -7,19 +7,20 @@ a layer are off on average, its bias can make up for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
-from lr_callback.following import batchnorm_layers, held_by, look
+from lr_callback.following import batchnorm_layers, look
 from lr_callback.importance import Importance
 from lr_callback.layer_types import dense_weight
 from lr_callback.layers import FactorizedLayer
-from lr_callback.observe import putting_back
+from lr_callback.observe import as_written, untouched
 from lr_callback.processes import Processes
 from lr_callback.running import runner
 from lr_callback.surgery import standing_in
@@ -36,8 +37,8 @@ def recalibrate_batchnorm_(
     """Replace the running statistics of BatchNorm layers by their cumulative average over batches, in place.
 
     Layers that are frozen (in eval mode in a model that is in train mode) or that keep no statistics are left alone;
-    so are weights, modes and the momentum of each layer. In a model in eval mode no layer counts as frozen. A
-    ``SyncBatchNorm`` is measured as the others are: on each process by itself, and averaged in the end.
+    so are weights, modes, other buffers and the momentum of each layer. In a model in eval mode no layer counts as
+    frozen. A ``SyncBatchNorm`` is measured as the others are: on each process by itself, and averaged in the end.
 
     Args:
         model: on the device of the batches.
@@ -49,7 +50,7 @@ def recalibrate_batchnorm_(
         Number of layers that were measured anew; those that are not called on the batches keep what they have.
 
     Raises:
-        ValueError: If there are no batches; the statistics are as they were.
+        ValueError: If there are no batches, or statistics are not finite (the layer is named); nothing was changed.
 
     Example::
 
@@ -59,21 +60,27 @@ def recalibrate_batchnorm_(
         >>> model[0].running_mean.tolist()
         [1.0, 6.0]
     """
-    run, processes = runner(model, forward), processes or Processes()
-    with _measuring(model) as (layers, not_called), torch.no_grad():
+    run, processes, layers = runner(model, forward), processes or Processes(), _with_statistics(model)
 
-        def measure() -> list[_Statistics]:
-            seen = 0
+    def measure() -> list[_Statistics]:
+        seen = 0
+        with _measuring(model, layers.values()):
             for batch in batches:
                 run(batch)
                 seen += 1
             if layers and not seen:
                 raise ValueError("`batches` must hold at least one batch to measure BatchNorm statistics on, got none.")
-            return [{name: value.cpu() for name, value in layer.named_buffers()} for layer in layers]
+            return [_buffers(layer, copy=True) for layer in layers.values()]
 
-        parts = processes.gather(measure, long=True)
-        called = [layer for layer, *own in zip(layers, *parts, strict=True) if _take(layer, own)]
-        not_called += [layer for layer in layers if layer not in called]
+    parts = processes.gather(measure, long=True)
+    found = {name: _mean(own) for name, *own in zip(layers, *parts, strict=True)}
+    called = {name: own for name, own in found.items() if own[_COUNT] > 0}
+    for name, own in called.items():
+        _check_finite(name, own)
+    with torch.no_grad():
+        for name, own in called.items():
+            for key, value in _buffers(layers[name]).items():
+                value.copy_(own[key])
     return len(called)
 
 
@@ -142,19 +149,45 @@ def correct_biases_(
 
 
 _Statistics = dict[str, Tensor]
-"""The buffers of a BatchNorm layer, by name."""
+"""The statistics of a BatchNorm layer, by name, and the number of batches that they are of."""
+
+_COUNT = "num_batches_tracked"
 
 
-def _take(layer: _BatchNorm, parts: Sequence[_Statistics]) -> bool:
-    """Give a layer the mean over all batches that several processes measured; return whether it was called at all."""
-    counts = torch.stack([own["num_batches_tracked"] for own in parts])
+def _buffers(layer: _BatchNorm, copy: bool = False) -> _Statistics:
+    """Return the statistics that a layer holds, or a copy in main memory."""
+    held = {name: layer._buffers.get(name) for name in ("running_mean", "running_var", _COUNT)}
+    return {name: value.to("cpu", copy=True) if copy else value for name, value in held.items() if value is not None}
+
+
+def _with_statistics(model: nn.Module) -> dict[str, _BatchNorm]:
+    """Return the layers to measure, by name: those that count their batches, too."""
+    names = {module: name for name, module in model.named_modules()}
+    found = [layer for layer in batchnorm_layers(model) if len(_buffers(layer)) == 3]
+    return {names[layer]: layer for layer in found if not any(is_lazy(value) for value in layer.buffers())}
+
+
+def _mean(parts: Sequence[_Statistics]) -> _Statistics:
+    """Return the mean of what several processes measured, each batch counting the same."""
+    counts = torch.stack([own[_COUNT] for own in parts])
     total = counts.sum()
-    if len(parts) > 1 and total > 0:
-        for name, value in layer.named_buffers():
-            stacked = torch.stack([own[name] for own in parts])
-            weights = (counts.double() / total).reshape(-1, *[1] * value.dim())
-            value.copy_(total if name == "num_batches_tracked" else (weights * stacked.double()).sum(0))
-    return bool(total > 0)
+    if len(parts) == 1 or total == 0:
+        return parts[0]
+    weights = (counts.double() / total).unsqueeze(1)
+    means = {
+        name: (weights * torch.stack([own[name].double() for own in parts])).sum(0)
+        for name in parts[0]
+        if name != _COUNT
+    }
+    return {**means, _COUNT: total}
+
+
+def _check_finite(name: str, found: _Statistics) -> None:
+    if not all(bool(value.isfinite().all()) for value in found.values()):
+        raise ValueError(
+            f"{name}: the statistics of its inputs on the batches must be finite, found NaN or infinity: a batch holds "
+            "such values, or the network makes them. Nothing was changed."
+        )
 
 
 class _Apart(_BatchNorm):
@@ -173,35 +206,21 @@ class _Apart(_BatchNorm):
 
 
 @contextmanager
-def _measuring(model: nn.Module) -> Iterator[tuple[list[_BatchNorm], list[_BatchNorm]]]:
-    """Put the BatchNorm layers to measure into train mode with a cumulative average, all else into eval mode.
-
-    Statistics are put back after an error, and of layers that are put into the second list.
-    """
-    modes = {module: module.training for module in model.modules()}
-    layers, not_called = batchnorm_layers(model), list[_BatchNorm]()
+def _measuring(model: nn.Module, layers: Collection[_BatchNorm]) -> Iterator[None]:
+    """Put BatchNorm layers into train mode with a cumulative average, all else into eval mode; put all back."""
     momenta = [layer.momentum for layer in layers]
-    put_back = {layer: putting_back(held_by([layer])) for layer in layers}
     try:
-        model.eval()
-        for layer in layers:
-            layer.reset_running_stats()
-            layer.momentum = None
-            layer.train()
-        # One that waited for other processes would wait for ever for one that has failed, or that has fewer batches.
-        apart: dict[nn.Module, nn.Module] = {
-            layer: _Apart(layer) for layer in layers if type(layer) is nn.SyncBatchNorm
-        }
-        with standing_in(model, apart):
-            yield layers, not_called
-        for layer in not_called:
-            put_back[layer]()
-    except BaseException:
-        for restore in put_back.values():
-            restore()
-        raise
+        with untouched(model), as_written():
+            for layer in layers:
+                layer.reset_running_stats()
+                layer.momentum = None
+                layer.train()
+            # One that waited for other processes would wait for ever for one that has failed, or has fewer batches.
+            apart: dict[nn.Module, nn.Module] = {
+                layer: _Apart(layer) for layer in layers if type(layer) is nn.SyncBatchNorm
+            }
+            with standing_in(model, apart):
+                yield
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
-        for module, mode in modes.items():
-            module.training = mode

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
-from lightning_utilities.core.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from lr_callback.collect import collect_moments
@@ -22,7 +22,7 @@ from lr_callback.gains import batchnorm_importance
 from lr_callback.host.calibration import WAYS_OUT, calibration_calls, isolated_rng
 from lr_callback.host.scope import Scope
 from lr_callback.host.strategies import processes_of
-from lr_callback.importance import Importance
+from lr_callback.importance import Importance, checked_importance
 from lr_callback.layers import dense_bias
 from lr_callback.observe import putting_back, untouched
 from lr_callback.optimizers import optimizers_in
@@ -31,6 +31,7 @@ from lr_callback.refit import Inputs, refit_
 from lr_callback.repair import correct_biases_, recalibrate_batchnorm_
 from lr_callback.report import Told, progress_line
 from lr_callback.surgery import standing_in
+from lr_callback.table import listed
 
 Refit = Literal["auto", "cut", "dense"]
 
@@ -80,7 +81,14 @@ class Repairing:
         needs = scope.chosen is not None and (scope.method.needs_effects or scope.method.error in _MEASURED)
         if needs or self.recalibrate_batchnorm or self.refit in ("cut", "dense"):
             calls = processes_of(trainer).agree(lambda: calibration_calls(trainer, pl_module, self.batches), long=True)
-            return scope, calls, self._importance(trainer, pl_module, scope, calls)
+            if scope.chosen is not None:
+                return scope, calls, self._importance(trainer, pl_module, scope, calls)
+            found, reason = self._open(trainer, pl_module, scope, calls)
+            return (
+                self._without(trainer, pl_module, scope, calls, reason)
+                if found is None
+                else (found[0], calls, found[1])
+            )
         if scope.chosen is not None and self.refit is None:
             return scope, [], self._importance(trainer, pl_module, scope, [])
         return self._measure_if_possible(trainer, pl_module, scope)
@@ -103,17 +111,34 @@ class Repairing:
         reasons = [reason for reason in processes_of(trainer).gather(attempt, long=True) if reason is not None]
         if not reasons and scope.chosen is not None:
             return scope, calls, self._importance(trainer, pl_module, scope, calls)
-        for tried in [] if reasons else [scope, scope.without_effects]:
+        found, reason = (None, reasons[0]) if reasons else self._open(trainer, pl_module, scope, calls)
+        return self._without(trainer, pl_module, scope, [], reason) if found is None else (found[0], calls, found[1])
+
+    def _open(
+        self, trainer: Trainer, pl_module: LightningModule, scope: Scope, calls: list[Probe]
+    ) -> tuple[tuple[Scope, dict[str, Importance] | None] | None, str]:
+        """Return the best scope of a method that was left open, and its importance; None where it has none, and why."""
+        reason = ""
+        for tried in (scope, scope.without_effects):
             try:
-                return tried, calls, self._importance(trainer, pl_module, tried, calls, gentle=True)
+                importance = self._importance(trainer, pl_module, tried, calls, gentle=True)
+                checked_importance(tried.method.error, importance, tried.method.needs_effects)
             except Exception as error:
                 # Whatever is raised on one process, something is raised on all: none goes on alone.
-                reasons = [_reason(error)]
+                reason = _reason(error)
+            else:
+                return (tried, importance), ""
+        return None, reason
+
+    def _without(
+        self, trainer: Trainer, pl_module: LightningModule, scope: Scope, calls: list[Probe], reason: str
+    ) -> tuple[Scope, list[Probe], dict[str, Importance] | None]:
+        """Return a scope that needs no calibration, with a warning."""
         without = scope.without_calibration
         missing = [] if scope.chosen is not None else ["errors are not weighted by activations"]
-        missing += [] if self.refit is None else ["factors are not refitted"]
-        rank_zero_warn(_WITHOUT.format(" and ".join(missing), reasons[0]))
-        return without, [], self._importance(trainer, pl_module, without, [])
+        missing += [] if self.refit is None or calls else ["factors are not refitted"]
+        rank_zero_warn(_WITHOUT.format(" and ".join(missing), reason))
+        return without, calls, self._importance(trainer, pl_module, without, [])
 
     def _importance(
         self, trainer: Trainer, pl_module: LightningModule, scope: Scope, calls: list[Probe], gentle: bool = False
@@ -177,12 +202,15 @@ class Repairing:
         }
         try:
             with progress_line(bar, "refit") as progress:
-                refit_(pl_module, replaced, calls, progress=progress, **own, **options)
+                left = refit_(pl_module, replaced, calls, progress=progress, **own, **options)
         except Exception as error:
             if not gentle:
                 raise
             rank_zero_warn(_WITHOUT.format("factors are not refitted", _reason(error)))
             return False
+        kept = [name for name in replaced if name not in left]
+        if kept and gentle:
+            rank_zero_info(_KEPT.format(len(kept), listed(kept)))
         return True
 
 
@@ -191,6 +219,12 @@ def _reason(error: Exception) -> str:
     text = str(error).removeprefix("LowRankCompression: ").removesuffix(f" {WAYS_OUT}.")
     return text if own else f"{type(error).__name__}: {error}"
 
+
+_KEPT = (
+    "LowRankCompression: {} layer(s) ({}) keep the factors of their decomposition: the calibration batches show too "
+    "little of their inputs to fit them, or none. More `calibration_batches` may help."
+)
+"""Which layers a refit left as they were."""
 
 _WITHOUT = (
     "LowRankCompression: a cut costs more accuracy than it need, for {}: that takes some training batches, and the "

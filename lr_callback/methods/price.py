@@ -88,9 +88,10 @@ class PCA(_PriceRule):
     (arXiv 1505.06798), section on rank selection: drop, over and over, the component with the smallest
     ``(s_j / sum_{i <= j} s_i) / cost of a rank``; the comparison method "PCA" of arXiv 2107.11442. Differences: a
     component counts ``log(E(j) / E(j - 1))``, the share that it adds to the product, where the source takes the first
-    order of it; moments are not centred, so that no bias is added; layers are decomposed at once and for their own
-    outputs, not one after the other for what comes after the ReLU; a layer may stay dense, at the dense cost and all
-    of its energy; the cost is that of the budget, where the source counts multiply-adds.
+    order of it; moments are centred only where a bias, or the BatchNorm after the layer, takes up the mean; layers are
+    decomposed at once and for their own outputs, not one after the other for what comes after the ReLU; a layer may
+    stay dense, at the dense cost and all of its energy; the cost is that of the budget, where the source counts
+    multiply-adds.
 
     Example::
 

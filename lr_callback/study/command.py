@@ -190,6 +190,9 @@ def _carry_out(
 def _result(row: Row, run: Run, metric: str) -> str:
     if row.reason is not None:
         return row.reason
-    factor = 100 if in_percent(metric) else 1
-    text = f"{metric} {factor * row.right_after[metric]:.2f}"
-    return text + (f", {factor * row.after[metric]:.2f} after {row.epochs} epochs" if row.after else "")
+    text = f"{metric} {_number(row.right_after[metric], metric)}"
+    return text + (f", {_number(row.after[metric], metric)} after {row.epochs} epochs" if row.after else "")
+
+
+def _number(value: float | None, metric: str) -> str:
+    return "not finite" if value is None else f"{(100 if in_percent(metric) else 1) * value:.2f}"

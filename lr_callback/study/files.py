@@ -53,7 +53,7 @@ class Store:
             "environments": self.environments,
             "rows": [one.to_dict() for one in self.rows],
         }
-        write_whole(self.folder / f"{NAME}.json", json.dumps(written, indent=1, default=str) + "\n")
+        write_whole(self.folder / f"{NAME}.json", json.dumps(written, indent=1, default=str, allow_nan=False) + "\n")
 
     def write_csv(self, rows: Sequence[Row]) -> Path:
         """Write rows as CSV, one line each."""

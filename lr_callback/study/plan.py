@@ -15,6 +15,9 @@ CONTROL = "dense"
 """Name of the runs of the network as it is, trained for the same epochs."""
 
 
+_SWITCHES = ("correct_biases", "rebase_batchnorm")
+
+
 @dataclass(frozen=True)
 class Treatment:
     """What is done to a network to make it smaller: by the callback, or by filter pruning.
@@ -25,6 +28,8 @@ class Treatment:
         refit: see ``LowRankCompression``; None: not at all, as for a method of the paper.
         recalibrate_batchnorm: see ``LowRankCompression``.
         calibration_batches: see ``LowRankCompression``.
+        correct_biases: see ``LowRankCompression``.
+        rebase_batchnorm: see ``LowRankCompression``.
         filter_pruning: drop whole filters by this norm of their weights, with the library torch-pruning, and do none of
             the above.
 
@@ -42,6 +47,8 @@ class Treatment:
     recalibrate_batchnorm: bool = False
     calibration_batches: int = 8
     filter_pruning: Literal["l1", "l2"] | None = None
+    correct_biases: bool = True
+    rebase_batchnorm: bool = True
 
     def __post_init__(self) -> None:
         """Refuse what would not be done."""
@@ -57,12 +64,14 @@ class Treatment:
         if self.filter_pruning:
             return {"filter_pruning": self.filter_pruning}
         method = best_method() if self.method is None else self.method
-        return {**asdict(self), **self.options, "method": method.to_dict()}
+        written = {**asdict(self), **self.options, "method": method.to_dict()}
+        # A switch that is on is left out: runs from before there was one are the same.
+        return {name: value for name, value in written.items() if name not in _SWITCHES or value is not True}
 
     @property
     def options(self) -> dict[str, Any]:
         """The arguments of the callback."""
-        names = ("method", "refit", "recalibrate_batchnorm", "calibration_batches")
+        names = ("method", "refit", "recalibrate_batchnorm", "calibration_batches", *_SWITCHES)
         refit = "auto" if self.method is None and self.refit is None else self.refit
         return {name: getattr(self, name) for name in names} | {"refit": refit}
 

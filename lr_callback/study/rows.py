@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from math import isfinite
 from statistics import mean, stdev
 from typing import Any
 
@@ -25,7 +26,7 @@ class Row:
         multiply_adds: of one batch of the evaluation; None: not counted.
         kept_parameters: fraction of the dense network's.
         kept_multiply_adds: fraction of the dense network's.
-        right_after: metric -> value, before any training.
+        right_after: metric -> value, before any training; None: it was not finite.
         after: metric -> value, after the training; empty without any.
         seconds: that the run took.
         reason: why nothing was made; None: something was.
@@ -43,8 +44,8 @@ class Row:
     multiply_adds: int | None = None
     kept_parameters: float | None = None
     kept_multiply_adds: float | None = None
-    right_after: Mapping[str, float] = field(default_factory=dict)
-    after: Mapping[str, float] = field(default_factory=dict)
+    right_after: Mapping[str, float | None] = field(default_factory=dict)
+    after: Mapping[str, float | None] = field(default_factory=dict)
     seconds: float = 0.0
     reason: str | None = None
     finished: str = ""
@@ -52,8 +53,8 @@ class Row:
     network: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as plain data."""
-        return dict(vars(self))
+        """Return it as plain data; a metric that is not finite, which JSON does not know, is None."""
+        return {**vars(self), "right_after": _known(self.right_after), "after": _known(self.after)}
 
     def cells(self) -> dict[str, Any]:
         """Return it flat, for one line of a table: metrics by ``right_after_NAME`` and ``after_NAME``."""
@@ -63,8 +64,12 @@ class Row:
 
     def at(self, moment: str, metric: str) -> float | None:
         """Return a metric ``right_after`` or ``after``."""
-        values: Mapping[str, float] = getattr(self, moment)
+        values: Mapping[str, float | None] = getattr(self, moment)
         return values.get(metric)
+
+
+def _known(metrics: Mapping[str, float | None]) -> dict[str, float | None]:
+    return {name: value if value is not None and isfinite(value) else None for name, value in metrics.items()}
 
 
 @dataclass(frozen=True)

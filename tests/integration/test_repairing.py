@@ -228,6 +228,7 @@ def test_a_run_that_is_resumed_before_the_cut_is_the_same_run(tmp_path):
     assert all(torch.equal(value, other[name]) for name, value in whole.state_dict().items())
 
 
+@pytest.mark.filterwarnings("ignore:LowRankCompression. a cut costs more accuracy")
 def test_a_failure_in_the_repair_leaves_the_run_as_it_was(tmp_path):
     kept = {}
 
@@ -640,3 +641,85 @@ def test_each_repair_can_be_turned_off(tmp_path):
     assert changed(refit=None) == [mean, bias]
     assert changed(refit=None, correct_biases=False) == []
     assert changed(refit=None, correct_biases=False, recalibrate_batchnorm=True) == [mean, variance]
+
+
+class Unmeasured(Network):
+    """Reads the weights of its layers; nothing is seen of their inputs."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = nn.Linear(108, 64), nn.Linear(64, 4)
+
+    def forward(self, images):
+        hidden = nn.functional.linear(images.flatten(1), self.body.weight, self.body.bias)
+        return nn.functional.linear(hidden.relu(), self.head.weight, self.head.bias)
+
+
+class Constant(Network):
+    """What comes into its layers does not vary."""
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step((torch.zeros_like(batch[0]), batch[1]), batch_idx)
+
+
+class LossOnly(Network):
+    """Returns its loss, which cannot be compared."""
+
+    def forward(self, images, labels=None):
+        scores = super().forward(images)
+        return scores if labels is None else nn.functional.cross_entropy(scores, labels)
+
+    def training_step(self, batch, batch_idx):
+        return self(*batch)
+
+
+@pytest.mark.situation("Repair", "nothing is seen of the layers: ranks by their weights, with a warning", "works")
+@pytest.mark.parametrize("options", [{}, {"recalibrate_batchnorm": True}, {"refit": "cut"}], ids=str)
+@pytest.mark.filterwarnings("ignore:.*layer.s. are not called on the first calibration batch")
+@pytest.mark.filterwarnings("ignore:The model keeps what a run needs")
+def test_a_method_that_was_left_open_does_without_what_cannot_be_measured(tmp_path, options):
+    callback = lrc.LowRankCompression(0.6, epochs=1, show_table=False, **options)
+    trainer = trainer_of(callback, max_epochs=2, default_root_dir=tmp_path)
+    with pytest.warns(UserWarning, match="for errors are not weighted by activations"):
+        trainer.fit(Unmeasured(), DataLoader(Augmented(), batch_size=32))
+    assert callback.allocation.method["name"] == "ALDS" and callback.allocation.error == "slice"
+    assert callback.allocation.factorized
+
+
+@pytest.mark.parametrize("module", [Constant, LossOnly])
+@pytest.mark.parametrize("options", [{}, {"recalibrate_batchnorm": True}, {"refit": "cut"}], ids=str)
+def test_without_outputs_to_compare_all_layers_count_alike_whatever_else_is_asked_for(tmp_path, module, options):
+    callback = lrc.LowRankCompression(0.5, epochs=1, show_table=False, **options)
+    trainer = trainer_of(callback, max_epochs=2, default_root_dir=tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="LowRankCompression: a cut costs more accuracy")
+        trainer.fit(module(), DataLoader(Augmented(), batch_size=32))
+    found = callback.allocation
+    assert found.factorized and found.method.get("objective") in ("sum", "minimax", "loss")
+    if module is LossOnly:
+        assert (found.error, found.method["objective"]) == ("activation", "sum")
+
+
+@pytest.mark.filterwarnings("ignore:Encountered `nan` values")
+def test_a_batch_with_nan_is_refused_by_a_recalibration_and_the_run_stays_as_it_was(tmp_path):
+    class Broken(Augmented):
+        def __getitem__(self, index):
+            image, label = super().__getitem__(index)
+            return (image * torch.nan if self.broken else image), label
+
+        broken = False
+
+    data = Broken()
+
+    class Breaking(lrc.LowRankCompression):
+        def compress(self, trainer, pl_module, keep_ratio):
+            data.broken = True
+            return super().compress(trainer, pl_module, keep_ratio)
+
+    module = Network()
+    callback = Breaking(0.5, epochs=1, method=lrc.ALDS(), refit=None, recalibrate_batchnorm=True, show_table=False)
+    trainer = trainer_of(callback, max_epochs=2, default_root_dir=tmp_path)
+    with pytest.raises(ValueError, match=r"body\.1: the statistics of its inputs on the batches must be finite"):
+        trainer.fit(module, DataLoader(data, batch_size=32))
+    assert isinstance(module.body[0], nn.Conv2d) and module.body[1].running_mean.isfinite().all()

@@ -215,3 +215,42 @@ def test_a_layer_that_is_not_called_keeps_its_statistics():
     before = state(model.other)
     assert recalibrate_batchnorm_(model, [torch.randn(8, 4) + 1]) == 1
     assert same(state(model.other), before) and model.used.running_mean.mean() > 0.5
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_batch_that_is_not_finite_is_refused_with_the_layer_and_nothing_changes(bad):
+    model = network()
+    model(torch.randn(8, 4))
+    before, batch = state(model), torch.randn(8, 4)
+    batch[3, 1] = bad
+    with pytest.raises(ValueError, match=r"^1: the statistics of its inputs .* must be finite, found NaN or infinity"):
+        recalibrate_batchnorm_(model, [torch.randn(8, 4), batch])
+    assert same(state(model), before) and model[1].momentum == 0.1
+
+
+def test_what_other_modules_count_in_buffers_stays():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(1))
+
+        def forward(self, inputs):
+            self.calls += 1
+            return inputs
+
+    model = nn.Sequential(Counting(), nn.BatchNorm1d(4))
+    assert recalibrate_batchnorm_(model, [torch.randn(8, 4)] * 3) == 1
+    assert model[0].calls == 0 and model[1].num_batches_tracked == 3
+
+
+def test_layers_without_statistics_or_a_count_of_batches_are_left_alone():
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.BatchNorm1d(4), nn.BatchNorm1d(4))
+    model[0].running_mean = model[0].running_var = None
+    model[1].num_batches_tracked = None
+    before = model[1].running_mean.clone()
+    assert recalibrate_batchnorm_(model, [torch.randn(8, 4) + 1]) == 1
+    assert torch.equal(model[1].running_mean, before) and model[2].num_batches_tracked == 1
+    lazy = nn.Sequential(nn.Identity(), nn.Sequential())
+    lazy.spare = nn.LazyBatchNorm1d()
+    lazy.forward = lambda inputs: inputs
+    assert recalibrate_batchnorm_(lazy, [torch.randn(8, 4)]) == 0

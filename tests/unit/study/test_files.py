@@ -74,3 +74,14 @@ def test_a_file_of_something_else_is_refused_and_left_alone(tmp_path, text):
     with pytest.raises(ValueError, match=r"`output`: .*study\.json must be one that `lr-callback study` wrote"):
         Store(tmp_path, {})
     assert file.read_text(encoding="utf-8") == text
+
+
+def test_a_metric_that_is_not_finite_is_none_in_the_file(tmp_path):
+    """JSON knows no NaN: strict readers would refuse the whole file."""
+    store = Store(tmp_path, {})
+    store.add(row(right_after={"test_loss": float("nan"), "test_accuracy": 0.1}, after={"test_loss": float("inf")}))
+    text = (tmp_path / "study.json").read_text(encoding="utf-8")
+    assert json.loads(text, parse_constant=pytest.fail)
+    (again,) = Store(tmp_path, {}).rows
+    assert again.right_after == {"test_loss": None, "test_accuracy": 0.1} and again.after == {"test_loss": None}
+    assert again.at("after", "test_loss") is None

@@ -73,3 +73,12 @@ def test_a_plan_that_cannot_be_meant_is_refused(changes, message):
 def test_filter_pruning_takes_nothing_of_the_callback(more):
     with pytest.raises(ValueError, match=r"`filter_pruning`='l1' is done without the callback: .* must be left out"):
         Treatment(filter_pruning="l1", **more)
+
+
+def test_a_switch_that_is_on_changes_no_key_and_one_that_is_off_does():
+    run, settings = Run("one", 0.5, 0), [Treatment(refit="cut"), Treatment(refit="cut", correct_biases=True)]
+    keys = [Plan({"one": one}, [0.5]).key(run, {}) for one in settings]
+    off = Plan({"one": Treatment(refit="cut", rebase_batchnorm=False)}, [0.5])
+    assert keys[0] == keys[1] != off.key(run, {})
+    assert "correct_biases" not in settings[0].settings() and settings[0].options["correct_biases"] is True
+    assert off.treatments["one"].settings()["rebase_batchnorm"] is False
