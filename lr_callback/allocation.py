@@ -202,6 +202,8 @@ def _read(written: object) -> Allocation:
             f"{sorted(set(shapes) ^ set(layers))}; the file is damaged, write it again."
         )
     others = {unit: read_spending(unit, one) for unit, one in parts["others"].items()}
+    if parts["unit"] in others:
+        raise ValueError(f"Allocation: `others` must be of other units than `unit`, found {parts['unit']!r}.")
     return Allocation(**{**parts, "layers": layers, "shapes": shapes, "others": others})
 
 

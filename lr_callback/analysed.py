@@ -8,7 +8,7 @@ from functools import cached_property
 from math import floor
 
 from lr_callback.allocation import Allocation
-from lr_callback.budgets import ContradictoryError, cost_in, solve_budgets
+from lr_callback.budgets import ContradictoryError, cost_in, paid_in, solve_budgets
 from lr_callback.candidates import LayerCandidates
 from lr_callback.factorization import Factorization, Spending
 from lr_callback.goals import MAX_ERROR, Goal, check_goal
@@ -67,6 +67,14 @@ class Analysis:
         """Smallest cost of the whole model that the method can reach; the same for every budget."""
         return self.fixed_cost + self.method.smallest_cost(self.free)
 
+    def smallest_in(self, unit: str) -> int:
+        """Return the smallest cost of the whole model in one of the units."""
+        if unit == self.unit:
+            return self.smallest_cost
+        return self._fixed(unit) + self.method.smallest_cost(
+            {name: paid_in(unit, one) for name, one in self.free.items()}
+        )
+
     @property
     def reachable(self) -> tuple[float, float]:
         """Smallest and largest ``keep_ratio`` that can be met."""
@@ -86,10 +94,10 @@ class Analysis:
         if isinstance(goal, Mapping) and MAX_ERROR in goal:
             return self._within(goal[MAX_ERROR])
         ratios = goal if isinstance(goal, Mapping) else {self.unit: goal}
-        if list(ratios) != [self.unit, *self.others]:
-            raise ValueError(
-                f"`budget` must be in the units that were analysed, {[self.unit, *self.others]}, got {goal}."
-            )
+        units = [self.unit, *self.others]
+        if set(ratios) != set(units):
+            raise ValueError(f"`budget` must be in the units that were analysed, {units}, got {goal}.")
+        ratios = {unit: ratios[unit] for unit in units}
         # The epsilon keeps a ratio that was made by division (cost / dense_cost) from losing its last unit.
         budgets = {unit: floor(ratio * self._dense(unit) * (1 + 1e-12)) for unit, ratio in ratios.items()}
         if budgets[self.unit] < self.smallest_cost:
@@ -99,7 +107,7 @@ class Analysis:
 
     def _solve(self, ratios: Mapping[str, float], budgets: Mapping[str, int]) -> Solution:
         left = {unit: budget - self._fixed(unit) for unit, budget in budgets.items()}
-        short = [unit for unit in self.others if left[unit] <= 0]
+        short = [unit for unit in self.others if left[unit] < 0]
         try:
             if short:
                 raise ContradictoryError(f"{short[0]} that are not in these layers are more than that")
@@ -145,11 +153,12 @@ class Analysis:
     def _out_of_reach(self, keep_ratio: float, budget: int) -> str:
         unit = self.unit.replace("_", "-")
         overridden = " or that `overrides` are for" if self.pinned else ""
+        asked = f"`budget`: {keep_ratio:g} of {unit}" if self.others else f"`keep_ratio`={keep_ratio}"
         return (
-            f"`keep_ratio`={keep_ratio}: the budget must be at least {self.smallest_cost:,} {unit}, got {budget:,}. "
+            f"{asked}: the budget must be at least {self.smallest_cost:,} {unit}, got {budget:,}. "
             f"{self.fixed_cost:,} are in layers that are not factorized{overridden}, and the cheapest form of the "
-            f"others takes {self.smallest_cost - self.fixed_cost:,}. Reachable: keep_ratio from "
-            f"{self.reachable[0]:.4f} to 1."
+            f"others takes {self.smallest_cost - self.fixed_cost:,}. Reachable: "
+            f"{'a fraction' if self.others else 'keep_ratio'} from {self.reachable[0]:.4f} to 1."
         )
 
 

@@ -18,7 +18,7 @@ from lr_callback.importance import Importance, checked_importance, warn_of_unkno
 from lr_callback.layerwise import Progress, candidates_of
 from lr_callback.methods import Method, check_method
 from lr_callback.observe import Observation, observe
-from lr_callback.overrides import Override, overridden, read_overrides
+from lr_callback.overrides import Override, overridden, pinned, read_overrides
 from lr_callback.pricing import Prices, dense_again, layer_costs, leave_out_unused, no_gain
 from lr_callback.processes import Processes
 
@@ -200,7 +200,7 @@ def survey(
     costs, others = _first(units), _others(units)
     methods = _methods(method, costs, pins)
     layers = {name: methods[name].priced(own, others[name]) for name, own in costs.items()}
-    return _analysis(model, method, paid, found, costs, layers, pins)
+    return _analysis(model, method, paid, found, costs, layers, pins, known=False)
 
 
 def _analysis(
@@ -211,12 +211,11 @@ def _analysis(
     costs: Mapping[str, LayerCost],
     layers: dict[str, LayerCandidates],
     pins: Mapping[str, Override],
+    known: bool = True,
 ) -> Analysis:
-    """Put an analysis together; layers without a candidate are skipped, unless an override asks for one."""
-    pinned = {
-        name: pin.choose(name, layers[name], method.rank_multiple) for name, pin in pins.items() if name in layers
-    }
-    useless = {name for name, layer in layers.items() if not layer.candidates and name not in pinned}
+    """Put an analysis together; layers without a candidate are skipped."""
+    chosen = pinned(pins, layers, costs, found.skipped, method.rank_multiple, known)
+    useless = {name for name, layer in layers.items() if not layer.candidates}
     found.skipped.update({name: no_gain(costs[name].geometry, method) for name in useless})
     layers = {name: layer for name, layer in layers.items() if name not in useless}
     if not layers:
@@ -229,7 +228,7 @@ def _analysis(
         stay_dense=dense_again(model, found.skipped),
         skipped=found.skipped,
         dense_cost=prices[0].of_model(model),
-        pinned=pinned,
+        pinned=chosen,
         others={one.unit: one.of_model(model) for one in prices[1:]},
     )
 

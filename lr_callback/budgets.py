@@ -62,7 +62,7 @@ def solve_budgets(method: Method, layers: Layers, budgets: Mapping[str, int]) ->
     Args:
         method: that chooses.
         layers: name -> candidates; their ``costs`` are in the first unit, ``others`` in the other ones.
-        budgets: unit -> what all layers together may cost in it, above 0.
+        budgets: unit -> what all layers together may cost in it.
 
     Returns:
         A solution that keeps every budget; its gap is 0 where it is the best there is. For a method without an
@@ -71,6 +71,10 @@ def solve_budgets(method: Method, layers: Layers, budgets: Mapping[str, int]) ->
     Raises:
         ContradictoryError: If none is found.
     """
+    if any(budget < 0 for budget in budgets.values()):
+        raise ContradictoryError("no allocation keeps all of them")
+    if not layers:
+        return Solution({}, value=0.0)
     if len(budgets) == 1:
         return method.solve(layers, next(iter(budgets.values())))
     best, bound = None, 0.0
@@ -149,7 +153,7 @@ def _tightened(
 def _charged(layers: Layers, budgets: Mapping[str, int], weights: Mapping[str, float]) -> dict[str, LayerCandidates]:
     """Return the layers with the surrogate's costs; rounding takes at most one of its units from each."""
     first, *others = budgets
-    factors = {unit: _SCALE * weights[unit] / budgets[unit] for unit in budgets}
+    factors = {unit: _SCALE * weights[unit] / _positive(budgets[unit]) for unit in budgets}
 
     def charge(own: Tensor, rest: Mapping[str, Tensor]) -> Tensor:
         total = factors[first] * own.double()
@@ -197,10 +201,21 @@ def cost_in(unit: str, layer: LayerCandidates, choice: Choice, first: bool) -> i
     return int((candidate.costs if first else candidate.others[unit])[rank])
 
 
+def paid_in(unit: str, layer: LayerCandidates) -> LayerCandidates:
+    """Return a layer with its costs in another unit than the first."""
+    candidates = tuple(replace(one, costs=one.others[unit]) for one in layer.candidates)
+    return replace(layer, dense_cost=layer.others[unit], candidates=candidates)
+
+
 def _shares(layers: Layers, budgets: Mapping[str, int], solution: Solution) -> dict[str, float]:
     """Return what a solution takes of each budget."""
     shares: dict[str, float] = {}
     for position, (unit, budget) in enumerate(budgets.items()):
         spent = sum(cost_in(unit, layer, solution.choices[name], position == 0) for name, layer in layers.items())
-        shares[unit] = spent / budget if spent else 0.0
+        shares[unit] = spent / _positive(budget)
     return shares
+
+
+def _positive(budget: int) -> float:
+    """Return a budget to divide by: of none at all every unit of cost is twice too much."""
+    return max(budget, 0.5)

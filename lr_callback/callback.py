@@ -191,6 +191,8 @@ class LowRankCompression(Checkpointed):
             self._counting.observe_example(trainer, pl_module)
         if not self._counting.is_due:
             self._check_budgets(trainer, pl_module)
+        else:
+            self.scope.check_known(pl_module, self.schedule.left(self._record))
 
     def _check_budgets(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse budgets that cannot be met before the training, not in the middle of it; say what can be."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -82,60 +82,53 @@ Curves = Callable[[str, Mapping[int, int]], dict[int, Tensor]]
 
 
 def layer_candidates(
-    cost: LayerCost, foldings: Sequence[str], counts: Sequence[int], curves: Curves
+    cost: LayerCost,
+    foldings: Sequence[str],
+    counts: Sequence[int],
+    curves: Curves,
+    others: Mapping[str, LayerCost] | None = None,
 ) -> LayerCandidates:
-    """List every candidate of a layer.
+    """List every candidate of a layer, at every rank that costs less than the dense layer in at least one unit.
 
     Args:
         cost: of this layer.
         foldings: names of the foldings to try.
         counts: numbers of slices to try.
         curves: computes the errors.
+        others: unit -> costs of the layer in it, where there are budgets in several.
 
     Raises:
         ValueError: If a folding is unknown.
     """
     found: list[Candidate] = []
+    units = others or {}
     for folding in cost.distinct_foldings(foldings):
-        last = _last_ranks(cost, folding, counts)
+        last = _last_ranks((cost, *units.values()), folding, counts)
         errors = curves(folding, last) if last else {}
-        found += [_candidate(cost, folding, count, curve) for count, curve in errors.items()]
-    return LayerCandidates(cost.dense, tuple(found))
+        found += [_candidate(cost, folding, count, curve, units) for count, curve in errors.items()]
+    dense = {unit: one.dense for unit, one in units.items()}
+    return LayerCandidates(cost.dense, tuple(found), others=dense)
 
 
-def _last_ranks(cost: LayerCost, folding: str, counts: Sequence[int]) -> dict[int, int]:
-    """Return the largest rank below the dense layer's cost for each number of slices that has one."""
-    room = cost.dense - cost.fixed - 1
-    last = {
-        count: min(room // cost.per_rank(folding, count), cost.geometry.full_rank(folding, count)) for count in counts
-    }
+def _last_ranks(costs: Sequence[LayerCost], folding: str, counts: Sequence[int]) -> dict[int, int]:
+    """Return the largest rank below the dense layer's cost, in any unit, for each number of slices that has one."""
+    last: dict[int, int] = {}
+    for count in counts:
+        fits = (_room(cost) // per for cost in costs if (per := cost.per_rank(folding, count)) > 0)
+        last[count] = min(max(fits, default=0), costs[0].geometry.full_rank(folding, count))
     return {count: rank for count, rank in last.items() if rank >= 1}
 
 
-def _candidate(cost: LayerCost, folding: str, num_slices: int, errors: Tensor) -> Candidate:
-    full_rank = cost.geometry.full_rank(folding, num_slices)
-    return Candidate(folding, num_slices, full_rank, errors, cost.at_ranks(folding, num_slices, len(errors) - 1))
+def _room(cost: LayerCost) -> int:
+    return cost.dense - cost.fixed - 1
 
 
-def with_units(layer: LayerCandidates, costs: Mapping[str, LayerCost]) -> LayerCandidates:
-    """Return candidates with their costs in other units, too, at the ranks that cost less than dense in all of them.
-
-    Args:
-        layer: its candidates.
-        costs: unit -> the costs of the layer in it.
-    """
-    if not costs:
-        return layer
-    priced = (_with_units(candidate, costs) for candidate in layer.candidates)
-    kept = tuple(candidate for candidate in priced if candidate.last >= 1)
-    return replace(layer, candidates=kept, others={unit: cost.dense for unit, cost in costs.items()})
-
-
-def _with_units(candidate: Candidate, costs: Mapping[str, LayerCost]) -> Candidate:
-    own = {unit: cost.at_ranks(candidate.folding, candidate.num_slices, candidate.last) for unit, cost in costs.items()}
-    end = min(int((own[unit] < cost.dense).sum()) for unit, cost in costs.items())
-    others = {unit: one[:end] for unit, one in own.items()}
-    return replace(candidate, errors=candidate.errors[:end], costs=candidate.costs[:end], others=others)
+def _candidate(
+    cost: LayerCost, folding: str, num_slices: int, errors: Tensor, units: Mapping[str, LayerCost]
+) -> Candidate:
+    full_rank, last = cost.geometry.full_rank(folding, num_slices), len(errors) - 1
+    others = {unit: one.at_ranks(folding, num_slices, last) for unit, one in units.items()}
+    return Candidate(folding, num_slices, full_rank, errors, cost.at_ranks(folding, num_slices, last), others)
 
 
 def frontier(layer: LayerCandidates, rank_multiple: int = 1) -> Frontier:

@@ -41,7 +41,8 @@ def read_events(keep_ratio: object, epochs: object, ramp: bool = False) -> dict[
             f"`keep_ratio` must be one number, or one for each of the {len(listed)} `epochs` {listed}, "
             f"got {len(ratios)}: {keep_ratio!r}."
         )
-    return dict(sorted(zip(listed, map(check_goal, ratios), strict=True)))
+    check = check_goal if isinstance(keep_ratio, Mapping) else check_keep_ratio
+    return dict(sorted(zip(listed, map(check, ratios), strict=True)))
 
 
 def cubic_ramp(keep_ratio: float, epochs: Iterable[int]) -> dict[int, float]:

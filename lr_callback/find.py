@@ -17,6 +17,9 @@ from lr_callback.layers import FactorizedLayer
 from lr_callback.patterns import as_patterns, check_patterns, meant
 from lr_callback.traps import COMPUTED, around, factor_trap, holds_weight, layer_trap, weight_trap
 
+ALL_ZERO = "all its weights are zero, there is nothing to measure an error against"
+"""Why a layer is left out for now."""
+
 
 @dataclass(frozen=True)
 class Found:
@@ -25,10 +28,12 @@ class Found:
     Args:
         layers: name -> dense or factorized layer; a layer with several names stands under its first.
         skipped: name of a layer that is left out -> why.
+        able: the names of the layers that can be factorized, those that a user leaves out included, in their order.
     """
 
     layers: dict[str, nn.Module] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    able: list[str] = field(default_factory=list)
 
 
 def find_layers(
@@ -59,6 +64,7 @@ def find_layers(
             found.layers[name] = layer
         else:
             found.skipped[name] = reason
+    found.able.extend(found.layers)
     check_patterns(include=include, exclude=exclude)
     _select(model, found, as_patterns(include), as_patterns(exclude))
     return found
@@ -199,16 +205,16 @@ def replaceable_in(model: nn.Module) -> dict[str, FactorizedLayer]:
 
 def _select(model: nn.Module, found: Found, include: tuple[str, ...] | None, exclude: tuple[str, ...] | None) -> None:
     """Move the layers that the user leaves out to the skipped ones."""
-    able = list(found.layers)
-    layers = {name: model.get_submodule(name) for name in [*found.layers, *found.skipped]}
+    modules = dict(model.named_modules())
+    layers = {name: modules[name] for name in [*found.layers, *found.skipped]}
     named: dict[str, set[str]] = {"include": set(), "exclude": set()}
     for argument, patterns in (("include", include), ("exclude", exclude)):
         for pattern in patterns or ():
-            names = meant(pattern, layers, able)
+            names = meant(pattern, layers, found.able)
             if not names:
                 raise ValueError(no_match(argument, pattern, layers))
             named[argument] |= names
-    for name in able:
+    for name in found.able:
         if include is not None and name not in named["include"]:
             found.skipped[name] = "not among `include`"
         elif name in named["exclude"]:
@@ -238,4 +244,4 @@ def check_weight(name: str, layer: nn.Module) -> str | None:
             f"{name}: every weight must be finite, found {broken} of {weight.numel()} NaN or infinite; "
             "the training has diverged or the file is damaged. Go back to an earlier checkpoint, or exclude the layer."
         )
-    return "all its weights are zero, there is nothing to measure an error against" if not weight.any() else None
+    return ALL_ZERO if not weight.any() else None

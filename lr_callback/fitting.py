@@ -6,7 +6,8 @@ A fit says what rows a call of the layer gives, and what to do with their moment
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from math import prod
 
 import torch
@@ -205,6 +206,20 @@ class BothFit(Fit):
         self.shift_mean(torch.cat([one.shift for one in found]))
         before, after = sum(one.before for one in found), sum(one.after for one in found)
         return after / before if before > 0 else 1.0
+
+
+@contextmanager
+def own_biases(teachers: Iterable[nn.Module]) -> Iterator[None]:
+    """Let the layers before the cut keep the biases that they have now: the layers in their places change the same."""
+    shared = {teacher: bias for teacher in teachers if (bias := dense_bias(teacher)) is not None}
+    owners = {one: one.decoder if isinstance(one, FactorizedLayer) else one for one in shared}
+    try:
+        for teacher, bias in shared.items():
+            owners[teacher]._parameters["bias"] = nn.Parameter(bias.detach().clone(), requires_grad=False)
+        yield
+    finally:
+        for teacher, bias in shared.items():
+            owners[teacher]._parameters["bias"] = bias
 
 
 def _results(kind: type[FactorizedLayer], layer: nn.Module, outputs: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -91,6 +91,8 @@ def one_goal(keep_ratio: object, budget: object, max_error: object, cost: str, d
         return _check_budget(budget)
     if max_error is not None:
         return {MAX_ERROR: _check_max_error(max_error)}
+    if isinstance(keep_ratio, Mapping):
+        check_keep_ratio(keep_ratio)
     return default if keep_ratio is None else keep_ratio
 
 

@@ -9,18 +9,20 @@ of the method unless ``num_slices`` and ``folding`` say more. The others share w
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from math import floor
 from typing import Any, cast
 
 from torch import nn
 
-from lr_callback.candidates import LayerCandidates, frontier
-from lr_callback.find import Found, no_match
+from lr_callback.candidates import Frontier, LayerCandidates, frontier
+from lr_callback.costs import LayerCost
+from lr_callback.find import ALL_ZERO, Found, no_match
 from lr_callback.folding import FOLDINGS
 from lr_callback.methods import ALDS, Choice, Method
 from lr_callback.methods.alds import Error
 from lr_callback.patterns import check_place, meant
+from lr_callback.table import listed
 from lr_callback.written import is_number
 
 _FORMS = "'dense', {'keep_ratio': 0.5} or {'rank': 32, 'num_slices': 4, 'folding': 'kernel_in_encoder'}"
@@ -35,12 +37,14 @@ class Override:
         rank: singular values for each slice; None: the layer has a fraction, or stays dense.
         num_slices: of that form.
         folding: of that form; None: the method's first.
+        pattern: by which it was asked for.
     """
 
     keep_ratio: float | None = None
     rank: int | None = None
     num_slices: int = 1
     folding: str | None = None
+    pattern: str = field(default="", compare=False)
 
     @property
     def is_dense(self) -> bool:
@@ -54,13 +58,15 @@ class Override:
         foldings, error = (self.folding or method.foldings[0],), cast("Error", method.error)
         return ALDS(error, foldings=foldings, slices=(self.num_slices,), shrinkage=method.shrinkage)
 
-    def choose(self, name: str, layer: LayerCandidates, rank_multiple: int = 1) -> Choice:
+    def choose(self, name: str, layer: LayerCandidates, rank_multiple: int = 1, known: bool = True) -> Choice:
         """Return the choice of the layer.
 
         Args:
             name: of the layer.
             layer: its candidates, by :meth:`method`.
             rank_multiple: that the rank must be a multiple of, where it is not given.
+            known: whether the errors are; if not, of a fraction it is the form that costs the most within it: what is
+                chosen once they are known costs no more.
 
         Raises:
             ValueError: If there is no such form, or none that is as small.
@@ -68,20 +74,19 @@ class Override:
         if self.keep_ratio is None:
             return self._form(name, layer)
         edge, most = frontier(layer, rank_multiple), floor(self.keep_ratio * layer.dense_cost)
+        if not known:
+            dearest = None if most >= layer.dense_cost else _dearest(layer, rank_multiple, most)
+            return dearest if dearest or most >= layer.dense_cost else self._refuse(name, layer, edge)
         fitting = [choice for choice, cost in zip(edge.choices, edge.costs, strict=True) if cost <= most]
-        if not fitting:
-            raise ValueError(
-                f"`overrides`: {name} cannot be as small as keep_ratio={self.keep_ratio:g}; its smallest form takes "
-                f"{edge.costs[0] / layer.dense_cost:.4f} of it."
-            )
-        return fitting[-1]
+        return fitting[-1] if fitting else self._refuse(name, layer, edge)
+
+    def _refuse(self, name: str, layer: LayerCandidates, edge: Frontier) -> Choice:
+        raise ValueError(
+            f"`overrides`: {name} cannot be as small as keep_ratio={self.keep_ratio:g}; its smallest form takes "
+            f"{edge.costs[0] / layer.dense_cost:.4f} of it."
+        )
 
     def _form(self, name: str, layer: LayerCandidates) -> Choice:
-        if not layer.candidates:
-            raise ValueError(
-                f"`overrides`: {name} cannot have {self.num_slices} slice(s): they must divide its input channels, and "
-                "a rank of 1 must cost less than the dense layer."
-            )
         (candidate,) = layer.candidates
         assert self.rank is not None
         if self.rank > candidate.last:
@@ -131,7 +136,8 @@ def _read(pattern: str, value: object) -> Override:
     ratio = given.get("keep_ratio", 1)
     if not is_number(ratio) or not 0 < ratio <= 1:
         raise ValueError(f"`overrides`, {pattern!r}: `keep_ratio` must be a number in (0, 1], got {ratio!r}.")
-    if given.get("folding", "kernel_in_encoder") not in FOLDINGS:
+    folding = given.get("folding", "kernel_in_encoder")
+    if not isinstance(folding, str) or folding not in FOLDINGS:
         raise ValueError(
             f"`overrides`, {pattern!r}: `folding` must be one of {list(FOLDINGS)}, got {given['folding']!r}."
         )
@@ -149,16 +155,16 @@ def overridden(overrides: Mapping[str, Override], model: nn.Module, found: Found
     Raises:
         ValueError: If a pattern matches no layer, or none that can be factorized; or two say different things of one.
     """
-    able = list(found.layers)
-    layers = {name: model.get_submodule(name) for name in [*found.layers, *found.skipped]}
+    modules = dict(model.named_modules())
+    layers = {name: modules[name] for name in [*found.layers, *found.skipped]}
     chosen: dict[str, tuple[str, Override]] = {}
     for pattern, override in overrides.items():
-        names = meant(pattern, layers, able)
+        names = meant(pattern, layers, found.able)
         if not names:
             raise ValueError(no_match("overrides", pattern, layers))
         _check_able(pattern, override, names, found)
-        for name in sorted(names & set(able)):
-            other, before = chosen.setdefault(name, (pattern, override))
+        for name in sorted(names & set(found.layers)):
+            other, before = chosen.setdefault(name, (pattern, replace(override, pattern=pattern)))
             if before != override:
                 raise ValueError(
                     f"`overrides` say different things of {name}: {other!r} and {pattern!r} both match it; let only "
@@ -169,6 +175,57 @@ def overridden(overrides: Mapping[str, Override], model: nn.Module, found: Found
             found.skipped[name] = "stays dense by `overrides`"
             del found.layers[name]
     return {name: override for name, (_, override) in chosen.items() if not override.is_dense}
+
+
+def pinned(
+    overrides: Mapping[str, Override],
+    layers: Mapping[str, LayerCandidates],
+    costs: Mapping[str, LayerCost],
+    skipped: Mapping[str, str],
+    rank_multiple: int,
+    known: bool,
+) -> dict[str, Choice]:
+    """Return the choices of the layers that overrides are for; those too small for any form are left to the rest.
+
+    Args:
+        overrides: from :func:`overridden`.
+        layers: the candidates of all layers.
+        costs: of all layers.
+        skipped: name of a layer that is left out -> why.
+        rank_multiple: of the method.
+        known: whether the errors are.
+
+    Raises:
+        ValueError: If there is no such form of a layer, or of none that a pattern matches; or a layer was left out.
+    """
+    for name, override in overrides.items():
+        if name not in layers and skipped.get(name) != ALL_ZERO:
+            raise ValueError(f"`overrides`: {override.pattern!r} is for {name}, which is left out: {skipped[name]}.")
+        if name in layers and override.num_slices not in costs[name].geometry.slice_counts():
+            raise ValueError(
+                f"`overrides`: {name} cannot have {override.num_slices} slice(s): they must divide its input channels, "
+                f"by {costs[name].geometry.slice_counts()}."
+            )
+    able = {name: override for name, override in overrides.items() if name in layers and layers[name].candidates}
+    for pattern in {override.pattern for override in overrides.values()} - {one.pattern for one in able.values()}:
+        names = [name for name, one in overrides.items() if one.pattern == pattern and name in layers]
+        if names and any(overrides[name].keep_ratio != 1 for name in names):
+            raise ValueError(f"`overrides`: {pattern!r}: no rank of {listed(names)} costs less than the dense layer.")
+    return {name: override.choose(name, layers[name], rank_multiple, known) for name, override in able.items()}
+
+
+def _dearest(layer: LayerCandidates, rank_multiple: int, most: int) -> Choice:
+    """Return the form that costs the most within a bound; None: there is none."""
+    forms = [
+        (candidate.cost(rank), candidate, rank)
+        for candidate in layer.candidates
+        for rank in range(rank_multiple, candidate.last + 1, rank_multiple)
+        if candidate.cost(rank) <= most
+    ]
+    if not forms:
+        return None
+    _, candidate, rank = max(forms, key=lambda form: form[0])
+    return candidate, rank
 
 
 def _check_able(pattern: str, override: Override, names: set[str], found: Found) -> None:

@@ -2,7 +2,7 @@
 
 ``layer1.*`` is a glob pattern of names. ``type:Conv2d`` is one of types, of the class alone or in full; a factorized
 layer counts as of the type that it stands for. ``place:first`` and ``place:last`` are the first and the last layer that
-can be factorized, in the order in which the model holds them.
+can be factorized, embeddings aside, in the order in which the model holds them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from lr_callback.layer_types import full_name
+from lr_callback.layer_types import LAYER_TYPES, full_name, layer_type
 from lr_callback.layers import FactorizedLayer
 from lr_callback.table import readable
 
@@ -71,7 +71,8 @@ def meant(pattern: str, layers: Mapping[str, nn.Module], able: Sequence[str]) ->
     """
     if pattern.startswith(_PLACE):
         at = _PLACES[pattern.removeprefix(_PLACE)]
-        return {able[at]} if able else set()
+        listed = [name for name in able if _counts(layers[name])]
+        return {listed[at]} if listed else set()
     if pattern.startswith(_TYPE):
         wanted = pattern.removeprefix(_TYPE)
         return {name for name, layer in layers.items() if any(fnmatchcase(one, wanted) for one in _types(layer))}
@@ -79,6 +80,15 @@ def meant(pattern: str, layers: Mapping[str, nn.Module], able: Sequence[str]) ->
     return {name for name in layers if fnmatchcase(name, pattern) or fnmatchcase(readable(name), pattern)}
 
 
-def _types(layer: nn.Module) -> tuple[str, str]:
-    kind, name = type(layer), type(layer).__name__
-    return name.removeprefix("Factorized") if isinstance(layer, FactorizedLayer) else name, full_name(kind)
+def _counts(layer: nn.Module) -> bool:
+    """Return whether a layer is one of which there is a first: embeddings, which are to be asked for, are not."""
+    kind = layer_type(layer)
+    return kind is not None and kind.only_if_asked is None
+
+
+def _types(layer: nn.Module) -> list[str]:
+    """Return the names of the type of a layer, or of those that a factorized one may stand for: in full, and alone."""
+    kind = type(layer)
+    full = [name for name, row in LAYER_TYPES.items() if row is kind] if isinstance(layer, FactorizedLayer) else []
+    names = full or [full_name(kind)]
+    return [*names, *(name.rpartition(".")[2] for name in names)]

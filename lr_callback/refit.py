@@ -10,7 +10,7 @@ BatchNorm layers are rebased (:mod:`lr_callback.rebasing`), so that training goe
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal, TypeVar
 from warnings import warn
@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from lr_callback.collect import add_rows, merged
-from lr_callback.fitting import Fit, fit_of
+from lr_callback.fitting import Fit, fit_of, own_biases
 from lr_callback.following import look
-from lr_callback.layers import FactorizedLayer, dense_bias
+from lr_callback.layers import FactorizedLayer
 from lr_callback.layerwise import Progress
 from lr_callback.lockstep import Walk, mixed, walks
 from lr_callback.moments import SecondMoments, summed
@@ -110,7 +110,7 @@ def refit_(
     before = standing_in(model, {layer: replaced[name] for name, layer in students.items()})
     around = rebasing(model, before, batches, forward, processes) if rebase else nullcontext()
     try:
-        with torch.no_grad(), _own_biases(replaced[name] for name in students), around:
+        with torch.no_grad(), own_biases(replaced[name] for name in students), around:
             refit = _Refit(model, fits, batches, forward, processes, progress, gentle)
             calls = refit.look()
             left = refit.one_by_one(calls) if inputs == "cut" else refit.all_at_once()
@@ -125,20 +125,6 @@ def refit_(
 def _values(layer: FactorizedLayer) -> list[Tensor]:
     """Return the factors, and the bias if there is one."""
     return [*(factor.data for factor in layer.factors), *([] if layer.bias is None else [layer.bias.data])]
-
-
-@contextmanager
-def _own_biases(teachers: Iterable[nn.Module]) -> Iterator[None]:
-    """Let the layers before the cut keep the biases that they have now: the layers in their places change the same."""
-    shared = {teacher: bias for teacher in teachers if (bias := dense_bias(teacher)) is not None}
-    owners = {one: one.decoder if isinstance(one, FactorizedLayer) else one for one in shared}
-    try:
-        for teacher, bias in shared.items():
-            owners[teacher]._parameters["bias"] = nn.Parameter(bias.detach().clone(), requires_grad=False)
-        yield
-    finally:
-        for teacher, bias in shared.items():
-            owners[teacher]._parameters["bias"] = bias
 
 
 class _Refit:

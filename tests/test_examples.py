@@ -92,13 +92,13 @@ def test_export_serve(tmp_path):
 def test_multi_node(tmp_path):
     launch = ["-m", "torch.distributed.run", "--standalone", "--nnodes=1", "--nproc_per_node=2"]
     program = str(EXAMPLES / "multi_node.py")
-    text = printed(tmp_path, *launch, program, "--epochs=4", f"--folder={tmp_path / 'files'}")
+    text = printed(tmp_path, *launch, program, "--epochs=6", f"--folder={tmp_path / 'files'}")
     assert text.count("2 processes: ") == 1, "one of them prints"
     before, after = (
         number(rf"2 processes: {form} parameters", text) for form in (r"([\d,]+) -> [\d,]+", r"[\d,]+ -> ([\d,]+)")
     )
     assert after <= 0.3 * before
-    assert number(r"test_accuracy\W+([\d.]+)", text) > 0.5
+    assert number(r"test_accuracy\W+([\d.]+)", text) > 0.8
     assert (tmp_path / "files" / "last.ckpt").is_file()
 
 

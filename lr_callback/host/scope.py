@@ -13,6 +13,7 @@ from torch.optim import SparseAdam
 
 from lr_callback.analysed import Analysis
 from lr_callback.analysis import analyze, survey
+from lr_callback.costs import OBSERVED
 from lr_callback.events import check_flags
 from lr_callback.find import find_layers
 from lr_callback.fisher import WITHOUT
@@ -87,6 +88,17 @@ class Scope:
             if not (isinstance(goal, Mapping) and MAX_ERROR in goal):
                 surveyed.allocate(goal)
 
+    def check_known(self, pl_module: LightningModule, goals: Iterable[Goal]) -> None:
+        """Refuse what cannot be met in a unit that needs no batch to be counted on, where another one does.
+
+        Raises:
+            ValueError: If one is out of reach.
+        """
+        for goal in goals:
+            for unit, ratio in goal.items() if isinstance(goal, Mapping) else ():
+                if unit != MAX_ERROR and unit not in OBSERVED:
+                    self.check_budgets(pl_module, [ratio], [Prices(unit)])
+
     def reach(self, pl_module: LightningModule, prices: Sequence[Prices]) -> str:
         """Return what of a module can be kept at least, in each unit that is known before the training.
 
@@ -94,11 +106,13 @@ class Scope:
             pl_module: whose layers are priced; no weight is looked at.
             prices: the units of the budgets.
         """
-        known = {one.unit: one for one in (Prices(), Prices("bytes"), *prices)}
-        ranges: list[str] = []
-        for unit, one in known.items():
-            found = survey(pl_module, self.method, prices=one, **self._layers)
-            ranges.append(f"{100 * found.reachable[0]:.1f} % of {found.dense_cost:,} {unit.replace('_', '-')}")
+        own = [one.unit for one in prices]
+        every = [*prices, *(Prices(unit) for unit in ("parameters", "bytes") if unit not in own)]
+        found = survey(pl_module, self.method, prices=every, **self._layers)
+        ranges = [
+            f"{100 * found.smallest_in(unit) / dense:.1f} % of {dense:,} {unit.replace('_', '-')}"
+            for unit, dense in {found.unit: found.dense_cost, **found.others}.items()
+        ]
         return f"Low-rank compression can go down to {', '.join(ranges)}"
 
     def check_optimizers(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lr_callback.candidates import Candidate, LayerCandidates, frontier, layer_candidates, with_units
+from lr_callback.candidates import Candidate, LayerCandidates, frontier, layer_candidates
 from lr_callback.costs import LayerCost
 from lr_callback.errors import find_measure, relative_errors
 from lr_callback.folding import Geometry, decoder_axes
@@ -117,8 +117,8 @@ class Method(ABC):
             return relative_errors(matrix, self.error, last, workers, prices, moments)
 
         norm = float(torch.linalg.vector_norm(weight, dtype=torch.float64))
-        found = layer_candidates(cost, self.foldings, self.slice_counts(cost.geometry), curves)
-        return with_units(replace(found, norm=norm, weight=known.weight), others or {})
+        found = layer_candidates(cost, self.foldings, self.slice_counts(cost.geometry), curves, others)
+        return replace(found, norm=norm, weight=known.weight)
 
     def priced(self, cost: LayerCost, others: Mapping[str, LayerCost] | None = None) -> LayerCandidates:
         """Return the candidates of one layer with their costs right and errors that only fall, none computed."""
@@ -126,8 +126,7 @@ class Method(ABC):
         def curves(folding: str, last: Mapping[int, int]) -> dict[int, Tensor]:
             return {count: torch.linspace(1, 0, rank + 1, dtype=torch.float64) for count, rank in last.items()}
 
-        found = layer_candidates(cost, self.foldings, self.slice_counts(cost.geometry), curves)
-        return with_units(found, others or {})
+        return layer_candidates(cost, self.foldings, self.slice_counts(cost.geometry), curves, others)
 
     def within(self, layers: Mapping[str, LayerCandidates], max_error: float) -> dict[str, Choice]:
         """Choose, of every layer, the cheapest form whose error is at most this."""

@@ -125,7 +125,7 @@ def test_names_are_those_of_the_network_that_was_compiled(new_trainer, loader, t
     module = FORMS["a network inside, wrapped"]("eager")
     compression = LowRankCompression(0.6, 1, **select)
     new_trainer(tmp_path, compression, max_epochs=2, limit_train_batches=2).fit(module, loader())
-    table = next(text for text in messages if text.startswith("Low-rank compression"))
+    table = next(text for text in messages if text.startswith("Low-rank compression at"))
     assert "network.1 " in table
     assert "_orig_mod" not in table
     assert list(compression.allocation.factorized) == ["network._orig_mod.1"]

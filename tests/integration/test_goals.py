@@ -155,3 +155,34 @@ data: {class_path: lr_callback.recipes.DigitsData, init_args: {batch_size: 64}}
     assert all(one.cost <= 0.5 * one.dense_cost for name, one in allocation.factorized.items() if ".layer3." in name)
     assert {one.num_slices for one in allocation.factorized.values()} <= {1, 2, 4}
     assert allocation.others["bytes"].cost <= allocation.others["bytes"].budget
+
+
+@pytest.mark.parametrize("show_table", [True, False])
+def test_what_is_shown_decides_nothing(run, show_table):
+    """A rank that gains in multiply-adds alone is priced in the units of the line as it is."""
+    pins = {"network.8": {"rank": 25}}
+    callback = lrc.LowRankCompression(
+        0.9, epochs=1, overrides=pins, show_table=show_table, method=lrc.ALDS(), refit=None
+    )
+    _, module = run(callback, enable_checkpointing=False)
+    assert module.network[8].rank == 25
+
+
+def test_a_budget_in_parameters_is_refused_before_the_batch_that_multiply_adds_wait_for(run):
+    steps = []
+
+    class Counted(lrc.LowRankCompression):
+        def on_train_batch_start(self, *given):
+            steps.append(1)
+            super().on_train_batch_start(*given)
+
+    budget = {"parameters": 0.01, "multiply_adds": 0.9}
+    with pytest.raises(ValueError, match="the budget must be at least"):
+        run(Counted(epochs=1, budget=budget, method=lrc.ALDS(), refit=None), enable_checkpointing=False)
+    assert not steps
+
+
+@pytest.mark.parametrize("ratio", [{"parameters": 0.5}, [{"parameters": 0.5}, 0.3]])
+def test_a_keep_ratio_is_no_budget(ratio):
+    with pytest.raises(ValueError, match=r"`keep_ratio` must be a number in \(0, 1\], .* got \{'parameters': 0\.5\}"):
+        lrc.LowRankCompression(ratio, epochs=[1, 2])

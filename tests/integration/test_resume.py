@@ -257,5 +257,5 @@ def test_resumed_run_compresses_only_at_events_that_are_still_due(
 ):
     trainer = new_trainer(tmp_path, LowRankCompression([0.6, 0.35], [1, 3]), max_epochs=EPOCHS)
     trainer.fit(new_module(sgd), loader(), loader(), ckpt_path=plain_run.root / name)
-    tables = [text.splitlines()[0] for text in messages if text.startswith("Low-rank compression")]
+    tables = [text.splitlines()[0] for text in messages if text.startswith("Low-rank compression at")]
     assert tables == [f"Low-rank compression at the start of epoch {epoch}" for epoch in still_due]

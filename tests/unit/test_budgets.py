@@ -162,7 +162,6 @@ def test_overridden_layers_count_in_each_unit():
         ),
         ({"parameters": 0.001, "multiply_adds": 0.9}, "the budget must be at least"),
         ({"parameters": 0.5}, r"`budget` must be in the units that were analysed, \['parameters', 'multiply_adds'\]"),
-        ({"multiply_adds": 0.5, "parameters": 0.5}, "`budget` must be in the units that were analysed"),
         (0.5, "`budget` must be in the units that were analysed"),
     ],
 )
@@ -218,3 +217,48 @@ def test_a_smaller_error_never_gives_a_smaller_model():
     model = network()
     costs = [lrc.allocate(model, max_error=error).cost for error in (1.0, 0.6, 0.4, 0.2, 0.1, 0.01)]
     assert costs == sorted(costs) and costs[0] < costs[-1]
+
+
+def test_the_order_of_the_units_is_free_once_they_were_analysed():
+    model = network()
+    seen = observe(model, torch.randn(2, 8, 9, 9))
+    analysis = analyze(model, prices=[Prices("parameters"), Prices("multiply_adds", seen)])
+    one, other = ({"parameters": 0.5, "multiply_adds": 0.4}, {"multiply_adds": 0.4, "parameters": 0.5})
+    assert analysis.allocate(one) == analysis.allocate(other)
+    assert analysis.smallest_in("parameters") == analysis.smallest_cost == analyze(model).smallest_cost
+    alone = analyze(model, prices=Prices("multiply_adds", seen))
+    assert analysis.smallest_in("multiply_adds") == alone.smallest_cost
+
+
+def test_what_gains_in_one_unit_alone_may_be_chosen():
+    """An embedding looks up: it multiplies nothing, and its factors do."""
+
+    class Text(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.table, self.body = nn.Embedding(300, 32), nn.Linear(32, 32)
+
+        def forward(self, tokens):
+            return self.body(self.body(self.body(self.table(tokens)))).relu()
+
+    model, tokens = Text(), torch.randint(300, (4, 9))
+    budget = {"parameters": 0.3, "multiply_adds": 1.0}
+    allocation = lrc.allocate(model, budget=budget, embeddings=True, example_input=tokens)
+    assert allocation.layers["table"] is not None and allocation.cost <= 0.3 * allocation.dense_cost
+    before = observe(model, tokens)
+    lrc.factorize_(model, allocation)
+    assert before.multiply_adds(model) == allocation.others["multiply_adds"].cost <= before.dense_multiply_adds
+
+
+def test_a_budget_that_is_used_up_by_what_is_fixed_is_kept_if_it_can_be():
+    model = network()
+    pins = {"*": {"rank": 2}}
+    allocation = lrc.allocate(model, 0.99, overrides=pins)
+    ratio = allocation.cost / allocation.dense_cost
+    found = lrc.allocate(model, budget={"parameters": ratio, "bytes": 1.0}, overrides=pins)
+    assert found.layers == allocation.layers and found.gap == 0
+    whole = lrc.allocate(model, budget={"parameters": 1.0, "bytes": 1.0}, overrides={"*": {"keep_ratio": 1.0}})
+    assert whole.cost == whole.dense_cost and not whole.factorized
+    with pytest.raises(ValueError, match="the budget must be at least"):
+        lrc.allocate(model, budget={"parameters": ratio * 0.99, "bytes": 1.0}, overrides=pins)

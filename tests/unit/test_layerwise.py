@@ -52,7 +52,7 @@ def test_a_failure_in_a_small_layer_comes_out_and_the_others_are_not_waited_for(
     seen: list[torch.Tensor] = []
 
     class Failing(ALDS):
-        def candidates(self, weight, cost, workers, importance=None):
+        def candidates(self, weight, cost, workers, importance=None, others=None):
             seen.append(weight)
             time.sleep(0.002)
             raise ValueError("this layer cannot be had")

@@ -184,3 +184,66 @@ def test_a_rank_multiple_holds_for_what_is_built(multiple):
         inputs = geometry.in_channels // geometry.groups // layer.num_slices
         assert layer.rank % multiple == 0
         assert layer.num_slices == 1 or inputs % multiple == 0
+
+
+def low_rank():
+    """A network whose widest layer is of rank 2, so that errors at hand say nothing of costs."""
+    model = network()
+    with torch.no_grad():
+        model[3].weight.copy_(torch.randn(48, 2) @ torch.randn(2, 64))
+    return model
+
+
+@pytest.mark.parametrize("make", [network, low_rank])
+@pytest.mark.parametrize("ratio", [0.3, 0.6, 0.9, 0.999, 1.0])
+def test_what_passes_before_the_training_passes_at_the_cut(make, ratio):
+    """Whatever the weights are by then: a fraction counts as spent in full."""
+    pins = {"3": {"keep_ratio": ratio}}
+    promised, real = survey(make(), overrides=pins), analyze(make(), overrides=pins)
+    assert real.smallest_cost <= promised.smallest_cost
+    least = promised.smallest_cost / promised.dense_cost
+    assert real.allocate(least).cost <= least * real.dense_cost * (1 + 1e-9)
+    assert promised.pinned.keys() == real.pinned.keys()
+
+
+def test_layers_of_a_pattern_that_are_too_small_for_any_form_are_passed_over():
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 64, 1), nn.Conv2d(64, 64, 1))
+    allocation = lrc.allocate(model, 0.8, overrides={"type:Conv2d": {"keep_ratio": 0.7}})
+    assert set(allocation.factorized) == {"1", "2"} and "no rank costs less" in allocation.skipped["0"]
+    with pytest.raises(ValueError, match=r"`overrides`: '0': no rank of 0 costs less than the dense layer"):
+        lrc.allocate(model, 0.8, overrides={"0": {"keep_ratio": 0.5}})
+    with pytest.raises(ValueError, match=r"`overrides`: '0': no rank of 0 costs less than the dense layer"):
+        lrc.allocate(model, 0.8, overrides={"0": {"rank": 1}})
+    assert lrc.allocate(model, 0.8, overrides={"0": {"keep_ratio": 1.0}}).cost <= 0.8 * 5000
+
+
+@pytest.mark.parametrize("look", [analyze, survey])
+def test_an_override_of_a_layer_that_is_left_out_is_refused_with_the_reason(look):
+    model = nn.Sequential(nn.Embedding(40, 16), nn.Linear(16, 16), nn.Linear(16, 16))
+    with pytest.raises(ValueError, match=r"'0' is for 0, which is left out: .*embeddings"):
+        look(model, overrides={"0": {"rank": 2}})
+    assert "0" in look(model, overrides={"0": {"rank": 2}}, embeddings=True).pinned
+    with pytest.raises(ValueError, match="no layer that 'place:last' matches can be factorized: 2: named by `exclude`"):
+        look(model, exclude=["2"], overrides={"place:last": {"rank": 2}})
+
+
+def test_a_layer_whose_weights_are_zero_for_now_is_passed_over_at_the_cut():
+    model = network()
+    nn.init.zeros_(model[3].weight)
+    assert "3" in survey(model, overrides={"3": {"rank": 2}}).pinned
+    allocation = lrc.allocate(model, 0.9, overrides={"3": {"rank": 2}})
+    assert "all its weights are zero" in allocation.skipped["3"]
+
+
+def test_a_rank_that_gains_in_one_unit_counts_in_the_others_as_it_is():
+    from lr_callback.observe import observe
+    from lr_callback.pricing import Prices
+
+    model = nn.Sequential(nn.Conv2d(16, 16, 3, padding=4, bias=False), nn.Conv2d(16, 64, 1))
+    seen = observe(model, torch.zeros(1, 16, 4, 4))
+    pins = {"0": {"rank": 15, "folding": "kernel_in_decoder"}}
+    units = [Prices("multiply_adds", seen), Prices("parameters"), Prices("bytes")]
+    found = survey(model, prices=units, overrides=pins)
+    assert found.pinned["0"][1] == 15 and found.smallest_in("parameters") > 0
+    with pytest.raises(ValueError, match="`folding` must be one of"):
+        read_overrides({"0": {"rank": 2, "folding": ["kernel_in_encoder"]}})

@@ -67,3 +67,17 @@ def test_the_callback_refuses_a_place_that_there_is_not_at_once():
     with pytest.raises(ValueError, match="`include`: a place must be 'place:first' or 'place:last', got 'place:top'"):
         lrc.LowRankCompression(include=["place:top"])
     assert torch.is_grad_enabled()
+
+
+def test_full_names_of_types_hold_after_a_cut():
+    model = network()
+    whole = "type:torch.nn.modules.conv.Conv2d"
+    before = list(find_layers(model, include=[whole]).layers)
+    lrc.factorize_(model, lrc.allocate(model, 0.5))
+    assert list(find_layers(model, include=[whole]).layers) == before == ["0", "2"]
+
+
+def test_embeddings_are_neither_first_nor_last():
+    model = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Embedding(9, 8))
+    assert list(find_layers(model, exclude=["place:first"]).layers) == ["0", "2", "3"]
+    assert list(find_layers(model, include=["place:last"]).layers) == ["2"]
