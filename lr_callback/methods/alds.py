@@ -43,8 +43,9 @@ class ALDS(Method):
         error: measure of a layer's error. ``slice``: the worst slice's, what the paper's results were made with;
             ``operator``: exact operator norm of the residual; ``bound``: the paper's Theorem 1; ``frobenius``;
             and, of layers whose importance is known (:mod:`lr_callback.importance`), Frobenius norms weighted by the
-            second moments of each slice's inputs (``activation``), by what the BatchNorm after the layer multiplies
-            its outputs with (``batchnorm``), or by mean squared gradients (``fisher``).
+            second moments of each slice's inputs (``activation``; with kernel axes in the decoder as if its positions
+            were uncorrelated), by what the BatchNorm after the layer multiplies its outputs with (``batchnorm``), or by
+            mean squared gradients (``fisher``).
         objective: ``minimax``: the largest error is smallest, then the next largest (leximin); ``sum``: the sum of
             the errors, to the power ``power``, is smallest; ``loss``: the same sum with a weight for each layer, by
             what its error does to the outputs of the model (:mod:`lr_callback.effects`); meant for ``power=4``.

@@ -95,6 +95,31 @@ def test_activation_error_is_what_the_outputs_of_slices_are_off(case, data):
 
 
 @law
+@given(layers(), st.sampled_from(list(FOLDINGS)), st.data())
+def test_kernel_axes_in_the_decoder_count_each_of_their_positions_by_itself(case, folding, data):
+    """The measure of such a folding: what the layer that is built is off, the decoder's positions uncorrelated."""
+    layer, inputs = case
+    importance, geometry = collect_moments(nn.Sequential(layer), [inputs])["0"], layer_type(layer).geometry(layer)
+    weight, groups = dense_weight(layer), geometry.groups
+    with workers() as crew:
+        found = ALDS("activation", foldings=(folding,)).candidates(weight, LayerCost(geometry), crew, importance)
+    if not found.candidates:
+        return
+    one = data.draw(st.sampled_from(found.candidates))
+    rank = data.draw(st.integers(1, one.last))
+    made = built(layer, lrc.Factorization(one.folding, one.num_slices, rank, 0.0, 0, 1), importance)
+    moments = Importance(varying(importance)).of_columns(geometry, one.folding)
+
+    def folded(matrix):
+        return fold(matrix, one.folding, 1, groups).reshape(-1, moments.shape[1])
+
+    whole = lost(folded(weight), moments, 1)
+    error = lost(folded(weight - dense_weight(made)), moments, one.num_slices)
+    if torch.isfinite(one.errors[rank]) and whole > 1e-9:
+        assert error / whole == pytest.approx(one.errors[rank].item(), abs=RESOLUTION)
+
+
+@law
 @given(layers())
 def test_one_slice_errs_as_the_outputs_do(case):
     layer, inputs = case
