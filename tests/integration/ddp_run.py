@@ -298,7 +298,7 @@ def launched(name: str) -> None:
 def main() -> None:
     pl.seed_everything(0, verbose=False)
     for name in sys.argv[2:]:
-        faulthandler.dump_traceback_later(50, exit=True)  # a rank that waits forever says where
+        faulthandler.dump_traceback_later(120, exit=True)  # a rank that waits forever says where
         if name in CASES:
             write(name, RANK, CASES[name]())
         else:
