@@ -140,6 +140,7 @@ class Allocation:
         """Return one line: the cost before and after, the budget, the worst error, and a gap if there is one."""
         gap = f", objective proven within {self.gap:.1e} of the smallest" if self.gap else ""
         asked = "" if self.max_error is None else f", at most {self.max_error:g} asked"
+        asked += " besides overrides" if self.max_error is not None and self.worst_error > self.max_error else ""
         own = Spending(self.cost, self.dense_cost, self.budget)
         ratio = None if self.max_error is not None else self.keep_ratio
         spent = [_spent(self.unit, own, ratio), *(_spent(unit, one, None) for unit, one in self.others.items())]

@@ -262,3 +262,11 @@ def test_a_budget_that_is_used_up_by_what_is_fixed_is_kept_if_it_can_be():
     assert whole.cost == whole.dense_cost and not whole.factorized
     with pytest.raises(ValueError, match="the budget must be at least"):
         lrc.allocate(model, budget={"parameters": ratio * 0.99, "bytes": 1.0}, overrides=pins)
+
+
+def test_an_overridden_layer_may_err_by_more_than_is_asked_of_the_others_and_the_summary_says_so():
+    allocation = lrc.allocate(network(), max_error=0.2, overrides={"4": {"rank": 1}})
+    assert allocation.layers["4"].relative_error > 0.2
+    others = [one.relative_error for name, one in allocation.factorized.items() if name != "4"]
+    assert others and max(others) <= 0.2
+    assert "at most 0.2 asked besides overrides" in allocation.summary()
