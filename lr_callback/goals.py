@@ -64,7 +64,7 @@ def _check_budget(budget: object) -> dict[str, float]:
     return {unit: float(ratio) for unit, ratio in budget.items()}
 
 
-def one_goal(keep_ratio: object, budget: object, max_error: object, cost: str, default: float = 0.5) -> object:
+def one_goal(keep_ratio: object, budget: object, max_error: object, cost: str) -> object:
     """Return what is asked for, by the one of three arguments that is given.
 
     Args:
@@ -72,7 +72,6 @@ def one_goal(keep_ratio: object, budget: object, max_error: object, cost: str, d
         budget: unit -> fraction.
         max_error: of each layer.
         cost: unit of the fraction; a budget names its own.
-        default: the fraction, where nothing is given.
 
     Raises:
         ValueError: If more than one is given, or what is given is no goal; a ``keep_ratio`` is not looked at.
@@ -93,7 +92,7 @@ def one_goal(keep_ratio: object, budget: object, max_error: object, cost: str, d
         return {MAX_ERROR: _check_max_error(max_error)}
     if isinstance(keep_ratio, Mapping):
         check_keep_ratio(keep_ratio)
-    return default if keep_ratio is None else keep_ratio
+    return 0.5 if keep_ratio is None else keep_ratio
 
 
 def units_of(goal: object, cost: str) -> tuple[str, ...]:

@@ -75,8 +75,8 @@ class Override:
             return self._form(name, layer)
         edge, most = frontier(layer, rank_multiple), floor(self.keep_ratio * layer.dense_cost)
         if not known:
-            dearest = None if most >= layer.dense_cost else _dearest(layer, rank_multiple, most)
-            return dearest if dearest or most >= layer.dense_cost else self._refuse(name, layer, edge)
+            fits = most >= layer.dense_cost
+            return None if fits else _dearest(layer, rank_multiple, most) or self._refuse(name, layer, edge)
         fitting = [choice for choice, cost in zip(edge.choices, edge.costs, strict=True) if cost <= most]
         return fitting[-1] if fitting else self._refuse(name, layer, edge)
 

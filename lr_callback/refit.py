@@ -170,7 +170,7 @@ class _Refit:
         found = merged(self._processes.gather(measure, long=True))
         if only is None:
             self._warn_of_unseen(found)
-        self._warn_of_few(self._few(found))
+        self._warn_of_few([name for name, one in found.items() if self._is_few(name, [one])])
         left: dict[str, float] = {}
         for name in self._told([name for name in self._fits if name in found]):
             left |= self._solve(name, [found[name]])
@@ -212,7 +212,7 @@ class _Refit:
             found = self._processes.gather(partial(self._measure, name, before, after), long=True)
             parts = [half[name] for one in zip(*found, strict=True) if name in (half := merged(one))]
             if parts:
-                few += self._few({name: summed(parts)})
+                few += [name] if self._is_few(name, parts) else []
                 left |= self._solve(name, parts)
             stations[name].refresh()
             for walk in after:
@@ -248,7 +248,7 @@ class _Refit:
     def _solve(self, name: str, parts: Sequence[SecondMoments]) -> dict[str, float]:
         """Change one layer; return the fraction of the squared error that is left, nothing if only its mean changed."""
         fit = self._fits[name]
-        if self._gentle and self._few({name: summed(parts)}):
+        if self._gentle and self._is_few(name, parts):
             fit.level(summed(parts))
             return {}
         return {name: fit.solve([one.to(fit.student.factors[0].device) for one in parts], self._gentle)}
@@ -260,9 +260,9 @@ class _Refit:
                 self._progress(done, len(names), name)
             yield name
 
-    def _few(self, found: Mapping[str, SecondMoments]) -> list[str]:
-        """Return the layers that were seen at hardly more positions than there are inputs to fit to."""
-        return [name for name, one in found.items() if one.count < 2 * self._fits[name].width]
+    def _is_few(self, name: str, parts: Sequence[SecondMoments]) -> bool:
+        """Return whether a layer was seen at hardly more positions than there are inputs to fit to."""
+        return bool(sum(one.count for one in parts) < 2 * self._fits[name].width)
 
     def _warn_of_few(self, few: Sequence[str]) -> None:
         if few and not self._gentle and self._processes.rank == 0:

@@ -83,12 +83,7 @@ class Repairing:
             calls = processes_of(trainer).agree(lambda: calibration_calls(trainer, pl_module, self.batches), long=True)
             if scope.chosen is not None:
                 return scope, calls, self._importance(trainer, pl_module, scope, calls)
-            found, reason = self._open(trainer, pl_module, scope, calls)
-            return (
-                self._without(trainer, pl_module, scope, calls, reason)
-                if found is None
-                else (found[0], calls, found[1])
-            )
+            return self._open(trainer, pl_module, scope, calls, calls)
         if scope.chosen is not None and self.refit is None:
             return scope, [], self._importance(trainer, pl_module, scope, [])
         return self._measure_if_possible(trainer, pl_module, scope)
@@ -111,13 +106,17 @@ class Repairing:
         reasons = [reason for reason in processes_of(trainer).gather(attempt, long=True) if reason is not None]
         if not reasons and scope.chosen is not None:
             return scope, calls, self._importance(trainer, pl_module, scope, calls)
-        found, reason = (None, reasons[0]) if reasons else self._open(trainer, pl_module, scope, calls)
-        return self._without(trainer, pl_module, scope, [], reason) if found is None else (found[0], calls, found[1])
+        if reasons:
+            return self._without(trainer, pl_module, scope, [], reasons[0])
+        return self._open(trainer, pl_module, scope, calls, [])
 
     def _open(
-        self, trainer: Trainer, pl_module: LightningModule, scope: Scope, calls: list[Probe]
-    ) -> tuple[tuple[Scope, dict[str, Importance] | None] | None, str]:
-        """Return the best scope of a method that was left open, and its importance; None where it has none, and why."""
+        self, trainer: Trainer, pl_module: LightningModule, scope: Scope, calls: list[Probe], left: list[Probe]
+    ) -> tuple[Scope, list[Probe], dict[str, Importance] | None]:
+        """Return the best scope of a method that was left open, the calls, and the importance on them.
+
+        Where none can be measured it is the scope that needs none, with the calls that are left for repairs.
+        """
         reason = ""
         for tried in (scope, scope.without_effects):
             try:
@@ -127,8 +126,8 @@ class Repairing:
                 # Whatever is raised on one process, something is raised on all: none goes on alone.
                 reason = _reason(error)
             else:
-                return (tried, importance), ""
-        return None, reason
+                return tried, calls, importance
+        return self._without(trainer, pl_module, scope, left, reason)
 
     def _without(
         self, trainer: Trainer, pl_module: LightningModule, scope: Scope, calls: list[Probe], reason: str
