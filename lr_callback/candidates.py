@@ -112,15 +112,11 @@ def layer_candidates(
 
 def _last_ranks(costs: Sequence[LayerCost], folding: str, counts: Sequence[int]) -> dict[int, int]:
     """Return the largest rank below the dense layer's cost, in any unit, for each number of slices that has one."""
-    last: dict[int, int] = {}
-    for count in counts:
-        fits = (_room(cost) // per for cost in costs if (per := cost.per_rank(folding, count)) > 0)
-        last[count] = min(max(fits, default=0), costs[0].geometry.full_rank(folding, count))
+    gates = [cost for cost in costs if cost.gates]
+    last = {count: max(cost.last_rank(folding, count) for cost in costs) for count in counts}
+    for gate in gates:
+        last = {count: min(rank, gate.last_rank(folding, count)) for count, rank in last.items()}
     return {count: rank for count, rank in last.items() if rank >= 1}
-
-
-def _room(cost: LayerCost) -> int:
-    return cost.dense - cost.fixed - 1
 
 
 def _candidate(
@@ -128,7 +124,11 @@ def _candidate(
 ) -> Candidate:
     full_rank, last = cost.geometry.full_rank(folding, num_slices), len(errors) - 1
     others = {unit: one.at_ranks(folding, num_slices, last) for unit, one in units.items()}
-    return Candidate(folding, num_slices, full_rank, errors, cost.at_ranks(folding, num_slices, last), others)
+    own = cost.at_ranks(folding, num_slices, last)
+    for one, costs in zip((cost, *units.values()), (own, *others.values()), strict=True):
+        if one.gates:
+            errors = errors.where(costs < one.dense, torch.inf)
+    return Candidate(folding, num_slices, full_rank, errors, own, others)
 
 
 def frontier(layer: LayerCandidates, rank_multiple: int = 1) -> Frontier:

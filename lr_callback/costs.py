@@ -11,10 +11,11 @@ along the axes that the encoder has upsampled already. An embedding looks up: th
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -51,9 +52,42 @@ class Call:
         return self.batch * prod(sizes)
 
 
+class LayerCost(ABC):
+    """Cost of one layer in one unit, dense and at every rank.
+
+    Attributes:
+        geometry: sizes of the weight.
+        gates: whether a form that costs no less than the dense layer may not be chosen for the sake of another unit.
+    """
+
+    gates: ClassVar[bool] = False
+    geometry: Geometry
+
+    @property
+    @abstractmethod
+    def dense(self) -> int:
+        """Cost of the dense layer."""
+
+    @abstractmethod
+    def at_ranks(self, folding: str, num_slices: int, last: int) -> Tensor:
+        """Return the costs of the factorized layer at rank 0 to ``last``, int64."""
+
+    @abstractmethod
+    def last_rank(self, folding: str, num_slices: int) -> int:
+        """Return the largest rank, up to the full one, that costs less than the dense layer; 0 if none does."""
+
+    @abstractmethod
+    def distinct_foldings(self, foldings: Iterable[str]) -> tuple[str, ...]:
+        """Drop foldings that give the same matrices as another, and repeated names; the cheapest of equals stays."""
+
+    def slopes(self, folding: str, counts: Iterable[int]) -> dict[int, int] | None:
+        """Return the cost of one rank for each number of slices, where all ranks cost the same; None if they do not."""
+        return None
+
+
 @dataclass(frozen=True)
-class LayerCost:
-    """Cost of one layer in one unit.
+class CountedCost(LayerCost):
+    """Cost of one layer in a unit that is counted: ``fixed + rank * per_rank``.
 
     Args:
         geometry: sizes of the weight.
@@ -64,9 +98,9 @@ class LayerCost:
 
     Example::
 
-        >>> LayerCost(Geometry(64, 32, (3, 3)), bias=64).dense
+        >>> CountedCost(Geometry(64, 32, (3, 3)), bias=64).dense
         18496
-        >>> LayerCost(Geometry(64, 32, (3, 3)), bias=64, calls=(Call(1, (8, 8), (4, 4)),)).dense
+        >>> CountedCost(Geometry(64, 32, (3, 3)), bias=64, calls=(Call(1, (8, 8), (4, 4)),)).dense
         294912
     """
 
@@ -107,7 +141,7 @@ class LayerCost:
 
         Example::
 
-            >>> LayerCost(Geometry(8, 8, (1, 1))).distinct_foldings(["kernel_in_decoder", "kernel_in_encoder"])
+            >>> CountedCost(Geometry(8, 8, (1, 1))).distinct_foldings(["kernel_in_decoder", "kernel_in_encoder"])
             ('kernel_in_encoder',)
         """
 
@@ -130,6 +164,16 @@ class LayerCost:
     def _positions(self, input_axes: tuple[int, ...]) -> int:
         """Sum the positions of all calls; what is held counts once, wherever it is applied."""
         return self.entry if self.calls is None else sum(call.positions(input_axes) for call in self.calls)
+
+    def slopes(self, folding: str, counts: Iterable[int]) -> dict[int, int] | None:
+        """Return the cost of one rank for each number of slices."""
+        return {count: self.per_rank(folding, count) for count in counts}
+
+    def last_rank(self, folding: str, num_slices: int) -> int:
+        """Return the largest rank, up to the full one, that costs less than the dense layer; 0 if none does."""
+        per_rank = self.per_rank(folding, num_slices)
+        fits = (self.dense - self.fixed - 1) // per_rank if per_rank > 0 else 0
+        return max(0, min(fits, self.geometry.full_rank(folding, num_slices)))
 
     def at_ranks(self, folding: str, num_slices: int, last: int) -> Tensor:
         """Return the costs of the factorized layer at rank 0 to ``last``, int64."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from lr_callback.costs import Call, LayerCost
+from lr_callback.costs import Call, CountedCost
 from lr_callback.factorization import Factorization
 from lr_callback.layers import (
     FactorizedConv1D,
@@ -73,7 +73,7 @@ def build(layer: nn.Module, choice: Factorization) -> FactorizedLayer:
     return kind(layer, choice.num_slices, choice.rank, choice.folding)
 
 
-def layer_cost(layer: nn.Module, calls: tuple[Call, ...] | None = None, in_bytes: bool = False) -> LayerCost:
+def layer_cost(layer: nn.Module, calls: tuple[Call, ...] | None = None, in_bytes: bool = False) -> CountedCost:
     """Return the cost of a dense or factorized layer: what it holds, or the multiply-adds of observed calls.
 
     Args:
@@ -85,7 +85,7 @@ def layer_cost(layer: nn.Module, calls: tuple[Call, ...] | None = None, in_bytes
     assert kind is not None
     held = 0 if bias is None else bias.numel() * (bias.element_size() if in_bytes else 1)
     entry = any_weight(layer).element_size() if in_bytes else 1
-    return LayerCost(kind.geometry(layer), held, calls, kind.works, entry)
+    return CountedCost(kind.geometry(layer), held, calls, kind.works, entry)
 
 
 def saved_cost(layer: FactorizedLayer, calls: tuple[Call, ...] | None = None, in_bytes: bool = False) -> int:

@@ -112,7 +112,7 @@ class Method(ABC):
         def curves(folding: str, last: Mapping[int, int]) -> dict[int, Tensor]:
             # What is of no use in one unit may be so in another.
             screens = self.takes_any_rank and not others
-            prices = {count: cost.per_rank(folding, count) for count in last} if screens else None
+            prices = cost.slopes(folding, last) if screens else None
             matrix, moments = weighted_fold(weight, folding, geometry, known)
             return relative_errors(matrix, self.error, last, workers, prices, moments)
 

@@ -14,7 +14,7 @@ from torch import nn
 
 import lr_callback as lrc
 from lr_callback.candidates import Candidate, LayerCandidates
-from lr_callback.costs import LayerCost
+from lr_callback.costs import CountedCost
 from lr_callback.errors import ERRORS
 from lr_callback.folding import FOLDINGS, Geometry, fold, slice_counts, unfold_decoder, unfold_encoder
 from lr_callback.layer_types import build
@@ -191,7 +191,7 @@ def test_the_cost_in_parameters_is_the_number_of_entries_of_the_factors(data):
     with workers() as crew:
         left, right = truncate(fold(weight, folding, num_slices), rank, crew)
     encoder, decoder = unfold_encoder(right, geometry, folding), unfold_decoder(left, geometry, folding)
-    cost = LayerCost(geometry, bias=geometry.out_channels)
+    cost = CountedCost(geometry, bias=geometry.out_channels)
     assert cost.factorized(folding, num_slices, rank) == encoder.numel() + decoder.numel() + geometry.out_channels
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import lr_callback as lrc
-from lr_callback.costs import COSTS, Call, LayerCost
+from lr_callback.costs import COSTS, Call, CountedCost
 from lr_callback.folding import FOLDINGS, Geometry, slice_counts
 
 TOLERANCE = 1e-10
@@ -122,8 +122,8 @@ def test_the_cost_of_a_convolution_is_that_of_the_layer_that_is_built(case, fold
     outputs = layer(inputs)
     bias = 0 if layer.bias is None else layer.bias.numel()
     call = Call(inputs.shape[0], tuple(inputs.shape[2:]), tuple(outputs.shape[2:]))
-    parameters = LayerCost(geometry_of(layer), bias)
-    multiply_adds = LayerCost(geometry_of(layer), bias, (call,))
+    parameters = CountedCost(geometry_of(layer), bias)
+    multiply_adds = CountedCost(geometry_of(layer), bias, (call,))
     assert counted(layer, inputs) == multiply_adds.dense
     model = nn.Sequential(layer)
     assert parameters.dense == sum(one.numel() for one in model.parameters())

@@ -8,7 +8,7 @@ from torch import nn
 
 import lr_callback as lrc
 from lr_callback.collect import collect_moments
-from lr_callback.costs import LayerCost
+from lr_callback.costs import CountedCost
 from lr_callback.folding import FOLDINGS, fold
 from lr_callback.importance import Importance
 from lr_callback.layer_types import dense_weight, layer_type
@@ -78,7 +78,7 @@ def test_activation_error_is_what_the_outputs_of_slices_are_off(case, data):
     shrinkage = data.draw(st.sampled_from([0, 0.5, 1]))
     geometry = layer_type(layer).geometry(layer)
     weight, count = dense_weight(layer), data.draw(st.sampled_from(geometry.slice_counts()))
-    cost = LayerCost(geometry)
+    cost = CountedCost(geometry)
     with workers() as crew:
         found = ALDS("activation", shrinkage=shrinkage).candidates(weight, cost, crew, importance)
     candidates = [one for one in found.candidates if one.num_slices == count]
@@ -102,7 +102,7 @@ def test_kernel_axes_in_the_decoder_count_each_of_their_positions_by_itself(case
     importance, geometry = collect_moments(nn.Sequential(layer), [inputs])["0"], layer_type(layer).geometry(layer)
     weight, groups = dense_weight(layer), geometry.groups
     with workers() as crew:
-        found = ALDS("activation", foldings=(folding,)).candidates(weight, LayerCost(geometry), crew, importance)
+        found = ALDS("activation", foldings=(folding,)).candidates(weight, CountedCost(geometry), crew, importance)
     if not found.candidates:
         return
     one = data.draw(st.sampled_from(found.candidates))
@@ -126,7 +126,9 @@ def test_one_slice_errs_as_the_outputs_do(case):
     importance = collect_moments(nn.Sequential(layer), [inputs])["0"]
     geometry = layer_type(layer).geometry(layer)
     with workers() as crew:
-        found = ALDS("activation", max_slices=1).candidates(dense_weight(layer), LayerCost(geometry), crew, importance)
+        found = ALDS("activation", max_slices=1).candidates(
+            dense_weight(layer), CountedCost(geometry), crew, importance
+        )
     for candidate in found.candidates:
         made = built(layer, lrc.Factorization(candidate.folding, 1, 1, 0.0, 0, 1), importance)
         wanted, missing = layer(inputs), layer(inputs) - made(inputs)
@@ -192,7 +194,7 @@ def test_weights_of_outputs_weigh_the_rows(case, data):
     outputs = torch.rand(geometry.out_channels, dtype=torch.float64) + 0.1
     count, importance = data.draw(st.sampled_from(geometry.slice_counts())), Importance(outputs=outputs)
     with workers() as crew:
-        found = ALDS("fisher").candidates(dense_weight(layer), LayerCost(geometry), crew, importance)
+        found = ALDS("fisher").candidates(dense_weight(layer), CountedCost(geometry), crew, importance)
     rows = outputs.sqrt()[:, None]
     whole = (rows * dense_weight(layer).flatten(1)).norm()
     for candidate in [one for one in found.candidates if one.num_slices == count]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lr_callback.candidates import Candidate, Frontier, LayerCandidates, frontier, layer_candidates
-from lr_callback.costs import LayerCost
+from lr_callback.costs import CountedCost
 from lr_callback.folding import FOLDINGS, Geometry, slice_counts
 
 NAMES = list(FOLDINGS)
@@ -54,7 +54,7 @@ def pairs(edge: Frontier) -> list[tuple[int, float]]:
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 @pytest.mark.parametrize("bias", [0, 3])
 def test_candidates_are_all_that_have_a_rank_below_the_dense_cost(geometry, bias):
-    cost = LayerCost(geometry, bias)
+    cost = CountedCost(geometry, bias)
     layer = layer_candidates(cost, NAMES, slice_counts(geometry.in_channels), falling)
     listed = {(one.folding, one.num_slices): one for one in layer.candidates}
     assert len(listed) == len(layer.candidates)
@@ -74,12 +74,12 @@ def test_candidates_are_all_that_have_a_rank_below_the_dense_cost(geometry, bias
 
 
 def test_only_the_named_numbers_of_slices_are_tried():
-    layer = layer_candidates(LayerCost(Geometry(64, 48, (3, 3))), NAMES[:1], [1, 2, 4], falling)
+    layer = layer_candidates(CountedCost(Geometry(64, 48, (3, 3))), NAMES[:1], [1, 2, 4], falling)
     assert [one.num_slices for one in layer.candidates] == [1, 2, 4]
 
 
 def test_only_the_named_foldings_are_tried_in_their_order():
-    layer = layer_candidates(LayerCost(Geometry(64, 48, (3, 3))), [NAMES[2], NAMES[0]], [1], falling)
+    layer = layer_candidates(CountedCost(Geometry(64, 48, (3, 3))), [NAMES[2], NAMES[0]], [1], falling)
     assert [one.folding for one in layer.candidates] == [NAMES[2], NAMES[0]]
 
 
@@ -90,7 +90,7 @@ def test_errors_are_asked_for_up_to_the_last_rank_worth_having():
         asked[folding] = dict(last)
         return falling(folding, last)
 
-    layer_candidates(LayerCost(Geometry(10, 12)), NAMES, slice_counts(12), curves)
+    layer_candidates(CountedCost(Geometry(10, 12)), NAMES, slice_counts(12), curves)
     # Cost of a rank: 12 + 10 k against 120 dense; strictly below: k=1: 5, 2: 3, 3: 2, 4: 2, 6: 1, 12: none.
     assert asked == {"kernel_in_encoder": {1: 5, 2: 3, 3: 2, 4: 2, 6: 1}}
 
@@ -99,14 +99,14 @@ def test_a_layer_too_small_to_gain_has_no_candidate_and_asks_for_no_error():
     def curves(folding: str, last: dict[int, int]) -> dict[int, Tensor]:
         raise AssertionError("nothing to compute")
 
-    layer = layer_candidates(LayerCost(Geometry(1, 64)), NAMES, slice_counts(64), curves)
+    layer = layer_candidates(CountedCost(Geometry(1, 64)), NAMES, slice_counts(64), curves)
     assert layer == LayerCandidates(64, ())
     assert pairs(frontier(layer)) == [(64, 0.0)] and frontier(layer).choices == [None]
 
 
 def test_an_unknown_folding_is_refused():
     with pytest.raises(ValueError, match=r"`folding` must be one of .*, got 'diagonal'"):
-        layer_candidates(LayerCost(Geometry(8, 8, (3, 3))), ["diagonal"], [1], falling)
+        layer_candidates(CountedCost(Geometry(8, 8, (3, 3))), ["diagonal"], [1], falling)
 
 
 @pytest.mark.parametrize("rank_multiple", [1, 2, 4, 8, 100])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import conv2d
 
-from lr_callback.costs import Call, LayerCost, check_cost
+from lr_callback.costs import Call, CountedCost, check_cost
 from lr_callback.folding import FOLDINGS, Geometry, decoder_axes, slice_counts
 
 KERNELS = [(1, 1), (3, 3), (2, 5), (1, 3)]
@@ -31,7 +31,7 @@ def products(outputs: torch.Tensor, weight: torch.Tensor) -> int:
 @pytest.mark.parametrize("bias", [0, 5])
 @pytest.mark.parametrize("kernel", [(), *KERNELS], ids=str)
 def test_dense_parameters_are_those_of_weight_and_bias(kernel, bias):
-    assert LayerCost(Geometry(5, 12, kernel), bias).dense == torch.empty(5, 12, *kernel).numel() + bias
+    assert CountedCost(Geometry(5, 12, kernel), bias).dense == torch.empty(5, 12, *kernel).numel() + bias
 
 
 @pytest.mark.parametrize("folding", FOLDINGS)
@@ -42,7 +42,7 @@ def test_factorized_parameters_are_those_of_both_factors_and_the_bias(kernel, fo
         encoder = torch.empty(num_slices * rank, 12 // num_slices, *geometry.encoder_kernel(folding))
         decoder = torch.empty(5, num_slices * rank, *geometry.decoder_kernel(folding))
         expected = encoder.numel() + decoder.numel() + 5
-        assert LayerCost(geometry, bias=5).factorized(folding, num_slices, rank) == expected
+        assert CountedCost(geometry, bias=5).factorized(folding, num_slices, rank) == expected
 
 
 @pytest.mark.parametrize("call", CALLS, ids=str)
@@ -51,7 +51,7 @@ def test_dense_multiply_adds_are_the_products_of_the_convolution(kernel, call):
     stride, padding, size = call
     weight, images = torch.empty(5, 12, *kernel), torch.empty(2, 12, *size)
     outputs = conv2d(images, weight, stride=stride, padding=padding)
-    cost = LayerCost(Geometry(5, 12, kernel), bias=5, calls=(Call(2, size, tuple(outputs.shape[2:])),))
+    cost = CountedCost(Geometry(5, 12, kernel), bias=5, calls=(Call(2, size, tuple(outputs.shape[2:])),))
     assert cost.dense == products(outputs, weight)
 
 
@@ -69,21 +69,21 @@ def test_factorized_multiply_adds_are_the_products_of_both_convolutions(num_slic
     )
     inner = conv2d(torch.zeros(2, 12, *size), encoder, stride=strides[0], padding=paddings[0], groups=num_slices)
     outer = conv2d(inner, decoder, stride=strides[1], padding=paddings[1])
-    cost = LayerCost(geometry, bias=5, calls=(Call(2, size, tuple(outer.shape[2:])),))
+    cost = CountedCost(geometry, bias=5, calls=(Call(2, size, tuple(outer.shape[2:])),))
     assert cost.factorized(folding, num_slices, rank) == products(inner, encoder) + products(outer, decoder)
 
 
 @pytest.mark.parametrize("folding", FOLDINGS)
 def test_multiply_adds_of_a_linear_layer_are_counted_per_sample(folding):
-    cost = LayerCost(Geometry(5, 12), bias=5, calls=(Call(batch=7),))
+    cost = CountedCost(Geometry(5, 12), bias=5, calls=(Call(batch=7),))
     assert cost.dense == 7 * 5 * 12
     assert cost.factorized(folding, num_slices=3, rank=2) == 7 * (6 * 4 + 5 * 6)
 
 
 def test_every_call_of_a_layer_counts():
     geometry, calls = Geometry(4, 6, (3, 3)), (Call(1, (8, 8), (4, 4)), Call(3, (6, 9), (3, 5)))
-    together = LayerCost(geometry, calls=calls)
-    apart = [LayerCost(geometry, calls=(call,)) for call in calls]
+    together = CountedCost(geometry, calls=calls)
+    apart = [CountedCost(geometry, calls=(call,)) for call in calls]
     assert together.dense == sum(one.dense for one in apart)
     for folding in FOLDINGS:
         assert together.per_rank(folding, 2) == sum(one.per_rank(folding, 2) for one in apart)
@@ -91,12 +91,12 @@ def test_every_call_of_a_layer_counts():
 
 def test_a_bias_costs_parameters_but_no_multiply_adds():
     geometry = Geometry(4, 6, (3, 3))
-    assert LayerCost(geometry, bias=4).fixed == 4
-    assert LayerCost(geometry, bias=4, calls=(Call(1, (5, 5), (5, 5)),)).fixed == 0
+    assert CountedCost(geometry, bias=4).fixed == 4
+    assert CountedCost(geometry, bias=4, calls=(Call(1, (5, 5), (5, 5)),)).fixed == 0
 
 
 def test_a_layer_that_is_never_called_takes_no_multiply_adds():
-    assert LayerCost(Geometry(4, 6, (3, 3)), bias=4, calls=()).dense == 0
+    assert CountedCost(Geometry(4, 6, (3, 3)), bias=4, calls=()).dense == 0
 
 
 @pytest.mark.parametrize(

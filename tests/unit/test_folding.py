@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import conv2d
 
-from lr_callback.costs import LayerCost
+from lr_callback.costs import CountedCost
 from lr_callback.folding import (
     FOLDINGS,
     Geometry,
@@ -166,18 +166,18 @@ def test_distinct_foldings_drops_exactly_those_with_the_matrices_of_an_earlier_o
         folded = fold_by_loops(weight, name, 1)
         if not any(torch.equal(folded, fold_by_loops(weight, earlier, 1)) for earlier in kept):
             kept.append(name)
-    assert LayerCost(Geometry(4, 6, kernel)).distinct_foldings(tuple(NAMES)) == tuple(kept)
+    assert CountedCost(Geometry(4, 6, kernel)).distinct_foldings(tuple(NAMES)) == tuple(kept)
 
 
 def test_distinct_foldings_prefers_the_one_with_the_fewest_axes_in_the_decoder():
     backwards = ("kernel_in_decoder", "width_in_decoder", "height_in_decoder", "kernel_in_encoder")
-    assert LayerCost(Geometry(4, 6, (1, 3))).distinct_foldings(backwards) == ("width_in_decoder", "kernel_in_encoder")
-    assert LayerCost(Geometry(4, 6, (3, 3))).distinct_foldings(backwards) == backwards
+    assert CountedCost(Geometry(4, 6, (1, 3))).distinct_foldings(backwards) == ("width_in_decoder", "kernel_in_encoder")
+    assert CountedCost(Geometry(4, 6, (3, 3))).distinct_foldings(backwards) == backwards
 
 
 def test_distinct_foldings_drops_a_name_that_is_repeated():
     twice = ("width_in_decoder", "kernel_in_encoder", "width_in_decoder")
-    assert LayerCost(Geometry(4, 6, (3, 3))).distinct_foldings(twice) == ("width_in_decoder", "kernel_in_encoder")
+    assert CountedCost(Geometry(4, 6, (3, 3))).distinct_foldings(twice) == ("width_in_decoder", "kernel_in_encoder")
 
 
 @pytest.mark.parametrize(

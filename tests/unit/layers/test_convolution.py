@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import lr_callback as lrc
-from lr_callback.costs import LayerCost
+from lr_callback.costs import CountedCost
 from lr_callback.folding import FOLDINGS
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -69,7 +69,7 @@ def test_channels_that_are_last_in_memory_stay_last(layer, last, folding):
 )
 def test_a_folding_that_the_kernel_has_no_axis_for_is_not_tried(layer, distinct):
     kind = getattr(lrc, f"Factorized{type(layer).__name__}")
-    assert LayerCost(kind.geometry(layer)).distinct_foldings(FOLDINGS) == distinct
+    assert CountedCost(kind.geometry(layer)).distinct_foldings(FOLDINGS) == distinct
 
 
 def test_a_depthwise_convolution_is_left_out_unless_a_folding_makes_it_separable():

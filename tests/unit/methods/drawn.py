@@ -3,7 +3,7 @@
 import torch
 
 from lr_callback.candidates import LayerCandidates
-from lr_callback.costs import LayerCost
+from lr_callback.costs import CountedCost
 from lr_callback.folding import Geometry
 from lr_callback.methods import (
     Method,
@@ -29,7 +29,7 @@ def weights() -> dict[str, torch.Tensor]:
 
 
 def analysed(method: Method, crew) -> dict[str, LayerCandidates]:
-    return {name: method.candidates(one, LayerCost(GEOMETRIES[name], 4), crew) for name, one in weights().items()}
+    return {name: method.candidates(one, CountedCost(GEOMETRIES[name], 4), crew) for name, one in weights().items()}
 
 
 def total(layers, choices) -> int:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lr_callback.candidates import LayerCandidates, frontier, layer_candidates
-from lr_callback.costs import Call, LayerCost
+from lr_callback.costs import Call, CountedCost
 from lr_callback.errors import ERRORS, relative_errors
 from lr_callback.folding import FOLDINGS, Geometry, fold
 from lr_callback.methods import (
@@ -20,7 +20,7 @@ from tests.unit.methods.drawn import GEOMETRIES, analysed, budgets, error_of, to
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_candidates_carry_the_error_curves_of_the_weight(name, error, crew):
     method, weight = ALDS(error=error, foldings=list(FOLDINGS)), weights()[name]
-    layer = method.candidates(weight, LayerCost(GEOMETRIES[name]), crew)
+    layer = method.candidates(weight, CountedCost(GEOMETRIES[name]), crew)
     assert layer.candidates
     for one in layer.candidates:
         matrix = fold(weight, one.folding, 1, GEOMETRIES[name].groups)
@@ -32,7 +32,7 @@ def test_candidates_carry_the_error_curves_of_the_weight(name, error, crew):
 
 @pytest.mark.parametrize("calls", [None, (Call(2, (8, 8), (4, 4)),)], ids=["parameters", "multiply_adds"])
 def test_priced_lists_the_same_candidates_at_the_same_costs_without_a_weight(calls, crew):
-    method, cost = ALDS(foldings=list(FOLDINGS), max_slices=6), LayerCost(GEOMETRIES["wide"], 4, calls)
+    method, cost = ALDS(foldings=list(FOLDINGS), max_slices=6), CountedCost(GEOMETRIES["wide"], 4, calls)
     looked, priced = method.candidates(weights()["wide"], cost, crew), method.priced(cost)
     assert looked.dense_cost == priced.dense_cost
 
@@ -74,7 +74,7 @@ def test_alds_keeps_the_width_a_multiple_of_what_is_asked(crew):
 @pytest.mark.parametrize("error", ERRORS)
 def test_errors_that_are_given_up_change_no_choice(error, rank_multiple, crew):
     method, geometry = ALDS(error=error, rank_multiple=rank_multiple), Geometry(80, 24, (3, 3))
-    weight, cost = torch.randn(geometry.weight_shape, generator=torch.Generator().manual_seed(5)), LayerCost(geometry)
+    weight, cost = torch.randn(geometry.weight_shape, generator=torch.Generator().manual_seed(5)), CountedCost(geometry)
     curves = layer_candidates(
         cost,
         method.foldings,
@@ -98,7 +98,7 @@ def test_the_sum_is_the_same_whether_errors_are_given_up_or_not(error, crew):
     geometry, method = Geometry(80, 24, (3, 3)), ALDS(error=error, objective="sum")
     whole = ALDS(error=error, objective="sum")
     weights = [torch.randn(geometry.weight_shape, generator=torch.Generator().manual_seed(s)) for s in range(3)]
-    cost = LayerCost(geometry)
+    cost = CountedCost(geometry)
 
     def all_errors(weight: torch.Tensor) -> LayerCandidates:
         matrix = fold(weight, "kernel_in_encoder", 1)[0]
@@ -160,6 +160,6 @@ def test_an_argument_that_cannot_be_meant_is_refused(arguments, message):
 def test_cost_of_a_choice_is_that_of_its_rank_and_of_none_the_dense_cost(crew):
     layers = analysed(ALDS(), crew)
     for (name, layer), rank in product(layers.items(), (1, 2)):
-        first, cost = layer.candidates[0], LayerCost(GEOMETRIES[name], 4)
+        first, cost = layer.candidates[0], CountedCost(GEOMETRIES[name], 4)
         assert cost_of(layer, None) == cost.dense
         assert cost_of(layer, (first, rank)) == cost.factorized(first.folding, first.num_slices, rank)

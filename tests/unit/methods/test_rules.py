@@ -9,7 +9,7 @@ from torch import nn
 
 from lr_callback import allocate, collect_moments, factorize_
 from lr_callback.candidates import Candidate, LayerCandidates
-from lr_callback.costs import LayerCost
+from lr_callback.costs import CountedCost
 from lr_callback.methods import (
     ALDS,
     ALDSK,
@@ -124,7 +124,7 @@ def test_with_one_slice_the_ablations_are_the_plain_rules(rule, plain, crew):
 
 
 def test_l_rank_weighs_the_energies_of_the_weights_as_they_are(crew):
-    costs = {name: LayerCost(GEOMETRIES["square"], 4) for name in ("large", "small")}
+    costs = {name: CountedCost(GEOMETRIES["square"], 4) for name in ("large", "small")}
     weight = torch.randn(GEOMETRIES["square"].weight_shape, generator=torch.Generator().manual_seed(1))
     for scale in (1.0, 100.0):
         weights = {"large": scale * weight, "small": weight}
@@ -199,7 +199,7 @@ def test_alds_k_gives_every_layer_its_best_slices(crew):
 @pytest.mark.parametrize("rule", [ALDS, *RULES])
 def test_what_is_reachable_is_known_without_a_weight(rule, crew):
     method = rule()
-    priced = {name: method.priced(LayerCost(one, 4)) for name, one in GEOMETRIES.items()}
+    priced = {name: method.priced(CountedCost(one, 4)) for name, one in GEOMETRIES.items()}
     layers = analysed(method, crew)
     assert method.smallest_cost(priced) == method.smallest_cost(layers)
     for budget in budgets(method, layers, 3):
