@@ -9,7 +9,7 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from lr_callback.costs import COSTS
+from lr_callback.costs import COSTS, amount
 from lr_callback.factorization import Factorization, Spending, read_layer, read_shape, read_spending
 from lr_callback.table import WIDTH, align, readable, shorten, wrap
 from lr_callback.written import Kind, check_fields, describe, is_plain, read_json
@@ -155,7 +155,7 @@ def _spent(unit: str, one: Spending, ratio: float | None) -> str:
     asked = one.budget / one.dense_cost if ratio is None and one.budget != one.cost else ratio
     told = "" if asked is None else f", {asked:.1%} asked"
     kept = f"{one.cost / one.dense_cost:.1%} kept"
-    return f"{one.dense_cost:,} -> {one.cost:,} {unit.replace('_', '-')} ({kept}{told})"
+    return f"{amount(unit, one.dense_cost).split()[0]} -> {amount(unit, one.cost)} ({kept}{told})"
 
 
 _FIELDS: dict[str, Kind] = {

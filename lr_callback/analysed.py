@@ -10,6 +10,7 @@ from math import floor
 from lr_callback.allocation import Allocation
 from lr_callback.budgets import ContradictoryError, cost_in, paid_in, solve_budgets
 from lr_callback.candidates import LayerCandidates
+from lr_callback.costs import amount, spoken
 from lr_callback.factorization import Factorization, Spending
 from lr_callback.goals import MAX_ERROR, Goal, check_goal
 from lr_callback.methods import Choice, Method, Solution
@@ -113,7 +114,7 @@ class Analysis:
                 raise ContradictoryError(f"{short[0]} that are not in these layers are more than that")
             return solve_budgets(self.method, self.free, left)
         except ContradictoryError as error:
-            asked = ", ".join(f"{ratio:g} of {unit.replace('_', '-')}" for unit, ratio in ratios.items())
+            asked = ", ".join(f"{ratio:g} of {spoken(unit)}" for unit, ratio in ratios.items())
             raise ValueError(f"`budget`: {asked}: {error}. Raise one of them.") from error
 
     def _within(self, max_error: float) -> Allocation:
@@ -151,13 +152,13 @@ class Analysis:
         )
 
     def _out_of_reach(self, keep_ratio: float, budget: int) -> str:
-        unit = self.unit.replace("_", "-")
         overridden = " or that `overrides` are for" if self.pinned else ""
-        asked = f"`budget`: {keep_ratio:g} of {unit}" if self.others else f"`keep_ratio`={keep_ratio}"
+        asked = f"`budget`: {keep_ratio:g} of {spoken(self.unit)}" if self.others else f"`keep_ratio`={keep_ratio}"
+        least, got, fixed = (amount(self.unit, cost) for cost in (self.smallest_cost, budget, self.fixed_cost))
         return (
-            f"{asked}: the budget must be at least {self.smallest_cost:,} {unit}, got {budget:,}. "
-            f"{self.fixed_cost:,} are in layers that are not factorized{overridden}, and the cheapest form of the "
-            f"others takes {self.smallest_cost - self.fixed_cost:,}. Reachable: "
+            f"{asked}: the budget must be at least {least}, got {got}. {fixed} are in layers that are not factorized"
+            f"{overridden}, and the cheapest form of the others takes "
+            f"{amount(self.unit, self.smallest_cost - self.fixed_cost)}. Reachable: "
             f"{'a fraction' if self.others else 'keep_ratio'} from {self.reachable[0]:.4f} to 1."
         )
 

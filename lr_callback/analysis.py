@@ -10,16 +10,17 @@ from torch import nn
 from lr_callback.allocation import Allocation
 from lr_callback.analysed import Analysis
 from lr_callback.candidates import LayerCandidates
-from lr_callback.costs import OBSERVED, LayerCost, check_cost
+from lr_callback.costs import LATENCY, OBSERVED, LayerCost, check_cost
 from lr_callback.find import Found, find_layers
 from lr_callback.folding import Geometry
 from lr_callback.goals import check_goal, one_goal, units_of
 from lr_callback.importance import Importance, checked_importance, warn_of_unknown
-from lr_callback.layerwise import Progress, candidates_of
+from lr_callback.latency import Progress
+from lr_callback.layerwise import candidates_of
 from lr_callback.methods import Method, check_method
-from lr_callback.observe import Observation, observe
+from lr_callback.observe import Observation, call_of, observe
 from lr_callback.overrides import Override, overridden, pinned, read_overrides
-from lr_callback.pricing import Prices, dense_again, layer_costs, leave_out_unused, no_gain
+from lr_callback.pricing import Prices, dense_again, layer_costs, leave_out_unused, measured, no_gain
 from lr_callback.processes import Processes
 
 
@@ -48,14 +49,15 @@ def allocate(
             allocation tells how far from the best it may be (``gap``).
         max_error: the smallest model in which no layer errs by more than this, in (0, 1].
         method: how to choose; None: :class:`~lr_callback.methods.ALDS`.
-        cost: ``"parameters"``, ``"bytes"`` of the state dict's tensors, or ``"multiply_adds"``.
+        cost: ``"parameters"``, ``"bytes"`` of the state dict's tensors, ``"multiply_adds"``, or ``"latency"``: the time
+            of a run on this device, measured layer by layer (:mod:`lr_callback.latency`).
         include: patterns of layers, only these are factorized; None: all. Glob patterns of names, ``type:Linear``,
             ``place:first`` (:mod:`lr_callback.patterns`).
         exclude: patterns of layers that stay dense.
         embeddings: whether ``nn.Embedding`` layers are factorized, too.
         overrides: pattern of layers -> what each becomes, whatever the others do (:mod:`lr_callback.overrides`).
         example_input: a tensor, or a tuple of positional or dict of named arguments of ``model``. Multiply-adds are
-            counted on it; with another cost the layers that it does not use are left alone.
+            counted, and times measured, on it; with another cost the layers that it does not use are left alone.
         importance: layer name -> of its inputs and outputs, for an ``error`` that is weighted by it, or of the layer,
             for the objective ``loss``; of a layer without one, all inputs count the same, and a warning tells of it.
 
@@ -82,7 +84,10 @@ def allocate(
     is_counted = not OBSERVED.isdisjoint(units)
     seen = observe(model, example_input) if is_counted or example_input is not None else None
     used = None if is_counted else seen
-    prices = [Prices(unit, seen) for unit in units]
+    times = None
+    if LATENCY in units and seen is not None:
+        times = measured(model, seen, call_of(model, example_input), check_method(method))
+    prices = [Prices(unit, seen, times) for unit in units]
     layers: dict[str, Any] = {"include": include, "exclude": exclude, "embeddings": embeddings, "overrides": overrides}
     return analyze(model, method, prices=prices, used=used, importance=importance, **layers).allocate(goal)
 

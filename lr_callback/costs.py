@@ -22,10 +22,16 @@ from torch import Tensor
 
 from lr_callback.folding import FOLDINGS, Geometry, decoder_axes
 
-COSTS = ("parameters", "multiply_adds", "bytes")
+COUNTED = ("parameters", "multiply_adds", "bytes")
+"""Names of the units that are counted exactly."""
+
+LATENCY = "latency"
+"""Name of the unit that is measured: nanoseconds of one run, shown as microseconds."""
+
+COSTS = (*COUNTED, LATENCY)
 """Names of the known units."""
 
-OBSERVED = frozenset({"multiply_adds"})
+OBSERVED = frozenset({"multiply_adds", LATENCY})
 """Units that depend on how the model is called."""
 
 Works = Literal["at outputs", "at inputs", "by lookup"]
@@ -192,3 +198,25 @@ def check_cost(cost: str) -> None:
     """
     if cost not in COSTS:
         raise ValueError(f"`cost` must be one of {list(COSTS)}, got {cost!r}.")
+
+
+def amount(unit: str, cost: int) -> str:
+    """Return a cost as text.
+
+    Example::
+
+        >>> amount("multiply_adds", 12_000), amount("latency", 12_000)
+        ('12,000 multiply-adds', '12 microseconds')
+    """
+    return f"{cost / 1000:,.0f} microseconds" if unit == LATENCY else f"{cost:,} {spoken(unit)}"
+
+
+def spoken(unit: str) -> str:
+    """Return the name of a unit as text.
+
+    Example::
+
+        >>> spoken("multiply_adds")
+        'multiply-adds'
+    """
+    return unit.replace("_", "-")

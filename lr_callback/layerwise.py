@@ -5,7 +5,7 @@ A small layer is too little work to be shared, and a large one takes too much me
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from math import prod
 
 import torch
@@ -14,14 +14,12 @@ from torch import nn
 from lr_callback.candidates import LayerCandidates
 from lr_callback.costs import LayerCost
 from lr_callback.importance import Importance
+from lr_callback.latency import Progress
 from lr_callback.layer_types import dense_weight
 from lr_callback.methods import Method
 from lr_callback.parallel import Workers, workers
 
 _SMALL = 2**18  # parameters of a layer of which several are always analysed at once
-
-Progress = Callable[[int, int, str], None]
-"""Called before each layer with the number done, the number of all, and its name."""
 
 
 def candidates_of(

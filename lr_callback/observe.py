@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lr_callback.costs import Call
 from lr_callback.find import find_layers, replaceable_in
+from lr_callback.latency import LayerInput
 from lr_callback.layer_types import layer_type, saved_cost
 from lr_callback.layers import FactorizedLayer
 
@@ -32,11 +33,13 @@ class Observation:
         calls: layer name -> its calls, in order.
         reads: layer name -> how often the model took its weight without calling it, where it did: a factorized layer
             multiplies its factors each time, and what is done with their product costs as much as before.
+        inputs: layer name -> the inputs of its calls, by which they are timed; not kept in files.
     """
 
     dense_multiply_adds: int
     calls: Mapping[str, tuple[Call, ...]]
     reads: Mapping[str, int] = field(default_factory=dict)
+    inputs: Mapping[str, tuple[LayerInput, ...]] = field(default_factory=dict, compare=False)
 
     def multiply_adds(self, model: nn.Module) -> int:
         """Return the multiply-adds of the model as it stands now, for the same run."""
@@ -99,12 +102,19 @@ def observe(model: nn.Module, example_input: object) -> Observation:
         >>> observe(nn.Linear(6, 5), torch.zeros(2, 6)).dense_multiply_adds
         60
     """
+    return observe_run(model, call_of(model, example_input))
+
+
+def call_of(model: nn.Module, example_input: object) -> Callable[[], object]:
+    """Return a call of a model; see :func:`observe`."""
     if example_input is None:
-        raise ValueError("`example_input`: multiply-adds are counted on an example input, got none; give a batch.")
+        raise ValueError(
+            "`example_input`: multiply-adds and latency are of a run on an example input, got none; give a batch."
+        )
     if isinstance(example_input, Mapping):
-        return observe_run(model, lambda: model(**example_input))
+        return lambda: model(**example_input)
     arguments = example_input if isinstance(example_input, (tuple, list)) else (example_input,)
-    return observe_run(model, lambda: model(*arguments))
+    return lambda: model(*arguments)
 
 
 def observe_run(model: nn.Module, run: Callable[[], object]) -> Observation:
@@ -118,7 +128,7 @@ def observe_run(model: nn.Module, run: Callable[[], object]) -> Observation:
     calls = {name: tuple(one.calls) for name, one in watched.items()}
     reads = {name: one.reads for name, one in watched.items() if one.reads}
     dense = counter.get_total_flops() // 2 + saved_multiply_adds(model, calls) - composed_multiply_adds(model, reads)
-    return Observation(dense, calls, reads)
+    return Observation(dense, calls, reads, {name: tuple(one.inputs) for name, one in watched.items()})
 
 
 class _Watched:
@@ -131,6 +141,7 @@ class _Watched:
 
     def __init__(self, layer: nn.Module, stack: ExitStack) -> None:
         self.calls: list[Call] = []
+        self.inputs: list[LayerInput] = []
         self.reads = 0
         self._depth = 0
         stack.callback(layer.register_forward_pre_hook(self._enter).remove)
@@ -149,7 +160,9 @@ class _Watched:
         self._depth -= 1
         kind = layer_type(layer)
         assert kind is not None
-        self.calls.append(kind.call(inputs[0] if inputs else named[kind.argument], outputs))
+        given = inputs[0] if inputs else named[kind.argument]
+        self.calls.append(kind.call(given, outputs))
+        self.inputs.append(LayerInput.of(given))
 
     def _read(self) -> None:
         self.reads += not self._depth

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lr_callback.costs import OBSERVED, LayerCost, check_cost
-from lr_callback.find import Found, check_weight, replaceable_in
+from lr_callback.costs import LATENCY, OBSERVED, LayerCost, check_cost
+from lr_callback.find import Found, check_weight, find_layers, replaceable_in
 from lr_callback.folding import Geometry
+from lr_callback.latency import Latencies, LayerTimes, MeasuredCost, Progress, measure
 from lr_callback.layer_types import layer_cost, layer_type, saved_cost
 from lr_callback.methods import Method
-from lr_callback.observe import Observation
+from lr_callback.observe import Observation, as_written, untouched
 
 
 @dataclass(frozen=True)
@@ -22,23 +23,29 @@ class Prices:
 
     Args:
         unit: one of :data:`~lr_callback.costs.COSTS`.
-        observation: of one run of the model, for ``multiply_adds``.
+        observation: of one run of the model, for ``multiply_adds`` and ``latency``.
+        latencies: measured in that run, for ``latency``.
 
     Raises:
-        ValueError: If there is no such unit, or it takes an observation and there is none.
+        ValueError: If there is no such unit, or it takes an observation or a measurement and there is none.
     """
 
     unit: str = "parameters"
     observation: Observation | None = None
+    latencies: Latencies | None = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot be counted."""
         check_cost(self.unit)
         if self.unit in OBSERVED and self.observation is None:
             raise ValueError(f"cost={self.unit!r} is counted on a run of the model, and there is none: observe one.")
+        if self.unit == LATENCY and self.latencies is None:
+            raise ValueError("cost='latency' is measured on a run of the model, and it was not: measure it.")
 
     def of_model(self, model: nn.Module) -> int:
         """Return what a model costs with all layers dense."""
+        if self._timed is not None:
+            return self._timed.dense
         if self._counted is not None:
             return self._counted.dense_multiply_adds
         return dense_bytes(model) if self.unit == "bytes" else dense_parameters(model)
@@ -46,7 +53,10 @@ class Prices:
     def of_layer(self, name: str, layer: nn.Module) -> LayerCost:
         """Return what a layer costs, dense and factorized."""
         calls = None if self._counted is None else self._counted.calls.get(name, ())
-        return layer_cost(layer, calls, self.unit == "bytes")
+        counted = layer_cost(layer, calls, self.unit == "bytes")
+        if self._timed is None:
+            return counted
+        return MeasuredCost(counted.geometry, self._timed.layers.get(name, LayerTimes(0)), counted)
 
     def why_not(self, name: str) -> str | None:
         """Return why nothing is saved at a layer, however it is factorized; None if it can be."""
@@ -55,6 +65,37 @@ class Prices:
     @property
     def _counted(self) -> Observation | None:
         return self.observation if self.unit in OBSERVED else None
+
+    @property
+    def _timed(self) -> Latencies | None:
+        return self.latencies if self.unit == LATENCY else None
+
+
+def measured(
+    model: nn.Module,
+    observation: Observation,
+    run: Callable[[], object],
+    method: Method,
+    progress: Progress | None = None,
+) -> Latencies:
+    """Measure the time of a model and of its layers in each form that a method may choose.
+
+    Args:
+        model: in any mode; it is run in eval mode, without gradients, and as it is written if it is compiled.
+        observation: of the same run.
+        run: calls the model.
+        method: that chooses.
+        progress: told of each layer.
+
+    Raises:
+        ValueError: If there is nothing to measure, or times in a file are of another device.
+        RuntimeError: If the clock is too noisy.
+    """
+    layers = {name: one for name, one in find_layers(model).layers.items() if observation.inputs.get(name)}
+    if not layers:
+        raise ValueError("cost='latency': a layer that can be factorized must be called in the run, and none is.")
+    with untouched(model), as_written():
+        return measure(layers, observation.inputs, run, method, progress)
 
 
 def dense_parameters(model: nn.Module) -> int:

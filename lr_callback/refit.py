@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from lr_callback.collect import add_rows, merged
 from lr_callback.fitting import Fit, fit_of, own_biases
 from lr_callback.following import look
+from lr_callback.latency import Progress
 from lr_callback.layers import FactorizedLayer
-from lr_callback.layerwise import Progress
 from lr_callback.lockstep import Walk, mixed, walks
 from lr_callback.moments import SecondMoments, summed
 from lr_callback.observe import as_written, putting_back, untouched

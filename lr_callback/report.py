@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning_utilities.core.rank_zero import rank_zero_info
 
-from lr_callback.layerwise import Progress
+from lr_callback.latency import Progress
 from lr_callback.table import align
 
 Item = TypeVar("Item")

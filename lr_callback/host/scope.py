@@ -13,7 +13,7 @@ from torch.optim import SparseAdam
 
 from lr_callback.analysed import Analysis
 from lr_callback.analysis import analyze, survey
-from lr_callback.costs import OBSERVED
+from lr_callback.costs import OBSERVED, amount
 from lr_callback.events import check_flags
 from lr_callback.find import find_layers
 from lr_callback.fisher import WITHOUT
@@ -110,7 +110,7 @@ class Scope:
         every = [*prices, *(Prices(unit) for unit in ("parameters", "bytes") if unit not in own)]
         found = survey(pl_module, self.method, prices=every, **self._layers)
         ranges = [
-            f"{100 * found.smallest_in(unit) / dense:.1f} % of {dense:,} {unit.replace('_', '-')}"
+            f"{100 * found.smallest_in(unit) / dense:.1f} % of {amount(unit, dense)}"
             for unit, dense in {found.unit: found.dense_cost, **found.others}.items()
         ]
         return f"Low-rank compression can go down to {', '.join(ranges)}"

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lr_callback as lrc
 from lr_callback import ALDS, LowRankCompression
-from lr_callback.costs import COSTS
+from lr_callback.costs import COUNTED
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LAYERS = ["network.0", "network.3", "network.8", "network.10"]
@@ -285,7 +285,7 @@ def test_only_the_chosen_layers_are_factorized(fit, new_module, patterns, allowe
     assert set(factorized_in(module)) <= allowed == set(compression.allocation.layers)
 
 
-@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("cost", COUNTED)
 def test_run_without_an_event_is_bitwise_the_same_as_without_the_callback(fit, new_module, cost):
     runs = []
     for compression in ([], [LowRankCompression(0.5, 9, cost=cost)]):

@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lr_callback as lrc
-from lr_callback.costs import COSTS
+from lr_callback.costs import COUNTED
 
 
 class TwoParts(pl.LightningModule):
@@ -26,7 +26,7 @@ class TwoParts(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("cost", COUNTED)
 def test_a_step_in_two_parts_is_counted_under_autocast_and_a_zero_head_is_no_hindrance(cost, tmp_path):
     torch.manual_seed(0)
     data = DataLoader(TensorDataset(torch.randn(64, 32), torch.randint(4, (64,))), batch_size=16)

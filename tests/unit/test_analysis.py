@@ -8,7 +8,7 @@ from torch import nn
 
 import lr_callback as lrc
 from lr_callback.analysis import survey
-from lr_callback.costs import COSTS
+from lr_callback.costs import COUNTED
 from lr_callback.goals import check_keep_ratio
 from lr_callback.observe import observe
 from lr_callback.pricing import Prices, dense_parameters
@@ -143,7 +143,7 @@ def test_a_layer_that_the_example_does_not_reach_is_skipped_in_multiply_adds():
     assert allocation.dense_cost == 1024
 
 
-@pytest.mark.parametrize("unit", COSTS)
+@pytest.mark.parametrize("unit", COUNTED)
 def test_a_survey_has_the_prices_of_an_analysis(model, unit):
     prices = Prices(unit, observe(model, torch.zeros(1, 3, 6, 6)))
     surveyed, analysed = survey(model, prices=prices), lrc.analyze(model, prices=prices)

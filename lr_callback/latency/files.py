@@ -1,0 +1,150 @@
+"""Files: measured times on the disk, one file for each device, read in milliseconds by the next run.
+
+They are in ``lr_callback/latency`` in the folder that ``LR_CALLBACK_CACHE`` names, or ``XDG_CACHE_HOME``, or
+``~/.cache``. A file says which device it is of, and is refused on another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lr_callback.latency.timing import Timing
+from lr_callback.written import read_json
+
+VERSION = 1
+_VARIABLE = "LR_CALLBACK_CACHE"
+
+
+def device_facts(device: torch.device) -> dict[str, Any]:
+    """Return what the time of a layer depends on besides the layer: the device, its libraries, the threads."""
+    facts: dict[str, Any] = {"torch": torch.__version__, "machine": platform.machine(), "type": device.type}
+    if device.type == "cuda":
+        precise = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+        return {**facts, "name": torch.cuda.get_device_name(device), "tf32": list(precise)}
+    name = {"name": _processor(), "capability": torch.backends.cpu.get_cpu_capability()}
+    return {**facts, **name, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def folder() -> Path:
+    """Return the folder of the files."""
+    named = os.environ.get(_VARIABLE) or os.environ.get("XDG_CACHE_HOME")
+    return (Path(named) if named else Path.home() / ".cache") / "lr_callback" / "latency"
+
+
+class Times:
+    """The times that are known of a device: those of its file, and what has been measured since.
+
+    Args:
+        device: a tensor's.
+
+    Raises:
+        ValueError: If the file is of another device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._facts = device_facts(device)
+        mark = hashlib.sha256(json.dumps(self._facts, sort_keys=True).encode()).hexdigest()[:16]
+        self.path = folder() / f"{mark}.json"
+        self._known = self._read()
+        self._new = 0
+
+    def get(self, layer: str, form: str) -> Timing | None:
+        """Return the time of a form of a layer with its input, if it is known."""
+        found = self._known.get(layer, {}).get(form)
+        return None if found is None else Timing(*found)
+
+    def put(self, layer: str, form: str, timing: Timing) -> None:
+        """Note a time."""
+        self._known.setdefault(layer, {})[form] = (timing.nanoseconds, timing.spread)
+        self._new += 1
+
+    def save(self) -> None:
+        """Write what is new, together with what other runs have written since; warn where it cannot be written."""
+        if not self._new:
+            return
+        merged = self._read()
+        for layer, forms in self._known.items():
+            merged.setdefault(layer, {}).update(forms)
+        text = json.dumps({"version": VERSION, "device": self._facts, "times": merged})
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            _write(self.path, text)
+        except OSError as error:
+            warnings.warn(
+                f"Measured times are not kept for the next run: {error.strerror} ({self.path.parent}). Set "
+                f"{_VARIABLE} to a folder that can be written.",
+                stacklevel=2,
+            )
+        self._new = 0
+
+    def _read(self) -> dict[str, dict[str, tuple[int, float]]]:
+        if not self.path.is_file():
+            return {}
+        try:
+            written = _checked(read_json(self.path, "Latency"))
+        except ValueError as error:
+            warnings.warn(f"{error} The layers are measured again, and {self.path} is written anew.", stacklevel=2)
+            return {}
+        if written["device"] != self._facts:
+            raise ValueError(_other_device(self.path, written["device"], self._facts))
+        return {layer: {form: tuple(time) for form, time in of.items()} for layer, of in written["times"].items()}
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file as a whole: who reads it meanwhile finds the former one."""
+    handle, part = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(part, path)
+    except BaseException:
+        Path(part).unlink(missing_ok=True)
+        raise
+
+
+def _checked(written: object) -> dict[str, Any]:
+    """Return what a file holds.
+
+    Raises:
+        ValueError: If it is no file of times, or of a newer version.
+    """
+    if isinstance(written, dict) and written.get("version") == VERSION and isinstance(written.get("device"), dict):
+        times = written.get("times")
+        if isinstance(times, dict) and all(
+            isinstance(of, dict) and all(map(_is_time, of.values())) for of in times.values()
+        ):
+            return written
+    raise ValueError(f"Latency file: must be of version {VERSION}, with a device and times of layers; it is not.")
+
+
+def _is_time(value: object) -> bool:
+    if not isinstance(value, list) or len(value) != 2:
+        return False
+    nanoseconds, spread = value
+    return type(nanoseconds) is int and nanoseconds > 0 and isinstance(spread, (int, float)) and spread >= 0
+
+
+def _other_device(path: Path, found: Mapping[str, Any], own: Mapping[str, Any]) -> str:
+    differing = sorted(name for name in {*found, *own} if found.get(name) != own.get(name))
+    listed = "; ".join(f"{name}: {found.get(name)!r}, here {own.get(name)!r}" for name in differing)
+    return (
+        f"Latency file {path}: it must be of this device, and is of another ({listed}). Times of one device say "
+        f"nothing of another: remove the file, or set {_VARIABLE} to another folder."
+    )

@@ -1,0 +1,63 @@
+"""Inputs: what a layer is called with, as far as its time depends on it, and the like of it, made up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+@dataclass(frozen=True)
+class LayerInput:
+    """The input of one call of a layer.
+
+    Args:
+        shape: of the tensor, the batch included.
+        dtype: of its entries.
+        channels_last: whether it has that memory format.
+        autocast: dtype of autocast during the call; None: off.
+
+    Example::
+
+        >>> str(LayerInput.of(torch.zeros(2, 3, 8, 8)))
+        '2x3x8x8 float32'
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    channels_last: bool = False
+    autocast: torch.dtype | None = None
+
+    @classmethod
+    def of(cls, inputs: Tensor) -> LayerInput:
+        """Describe the input of a call that is being made."""
+        last, kind = _LAST.get(inputs.dim()), inputs.device.type
+        is_last = last is not None and inputs.is_contiguous(memory_format=last) and not inputs.is_contiguous()
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        return cls(tuple(inputs.shape), inputs.dtype, is_last, autocast)
+
+    def made(self, device: torch.device, numbers: int) -> Tensor:
+        """Return such an input, with the same entries each time and without a draw from the random state.
+
+        Args:
+            device: that it is on.
+            numbers: above all entries, where these are whole numbers (of rows to look up).
+        """
+        count = torch.arange(torch.Size(self.shape).numel(), device=device)
+        if not self.dtype.is_floating_point:
+            return (count % numbers).to(self.dtype).reshape(self.shape)
+        values = torch.sin(count.float()).to(self.dtype).reshape(self.shape)
+        return values.contiguous(memory_format=_LAST[values.dim()]) if self.channels_last else values
+
+    def __str__(self) -> str:
+        """Return it as text, by which it is known in files."""
+        parts = ["x".join(map(str, self.shape)), _name(self.dtype)]
+        parts += ["channels_last"] if self.channels_last else []
+        return " ".join([*parts, *([f"autocast {_name(self.autocast)}"] if self.autocast is not None else [])])
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
