@@ -77,12 +77,12 @@ def calibration_calls(trainer: Trainer, pl_module: LightningModule, count: int) 
 
 @contextmanager
 def isolated_rng() -> Iterator[None]:
-    """Give all random states back, after an error, too: Lightning's own context does not."""
-    failure: Exception | None = None
+    """Give all random states back, after an error or an interrupt, too: Lightning's own context does not."""
+    failure: BaseException | None = None
     with isolate_rng():
         try:
             yield
-        except Exception as error:
+        except BaseException as error:
             failure = error
     if failure is not None:
         raise failure

@@ -31,9 +31,12 @@ def copied_module(pl_module: LightningModule, what: str, way_out: str) -> Lightn
             f"({type(error).__name__}: {error}). Keep no intermediate tensors, files or loaders in attributes of the "
             f"module, so that copy.deepcopy(module) works, or {way_out}. Nothing was changed."
         ) from error
-    if getattr(made, "_compiler_ctx", None):  # its compiled methods are those of the module that was copied
-        for name in _COMPILED:
-            vars(made).pop(name, None)
+    # What is compiled is that of the module that was copied.
+    for name in _COMPILED if getattr(made, "_compiler_ctx", None) else ():
+        vars(made).pop(name, None)
+    for module in made.modules():
+        vars(module).pop("_compiled_call_impl", None)
+    vars(made)["_metric_attributes"] = None  # by the identity of metrics, of which the copy has others
     return made
 
 
