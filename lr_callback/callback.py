@@ -252,7 +252,7 @@ class LowRankCompression(Checkpointed):
             analysis = scope.analyze(trainer, pl_module, self._counting.prices, importance)
             check_same_weights(trainer, pl_module)
             repair = partial(self.repairing.repair, trainer, pl_module, calls, importance)
-            allocation = self._accuracy.allocate(trainer, pl_module, analysis, keep_ratio, importance, repair)
+            allocation = self._accuracy.allocate(trainer, pl_module, analysis, keep_ratio, importance, repair, undo)
             averages = processes.agree(lambda: self.averages(trainer, pl_module))
             self._distilling.keep(trainer, pl_module)
             options = (averages, self.reset_monitors, self.optimizer_state, self._record.start, importance)

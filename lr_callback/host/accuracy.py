@@ -7,20 +7,21 @@ validated and thrown away; the module itself has its layers back before the vali
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from math import ceil, isfinite
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from lr_callback.allocation import Allocation
 from lr_callback.analysed import Analysis
 from lr_callback.build import build_layers, check_allocation
 from lr_callback.find import find_layers
-from lr_callback.goals import Goal, drop_of
+from lr_callback.goals import Goal, check_goal, drop_of
 from lr_callback.host.calibration import isolated_rng
 from lr_callback.host.copies import copied_module
 from lr_callback.host.strategies import processes_of
@@ -79,6 +80,7 @@ class Accuracy:
         goal: Goal,
         importance: Mapping[str, Importance] | None,
         repair: Repair,
+        undo: ExitStack,
     ) -> Allocation:
         """Return the allocation for a goal; one that asks for an accuracy is searched for.
 
@@ -89,16 +91,18 @@ class Accuracy:
             goal: see :mod:`lr_callback.goals`.
             importance: what the analysis was made with.
             repair: called with what takes back what it does to the module, and the layers before and after.
+            undo: given what takes back each try, for one whose very end is interrupted.
 
         Raises:
             ValueError: If the goal cannot be met.
             MisconfigurationException: If an accuracy cannot be measured. Nothing was changed.
         """
-        drop = drop_of(goal)
-        if drop is None:
+        if drop_of(goal) is None:
             return processes_of(trainer).first(lambda: analysis.allocate(goal))
         check_validation(trainer)
-        tries = _Tries(trainer, pl_module, importance, repair)
+        drop = drop_of(check_goal(goal))
+        assert drop is not None
+        tries = _Tries(trainer, pl_module, importance, repair, undo)
         logged = tries.measure(None)
         name = self._metric(logged)
         least = logged[name] - drop - _ROUNDING * max(1.0, abs(logged[name]))
@@ -191,6 +195,7 @@ class _Tries:
         pl_module: of the run.
         importance: see :meth:`Accuracy.allocate`.
         repair: likewise.
+        undo: likewise.
     """
 
     def __init__(
@@ -199,42 +204,59 @@ class _Tries:
         pl_module: LightningModule,
         importance: Mapping[str, Importance] | None,
         repair: Repair,
+        undo: ExitStack,
     ) -> None:
-        self._trainer, self._module, self._importance, self._repair = trainer, pl_module, importance, repair
+        self._trainer, self._module, self._importance = trainer, pl_module, importance
+        self._repair, self._undo = repair, undo
 
     def measure(self, allocation: Allocation | None) -> dict[str, float]:
         """Return what the validation logs after a cut; None: of the network as it is."""
         with quiet(), warnings.catch_warnings(), isolated_rng():
             warnings.simplefilter("ignore")  # the cut itself warns, and so do the validations of the run
             made = self._copy() if allocation is None else self._cut_copy(allocation)
-            with _unused(self._module), live():  # the run stands as it was: it can be ended, and saved
-                return validate(self._trainer, made)
+            with self._taking_back() as undo:
+                called = _watch(self._module, undo)
+                with live():  # the run stands as it was: it can be ended, and saved
+                    logged = validate(self._trainer, made)
+        _check_unused(called)
+        return logged
 
     def _cut_copy(self, allocation: Allocation) -> LightningModule:
         targets = check_allocation(self._module, allocation)
         with workers() as crew:
             made = build_layers(targets, allocation, crew, processes_of(self._trainer), self._importance)
-        with ExitStack() as undo:
+        with self._taking_back() as undo:
             self._repair(undo, targets, made)
             with standing_in(self._module, {targets[name]: layer for name, layer in made.items()}):
                 return self._copy()
+
+    def _taking_back(self) -> ExitStack:
+        """Return a stack that the one of the whole closes, too: the end of a block can be interrupted."""
+        own = ExitStack()
+        self._undo.callback(own.close)
+        return own
 
     def _copy(self) -> LightningModule:
         return copied_module(self._module, "`max_accuracy_drop` tries copies", INSTEAD)
 
 
-@contextmanager
-def _unused(pl_module: LightningModule) -> Iterator[None]:
+def _watch(pl_module: LightningModule, undo: ExitStack) -> list[str]:
+    """Return the names of a module's layers that are called from now on, until the watch is taken back."""
+    called: list[str] = []
+    for name, layer in find_layers(pl_module).layers.items():
+        hooks = layer._forward_pre_hooks
+        place = RemovableHandle(hooks).id
+        undo.callback(hooks.pop, place, None)  # before there is a hook: an interrupt could come in between
+        hooks[place] = lambda *_, name=name: called.append(name)
+    return called
+
+
+def _check_unused(called: Sequence[str]) -> None:
     """Refuse a copy that runs the weights of the module that it was copied from: every try would seem to be that.
 
     Raises:
-        MisconfigurationException: If a layer of the module is called.
+        MisconfigurationException: If a layer of the module was called.
     """
-    called: list[str] = []
-    with ExitStack() as stack:
-        for name, layer in find_layers(pl_module).layers.items():
-            stack.callback(layer.register_forward_pre_hook(lambda *_, name=name: called.append(name)).remove)
-        yield
     if called:
         raise MisconfigurationException(
             "LowRankCompression: `max_accuracy_drop` validates copies of the module, and a copy ran a layer of the "

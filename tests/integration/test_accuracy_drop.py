@@ -262,6 +262,13 @@ def test_workers_of_the_runs_loader_go_on(module_class, digits, new_trainer, tmp
     assert factorized_in(module)
 
 
+def test_what_it_asks_for_is_checked(fit, module_class):
+    callback = Answering(**PLAIN)
+    callback.should_compress = lambda *_: {"max_accuracy_drop": -1}
+    with pytest.raises(ValueError, match=r"`max_accuracy_drop` must be a number above 0, .* got -1"):
+        fit(module_class(), callback)
+
+
 class Data(LightningDataModule):
     """Moves images in a hook of its own, as its Trainer's stage tells, and counts what is done to it."""
 
