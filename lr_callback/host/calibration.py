@@ -24,7 +24,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torchmetrics import Metric
 
-from lr_callback.host.loaders import copied_loader
+from lr_callback.host.copies import copied_loader
 from lr_callback.observe import as_written, untouched
 from lr_callback.probe import Probe
 from lr_callback.report import progress_line

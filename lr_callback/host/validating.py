@@ -16,7 +16,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 
-from lr_callback.host.loaders import copied_loader
+from lr_callback.host.copies import copied_loader
 from lr_callback.host.packages import PACKAGES
 from lr_callback.host.strategies import processes_of
 from lr_callback.observe import as_written

@@ -34,7 +34,7 @@ NAMES = ("build", "callback", "optimizers", "rewind", "surgery", "unmoved")
 OF_THE_HOST = ("averaging", "cut", "ddp", "journal", "monitors", "neighbours", "snapshots")
 EDITING = {str(PACKAGE / f"{name}.py") for name in (*NAMES, *(f"host/{name}" for name in OF_THE_HOST))}
 """The files whose lines change something, or stand around those that do."""
-SEARCHING = {str(PACKAGE / "host" / f"{name}.py") for name in ("accuracy", "copies", "loaders", "validating")}
+SEARCHING = {str(PACKAGE / "host" / f"{name}.py") for name in ("accuracy", "copies", "validating")}
 """Those that try networks, which is to change nothing."""
 EVENTS, EPOCHS = [1, 2], 4
 LAST = "epoch=1-step=8.ckpt"
