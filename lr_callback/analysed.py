@@ -12,7 +12,7 @@ from lr_callback.budgets import ContradictoryError, cost_in, paid_in, solve_budg
 from lr_callback.candidates import LayerCandidates
 from lr_callback.costs import amount, spoken
 from lr_callback.factorization import Factorization, Spending
-from lr_callback.goals import MAX_ERROR, Goal, check_goal
+from lr_callback.goals import MAX_ACCURACY_DROP, MAX_ERROR, Goal, check_goal, drop_of
 from lr_callback.methods import Choice, Method, Solution
 
 
@@ -89,9 +89,15 @@ class Analysis:
                 that were analysed, the first one first; or ``{"max_error": e}``.
 
         Raises:
-            ValueError: If a number is out of range, or a budget below what can be reached.
+            ValueError: If a number is out of range, or a budget below what can be reached; or if the goal is an
+                accuracy, which only a run can measure.
         """
         goal = check_goal(goal)
+        if drop_of(goal) is not None:
+            raise ValueError(
+                f"`{MAX_ACCURACY_DROP}` must be asked of LowRankCompression in a Trainer, whose validation measures "
+                f"it; an analysis knows no accuracy, got {goal}. Ask for a `keep_ratio`, a `budget` or a `max_error`."
+            )
         if isinstance(goal, Mapping) and MAX_ERROR in goal:
             return self._within(goal[MAX_ERROR])
         ratios = goal if isinstance(goal, Mapping) else {self.unit: goal}

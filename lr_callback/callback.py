@@ -15,6 +15,7 @@ from lr_callback.events import check_flags
 from lr_callback.find import factorized_in
 from lr_callback.goals import Goal, one_goal, units_of
 from lr_callback.hook import hold_structure, install_hook, release_structure
+from lr_callback.host.accuracy import Accuracy
 from lr_callback.host.averaging import align_averages, held_averages
 from lr_callback.host.checkpointed import Checkpointed
 from lr_callback.host.cut import cut, start_of
@@ -25,7 +26,7 @@ from lr_callback.host.repairing import Refit, Repairing
 from lr_callback.host.resume import Resuming
 from lr_callback.host.schedule import Schedule, When
 from lr_callback.host.scope import Scope
-from lr_callback.host.snapshots import publish, write_part, write_snapshot
+from lr_callback.host.snapshots import publish, write_part
 from lr_callback.host.strategies import check_same_weights, check_strategy, processes_of, same_on_all
 from lr_callback.host.trainer import check_optimizers, is_smoke_test, lacks
 from lr_callback.interrupts import held
@@ -44,11 +45,14 @@ class LowRankCompression(Checkpointed):
 
     Args:
         keep_ratio: fraction of all parameters (or of ``cost``) to keep, in (0, 1]; or one for each epoch in ``epochs``.
-            None: 0.5, unless one of the next two is given.
+            None: 0.5, unless one of the next three is given.
         budget: in its place, fractions in several units at once, ``{"parameters": 0.3, "multiply_adds": 0.6}``; all
             hold, and the allocation tells how far from the best it may be.
         max_error: in its place, the largest relative error that a layer may have, in (0, 1], in the method's measure:
             the model becomes as small as that lets it.
+        max_accuracy_drop: in its place, by how much the accuracy that the run's validation measures may be lower right
+            after a cut, in its own unit. At most nine validations find the smallest model tried that holds it.
+        monitor: name of that metric, of which more is better; None: the one logged in validation with ``acc`` in it.
         epochs: at the start of which epoch, counted from 0; or several, ascending. Each later one multiplies the
             factors back and allocates anew.
         when: ``epochs``; or ``auto``: once, when the spectra of the layers have settled, the median stable rank being
@@ -108,6 +112,8 @@ class LowRankCompression(Checkpointed):
         *,
         budget: dict[str, float] | None = None,
         max_error: float | None = None,
+        max_accuracy_drop: float | None = None,
+        monitor: str | None = None,
         when: When = "epochs",
         ramp: bool = False,
         method: Method | None = None,
@@ -129,7 +135,7 @@ class LowRankCompression(Checkpointed):
         snapshots: bool = False,
         reset_monitors: bool = True,
     ) -> None:
-        goal = one_goal(keep_ratio, budget, max_error, cost)
+        goal = one_goal(keep_ratio, budget, max_error, cost, max_accuracy_drop)
         super().__init__(units_of(goal, cost), distill, distill_temperature, learning_rate_rewind)
         check_optimizer_state(optimizer_state)
         self.schedule = Schedule(goal, epochs, ramp, when)
@@ -138,6 +144,7 @@ class LowRankCompression(Checkpointed):
         self.optimizer_state = optimizer_state
         self.show_table, self.snapshots, self.reset_monitors = show_table, snapshots, reset_monitors
         check_flags(self, "learning_rate_rewind", "show_table", "snapshots", "reset_monitors")
+        self._accuracy = Accuracy(monitor, show_table)
 
     @property
     def events(self) -> dict[int, Goal]:
@@ -168,6 +175,7 @@ class LowRankCompression(Checkpointed):
             check_alone(trainer, LowRankCompression)
             check_neighbours(trainer, pl_module)
             self.schedule.begin(trainer)
+            self._accuracy.check(trainer, self.events.values())
         for module in (pl_module, *self.averages(trainer, pl_module)):
             install_hook(module)
         release_structure(pl_module)
@@ -243,12 +251,12 @@ class LowRankCompression(Checkpointed):
             scope, calls, importance = self.repairing.measure(trainer, pl_module, self.scope)
             analysis = scope.analyze(trainer, pl_module, self._counting.prices, importance)
             check_same_weights(trainer, pl_module)
-            allocation = processes.first(lambda: analysis.allocate(keep_ratio))
+            repair = partial(self.repairing.repair, trainer, pl_module, calls, importance)
+            allocation = self._accuracy.allocate(trainer, pl_module, analysis, keep_ratio, importance, repair, undo)
             averages = processes.agree(lambda: self.averages(trainer, pl_module))
             self._distilling.keep(trainer, pl_module)
             options = (averages, self.reset_monitors, self.optimizer_state, self._record.start, importance)
-            repair = partial(self.repairing.repair, trainer, pl_module, calls, importance, undo)
-            report = cut(trainer, pl_module, allocation, undo, *options, repair)
+            report = cut(trainer, pl_module, allocation, undo, *options, partial(repair, undo))
             seconds = processes.first(lambda: perf_counter() - started)
             part = write_part(trainer, "cut", undo) if self.snapshots else None
             told = (allocation, self._counting.observation, seconds, self.show_table)
@@ -257,11 +265,6 @@ class LowRankCompression(Checkpointed):
             undo.pop_all()
             self._record = self._record.with_files(publish(trainer, part))
         return report
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
-        """Watch the first batch: how the network is called is not known before; distil."""
-        self._counting.watch(pl_module)
-        self._distilling.watch(pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         """Count the multiply-adds of the first batch; log the distillation."""
@@ -273,12 +276,6 @@ class LowRankCompression(Checkpointed):
         if self.allocation is not None:
             log_multiply_adds(trainer, pl_module, self._counting.observation)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave no hooks of ours behind."""
-        release_structure(pl_module)
-        self._counting.stop()
-        self._distilling.end()
-
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the last snapshot; warn if a compression did not come, or no file is of the compressed model."""
         self._distilling.end()
@@ -287,7 +284,3 @@ class LowRankCompression(Checkpointed):
             self._snapshot(trainer, "final")
             if self.reset_monitors and not is_smoke_test(trainer):
                 warn_of_no_best(trainer)
-
-    def _snapshot(self, trainer: Trainer, name: str, again: bool = True) -> None:
-        if self.snapshots and (again or name not in self.snapshot_files):
-            self._record = self._record.with_files(write_snapshot(trainer, name))

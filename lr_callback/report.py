@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from lr_callback.latency import Progress
 from lr_callback.table import align
 
 Item = TypeVar("Item")
+
+_LOGGERS = ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric")
 
 
 def is_disabled(bar: object) -> bool:
@@ -101,6 +104,20 @@ def show(trainer: Trainer, text: str) -> None:
         rank_zero_info(text)
     elif trainer.is_global_zero:
         bar.print(text)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep Lightning's notes on devices, tips and files, which the run has shown already, off the screen."""
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(max(logger.level, logging.WARNING))
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -14,12 +12,10 @@ from torch import nn
 from lr_callback.checkpoint import restore_
 from lr_callback.example import Example
 from lr_callback.probe import Probe
-from lr_callback.report import Stage
+from lr_callback.report import Stage, quiet
 
 TITLES = {"dense": "dense, before", "cut": "right after", "final": "at the end"}
 """Snapshot -> what a person calls that moment."""
-
-_LOGGERS = ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric")
 
 
 class FirstBatch(Callback):
@@ -119,20 +115,6 @@ def call_of_step(model: LightningModule, datamodule: LightningDataModule | None)
             "--input_shape."
         )
     return next(iter(modules.items()))
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep Lightning's notes on devices, tips and files, which the run has shown already, off the screen."""
-    loggers = [logging.getLogger(name) for name in _LOGGERS]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(max(logger.level, logging.WARNING))
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def _evaluator(trainer: Trainer, watch: FirstBatch) -> Trainer:

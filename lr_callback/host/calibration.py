@@ -22,9 +22,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
+from lr_callback.host.copies import copied_loader
 from lr_callback.observe import as_written, untouched
 from lr_callback.probe import Probe
 from lr_callback.report import progress_line
@@ -54,7 +54,7 @@ def calibration_calls(trainer: Trainer, pl_module: LightningModule, count: int) 
     with isolated_rng(), untouched(pl_module), _silent(pl_module), _kept_notes(pl_module), ExitStack() as stack:
         progress = stack.enter_context(progress_line(trainer.progress_bar_callback, "calibration", "batch"))
         _seed(trainer)
-        for batch, index, _ in _batches(trainer, stack):
+        for batch, index, _ in iter(_loader(trainer, stack)):
             if index >= count:
                 break
             if progress is not None:
@@ -77,12 +77,12 @@ def calibration_calls(trainer: Trainer, pl_module: LightningModule, count: int) 
 
 @contextmanager
 def isolated_rng() -> Iterator[None]:
-    """Give all random states back, after an error, too: Lightning's own context does not."""
-    failure: Exception | None = None
+    """Give all random states back, after an error or an interrupt, too: Lightning's own context does not."""
+    failure: BaseException | None = None
     with isolate_rng():
         try:
             yield
-        except Exception as error:
+        except BaseException as error:
             failure = error
     if failure is not None:
         raise failure
@@ -108,39 +108,11 @@ def _seed(trainer: Trainer) -> None:
     numpy.random.seed(seed)
 
 
-def _batches(trainer: Trainer, stack: ExitStack) -> Iterator[Any]:
-    """Go through a copy of the training loader."""
+def _loader(trainer: Trainer, stack: ExitStack) -> CombinedLoader:
+    """Return a copy of the training loader."""
     loader = trainer.fit_loop._combined_loader
     assert loader is not None
-    copied = CombinedLoader(loader.iterables, loader._mode)
-    copied.flattened = [_copy(one, stack) for one in loader.flattened]
-    copied.limits = loader.limits
-    return iter(copied)
-
-
-def _copy(loader: object, stack: ExitStack) -> object:
-    """Return a loader with an iterator of its own; generators that it shares are put back in the end."""
-    if isinstance(loader, DataLoader):
-        if not loader.num_workers:  # a worker goes through a copy
-            _check_repeats(loader.dataset)
-        for holder in (loader, loader.sampler):
-            generator = getattr(holder, "generator", None)
-            if isinstance(generator, torch.Generator):
-                stack.callback(generator.set_state, generator.get_state())
-        made = copy.copy(loader)
-        vars(made)["_iterator"] = None  # persistent workers of the run's loader are its own
-        return made
-    _check_repeats(loader)
-    return loader
-
-
-def _check_repeats(loader: object) -> None:
-    if isinstance(loader, Iterator):
-        raise MisconfigurationException(
-            "LowRankCompression: calibration goes through the training loader once more, and a "
-            f"{type(loader).__name__} can be gone through only once. Give the Trainer a loader that makes a new "
-            f"iterator each time. {WAYS_OUT}."
-        )
+    return copied_loader(loader, stack, "calibration goes through the training loader", f"{WAYS_OUT}.")
 
 
 def _transferred(trainer: Trainer, pl_module: LightningModule, batch: object) -> object:

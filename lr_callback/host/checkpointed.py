@@ -1,4 +1,4 @@
-"""Checkpointed: what a callback knows of its run, and the hooks by which checkpoints keep it."""
+"""Checkpointed: what a callback knows of its run, the hooks by which it learns it, and those by which files keep it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 
 from lr_callback.allocation import Allocation
+from lr_callback.hook import release_structure
 from lr_callback.host.counting import Counting
 from lr_callback.host.distilling import Distilling
 from lr_callback.host.packages import CallbackBase
 from lr_callback.host.record import Record
 from lr_callback.host.resume import Resuming, note_groups
+from lr_callback.host.snapshots import write_snapshot
 
 
 class Checkpointed(CallbackBase):
@@ -35,6 +37,7 @@ class Checkpointed(CallbackBase):
         self._options, self.learning_rate_rewind = (units, distill, temperature), learning_rate_rewind
         self._forget()
         self._resuming = Resuming()
+        self.snapshots = False
 
     def _forget(self) -> None:
         """Begin anew: an earlier run of this callback may have been with another model or other batches."""
@@ -73,3 +76,18 @@ class Checkpointed(CallbackBase):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Read the names of the parameters in each optimizer's groups, and whether an epoch is to begin."""
         self._resuming.read(checkpoint, trainer.max_epochs)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
+        """Watch the first batch: how the network is called is not known before; distil."""
+        self._counting.watch(pl_module)
+        self._distilling.watch(pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave no hooks of ours behind."""
+        release_structure(pl_module)
+        self._counting.stop()
+        self._distilling.end()
+
+    def _snapshot(self, trainer: Trainer, name: str, again: bool = True) -> None:
+        if self.snapshots and (again or name not in self.snapshot_files):
+            self._record = self._record.with_files(write_snapshot(trainer, name))

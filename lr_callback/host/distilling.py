@@ -6,7 +6,6 @@ the module, and neither its parameters, buffers and random numbers nor the names
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import wraps
@@ -20,6 +19,7 @@ from torchmetrics.aggregation import MeanMetric
 from lr_callback.checkpoint import adapt_structure
 from lr_callback.distillation import class_scores, distillation_loss
 from lr_callback.heard import Heard, Invocation
+from lr_callback.host.copies import copied_module
 from lr_callback.host.strategies import processes_of
 from lr_callback.observe import as_written
 from lr_callback.table import listed
@@ -27,7 +27,6 @@ from lr_callback.written import is_number
 
 _LOGGED = "compression/distillation_loss"
 _STEP = "training_step"
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Distilling:
@@ -256,27 +255,10 @@ def frozen_copy(trainer: Trainer, pl_module: LightningModule) -> LightningModule
     Raises:
         MisconfigurationException: If it cannot be copied.
     """
-    try:
-        made = copy.deepcopy(pl_module, _hooks_of_others(pl_module))
-    except Exception as error:
-        raise MisconfigurationException(
-            "LowRankCompression: `distill` keeps a copy of the module, and it could not be copied "
-            f"({type(error).__name__}: {error}). Keep no intermediate tensors, files or loaders in attributes of the "
-            "module, so that copy.deepcopy(module) works, or set distill=None. Nothing was changed."
-        ) from error
-    if getattr(made, "_compiler_ctx", None):  # its compiled methods are those of the module that was copied
-        for name in ("forward", _STEP):
-            vars(made).pop(name, None)
+    made = copied_module(pl_module, "`distill` keeps a copy", "set distill=None")
     vars(made).update(log=_nothing, log_dict=_nothing)
     made.trainer = trainer
     return made.eval().requires_grad_(False)
-
-
-def _hooks_of_others(pl_module: LightningModule) -> dict[int, object]:
-    """Return, for ``copy.deepcopy``, the hooks that stay the same objects: a hook may hold a whole Trainer."""
-    own = set(pl_module.modules())
-    hooks = [hook for module in own for name in _HOOKS for hook in vars(module).get(name, {}).values()]
-    return {id(hook): hook for hook in hooks if getattr(hook, "__self__", None) not in own}
 
 
 def _nothing(*_: object, **__: object) -> None:

@@ -17,7 +17,7 @@ from lr_callback.costs import OBSERVED, amount
 from lr_callback.events import check_flags
 from lr_callback.find import find_layers
 from lr_callback.fisher import WITHOUT
-from lr_callback.goals import MAX_ERROR, Goal
+from lr_callback.goals import Goal, is_open
 from lr_callback.host.strategies import processes_of
 from lr_callback.importance import Importance
 from lr_callback.methods import Method, best_method, check_method
@@ -73,7 +73,7 @@ class Scope:
         return self if self.chosen is not None else replace(self, chosen=check_method(None))
 
     def check_budgets(self, pl_module: LightningModule, goals: Iterable[Goal], prices: Sequence[Prices]) -> None:
-        """Refuse fractions to keep that no choice of ranks meets; an error that is asked for can always be met.
+        """Refuse fractions to keep that no choice of ranks meets; an error or an accuracy can always be met.
 
         Args:
             pl_module: whose layers are priced; no weight is looked at.
@@ -85,7 +85,7 @@ class Scope:
         """
         surveyed = survey(pl_module, self.method, prices=prices, **self._layers)
         for goal in goals:
-            if not (isinstance(goal, Mapping) and MAX_ERROR in goal):
+            if not is_open(goal):
                 surveyed.allocate(goal)
 
     def check_known(self, pl_module: LightningModule, goals: Iterable[Goal]) -> None:
@@ -95,8 +95,8 @@ class Scope:
             ValueError: If one is out of reach.
         """
         for goal in goals:
-            for unit, ratio in goal.items() if isinstance(goal, Mapping) else ():
-                if unit != MAX_ERROR and unit not in OBSERVED:
+            for unit, ratio in goal.items() if isinstance(goal, Mapping) and not is_open(goal) else ():
+                if unit not in OBSERVED:
                     self.check_budgets(pl_module, [ratio], [Prices(unit)])
 
     def reach(self, pl_module: LightningModule, prices: Sequence[Prices]) -> str:

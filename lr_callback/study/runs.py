@@ -17,7 +17,8 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 
 from lr_callback.callback import LowRankCompression
 from lr_callback.checkpoint import restore_
-from lr_callback.stages import FirstBatch, call_of_step, evaluation_of, quiet
+from lr_callback.report import quiet
+from lr_callback.stages import FirstBatch, call_of_step, evaluation_of
 from lr_callback.study.plan import CONTROL, Plan, Run, digest
 from lr_callback.study.pruning import prune_filters_
 from lr_callback.study.rows import Row

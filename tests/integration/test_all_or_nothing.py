@@ -34,6 +34,8 @@ NAMES = ("build", "callback", "optimizers", "rewind", "surgery", "unmoved")
 OF_THE_HOST = ("averaging", "cut", "ddp", "journal", "monitors", "neighbours", "snapshots")
 EDITING = {str(PACKAGE / f"{name}.py") for name in (*NAMES, *(f"host/{name}" for name in OF_THE_HOST))}
 """The files whose lines change something, or stand around those that do."""
+SEARCHING = {str(PACKAGE / "host" / f"{name}.py") for name in ("accuracy", "copies", "validating")}
+"""Those that try networks, which is to change nothing."""
 EVENTS, EPOCHS = [1, 2], 4
 LAST = "epoch=1-step=8.ckpt"
 """The file from just before the second event."""
@@ -80,11 +82,11 @@ def at_the_event(act):
 class Lines:
     """Trace the lines of some files of the package that a call executes; raise at one of them, if told to."""
 
-    def __init__(self, stop=None):
-        self.stop, self.hits, self.order = stop, Counter(), []
+    def __init__(self, stop=None, files=EDITING):
+        self.stop, self.files, self.hits, self.order = stop, files, Counter(), []
 
     def _frame(self, frame, event, argument):
-        return self._line if frame.f_code.co_filename in EDITING else None
+        return self._line if frame.f_code.co_filename in self.files else None
 
     def _line(self, frame, event, argument):
         if event == "line":
@@ -159,6 +161,44 @@ def test_interrupt_at_any_line_leaves_everything_as_it_was_or_done_and_the_run_g
     assert {Path(file).stem for (file, _), _ in left} == {"callback", "snapshots"}
     assert len(left) < 16
     assert len(moments(whole.lines)) > 200
+
+
+@pytest.mark.situation("All or nothing", "interrupt at any line of a search for the smallest network", "works")
+def test_interrupt_at_any_line_of_a_search_leaves_everything_as_it_was(tmp_path, loader, new_module, new_trainer, same):
+    options = {
+        "method": ALDS(),
+        "refit": "cut",
+        "include": ["network.10"],
+        "calibration_batches": 1,
+        "epochs": EVENTS[1],
+    }
+    ends, lines = [], Lines(files=SEARCHING)
+
+    def run(act):
+        callback = LowRankCompression(max_accuracy_drop=2, **options)  # the smallest has at most that much less
+        trainer = new_trainer(tmp_path, at_the_event(act(callback)), callback, limit_val_batches=1)
+        torch.manual_seed(0)
+        trainer.fit(new_module(adam), loader(), loader())
+        ends.append(finished(trainer))
+
+    def interrupt_everywhere(callback):
+        def act(trainer, pl_module):
+            before = state_of(trainer, callback)
+            for moment in moments(lines):
+                with pytest.raises(KeyboardInterrupt):
+                    Lines(moment, SEARCHING).run(callback.on_train_epoch_start, trainer, pl_module)
+                assert same(state_of(trainer, callback), before), moment
+
+        return act
+
+    def watch(callback):
+        begin = callback.on_train_epoch_start
+        callback.on_train_epoch_start = lambda *given: lines.run(begin, *given)
+        return lambda *_: None
+
+    run(watch)
+    run(interrupt_everywhere)
+    assert same(*ends) and len(moments(lines)) > 100
 
 
 @pytest.fixture

@@ -65,6 +65,13 @@ FIT = """
     resumed = [callbacks.EMAWeightAveraging(decay=0.5), LowRankCompression([0.7, 0.4], [1, 2])]
     again = pl.Trainer(max_epochs=5, callbacks=resumed, **quiet)
     again.fit(Module(), ckpt_path=best.last_model_path)
+    class Judged(Module):
+        def validation_step(self, batch, batch_idx):
+            self.log("acc", (self.network(batch[0]).argmax(1) == batch[1]).float().mean())
+
+    torch.manual_seed(1)
+    held = LowRankCompression(max_accuracy_drop=0.1)
+    pl.Trainer(max_epochs=2, callbacks=[held], enable_checkpointing=False, **quiet).fit(Judged())
     refused = ""
     try:
         pruning = callbacks.ModelPruning("l1_unstructured", amount=0.1)
@@ -86,6 +93,7 @@ FIT = """
         "again": float(sum(one.sum() for one in again.lightning_module.parameters())),
         "command line": [type(cli.trainer).__module__, sum(one.numel() for one in cli.model.parameters())],
         "refused": refused[:60],
+        "held": held.allocation.keep_ratio,
         "bases": [kind.__module__.split(".")[0] for kind in LowRankCompression.__mro__ if kind.__name__ == "Callback"],
     }))
 """
