@@ -18,9 +18,9 @@ from lr_callback.importance import Importance, checked_importance, warn_of_unkno
 from lr_callback.latency import Progress
 from lr_callback.layerwise import candidates_of
 from lr_callback.methods import Method, check_method
-from lr_callback.observe import Observation, call_of, observe
+from lr_callback.observe import Observation, observe
 from lr_callback.overrides import Override, overridden, pinned, read_overrides
-from lr_callback.pricing import Prices, dense_again, layer_costs, leave_out_unused, measured, no_gain
+from lr_callback.pricing import Prices, dense_again, layer_costs, leave_out_unused, no_gain
 from lr_callback.processes import Processes
 
 
@@ -82,12 +82,10 @@ def allocate(
     goal = check_goal(one_goal(keep_ratio, budget, max_error, cost))
     units = units_of(goal, cost)
     is_counted = not OBSERVED.isdisjoint(units)
-    seen = observe(model, example_input) if is_counted or example_input is not None else None
+    timed_for = check_method(method) if LATENCY in units else None
+    seen = observe(model, example_input, timed_for) if is_counted or example_input is not None else None
     used = None if is_counted else seen
-    times = None
-    if LATENCY in units and seen is not None:
-        times = measured(model, seen, call_of(model, example_input), check_method(method))
-    prices = [Prices(unit, seen, times) for unit in units]
+    prices = [Prices(unit, seen) for unit in units]
     layers: dict[str, Any] = {"include": include, "exclude": exclude, "embeddings": embeddings, "overrides": overrides}
     return analyze(model, method, prices=prices, used=used, importance=importance, **layers).allocate(goal)
 

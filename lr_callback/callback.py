@@ -136,7 +136,7 @@ class LowRankCompression(Checkpointed):
         reset_monitors: bool = True,
     ) -> None:
         goal = one_goal(keep_ratio, budget, max_error, cost, max_accuracy_drop)
-        super().__init__(units_of(goal, cost), distill, distill_temperature, learning_rate_rewind)
+        super().__init__(units_of(goal, cost), method, distill, distill_temperature, learning_rate_rewind)
         check_optimizer_state(optimizer_state)
         self.schedule = Schedule(goal, epochs, ramp, when)
         self.repairing = Repairing(refit, recalibrate_batchnorm, calibration_batches, correct_biases, rebase_batchnorm)
@@ -195,6 +195,7 @@ class LowRankCompression(Checkpointed):
         align_averages(pl_module, self.averages(trainer, pl_module))
         if self.learning_rate_rewind:
             self._record = replace(self._record, start=start_of(trainer, self._record.start))
+        self._counting.check_device(pl_module)
         if 0 in self.events or is_smoke_test(trainer):
             self._counting.observe_example(trainer, pl_module)
         if not self._counting.is_due:

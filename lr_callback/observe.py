@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,9 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lr_callback.costs import Call
 from lr_callback.find import find_layers, replaceable_in
-from lr_callback.latency import LayerInput
+from lr_callback.latency import Latencies, LayerInput, Progress, measure
 from lr_callback.layer_types import layer_type, saved_cost
 from lr_callback.layers import FactorizedLayer
+from lr_callback.methods import Method
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)
 _KEPT = frozenset({torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *_FLOATING})
@@ -33,13 +34,13 @@ class Observation:
         calls: layer name -> its calls, in order.
         reads: layer name -> how often the model took its weight without calling it, where it did: a factorized layer
             multiplies its factors each time, and what is done with their product costs as much as before.
-        inputs: layer name -> the inputs of its calls, by which they are timed; not kept in files.
+        latencies: what layers and model take; None: they were not timed.
     """
 
     dense_multiply_adds: int
     calls: Mapping[str, tuple[Call, ...]]
     reads: Mapping[str, int] = field(default_factory=dict)
-    inputs: Mapping[str, tuple[LayerInput, ...]] = field(default_factory=dict, compare=False)
+    latencies: Latencies | None = None
 
     def multiply_adds(self, model: nn.Module) -> int:
         """Return the multiply-adds of the model as it stands now, for the same run."""
@@ -57,7 +58,8 @@ class Observation:
         calls = {
             name: [[one.batch, list(one.inputs), list(one.outputs)] for one in of] for name, of in self.calls.items()
         }
-        return {"dense_multiply_adds": self.dense_multiply_adds, "calls": calls, "reads": dict(self.reads)}
+        counted = {"dense_multiply_adds": self.dense_multiply_adds, "calls": calls, "reads": dict(self.reads)}
+        return counted if self.latencies is None else {**counted, "latencies": self.latencies.to_dict()}
 
     @classmethod
     def from_dict(cls, written: Mapping[str, Any]) -> Observation:
@@ -66,7 +68,9 @@ class Observation:
             name: tuple(Call(batch, tuple(inputs), tuple(outputs)) for batch, inputs, outputs in of)
             for name, of in written["calls"].items()
         }
-        return cls(written["dense_multiply_adds"], calls, dict(written.get("reads", {})))
+        times = written.get("latencies")
+        latencies = None if times is None else Latencies.from_dict(times)
+        return cls(written["dense_multiply_adds"], calls, dict(written.get("reads", {})), latencies)
 
 
 def saved_multiply_adds(model: nn.Module, calls: Mapping[str, tuple[Call, ...]]) -> int:
@@ -87,26 +91,30 @@ def _to_compose(layer: FactorizedLayer) -> int:
     return int(counter.get_total_flops()) // 2
 
 
-def observe(model: nn.Module, example_input: object) -> Observation:
+def observe(
+    model: nn.Module, example_input: object, timed_for: Method | None = None, progress: Progress | None = None
+) -> Observation:
     """Run a model on an example, in eval mode and without gradients; leave it as it was.
 
     Args:
         model: any module.
         example_input: a tensor, a tuple or list of positional arguments, or a dict of named ones.
+        timed_for: the method among whose forms it is to choose by time; None: nothing is timed.
+        progress: told of each layer that is timed.
 
     Raises:
-        ValueError: If there is no example input.
+        ValueError: If there is no example input, nothing to time, or times in a file are of another device.
+        RuntimeError: If the clock is too noisy to time anything.
 
     Example::
 
         >>> observe(nn.Linear(6, 5), torch.zeros(2, 6)).dense_multiply_adds
         60
     """
-    return observe_run(model, call_of(model, example_input))
+    return observe_run(model, _call_of(model, example_input), timed_for, progress)
 
 
-def call_of(model: nn.Module, example_input: object) -> Callable[[], object]:
-    """Return a call of a model; see :func:`observe`."""
+def _call_of(model: nn.Module, example_input: object) -> Callable[[], object]:
     if example_input is None:
         raise ValueError(
             "`example_input`: multiply-adds and latency are of a run on an example input, got none; give a batch."
@@ -117,8 +125,10 @@ def call_of(model: nn.Module, example_input: object) -> Callable[[], object]:
     return lambda: model(*arguments)
 
 
-def observe_run(model: nn.Module, run: Callable[[], object]) -> Observation:
-    """Observe the layers of ``model`` while ``run`` calls it, or a part of it."""
+def observe_run(
+    model: nn.Module, run: Callable[[], object], timed_for: Method | None = None, progress: Progress | None = None
+) -> Observation:
+    """Observe the layers of ``model`` while ``run`` calls it, or a part of it; see :func:`observe`."""
     with ExitStack() as stack:
         stack.enter_context(untouched(model))
         watched = {name: _Watched(layer, stack) for name, layer in find_layers(model).layers.items()}
@@ -128,7 +138,25 @@ def observe_run(model: nn.Module, run: Callable[[], object]) -> Observation:
     calls = {name: tuple(one.calls) for name, one in watched.items()}
     reads = {name: one.reads for name, one in watched.items() if one.reads}
     dense = counter.get_total_flops() // 2 + saved_multiply_adds(model, calls) - composed_multiply_adds(model, reads)
-    return Observation(dense, calls, reads, {name: tuple(one.inputs) for name, one in watched.items()})
+    inputs = {name: one.inputs for name, one in watched.items() if one.inputs}
+    return Observation(
+        dense, calls, reads, None if timed_for is None else _timed(model, run, inputs, timed_for, progress)
+    )
+
+
+def _timed(
+    model: nn.Module,
+    run: Callable[[], object],
+    inputs: Mapping[str, Sequence[LayerInput]],
+    method: Method,
+    progress: Progress | None,
+) -> Latencies:
+    """Time a run of a model, and each of the layers that it calls in the forms that a method may choose."""
+    layers = {name: layer for name, layer in find_layers(model).layers.items() if name in inputs}
+    if not layers:
+        raise ValueError("cost='latency': the run must call a layer that can be factorized, and it calls none.")
+    with untouched(model), as_written():
+        return measure(layers, inputs, run, method, progress)
 
 
 class _Watched:

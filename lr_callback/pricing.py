@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lr_callback.costs import LATENCY, OBSERVED, LayerCost, check_cost
-from lr_callback.find import Found, check_weight, find_layers, replaceable_in
+from lr_callback.find import Found, check_weight, replaceable_in
 from lr_callback.folding import Geometry
-from lr_callback.latency import Latencies, LayerTimes, MeasuredCost, Progress, measure
+from lr_callback.latency import Latencies, LayerTimes, MeasuredCost
 from lr_callback.layer_types import layer_cost, layer_type, saved_cost
 from lr_callback.methods import Method
-from lr_callback.observe import Observation, as_written, untouched
+from lr_callback.observe import Observation
 
 
 @dataclass(frozen=True)
@@ -24,23 +24,21 @@ class Prices:
     Args:
         unit: one of :data:`~lr_callback.costs.COSTS`.
         observation: of one run of the model, for ``multiply_adds`` and ``latency``.
-        latencies: measured in that run, for ``latency``.
 
     Raises:
-        ValueError: If there is no such unit, or it takes an observation or a measurement and there is none.
+        ValueError: If there is no such unit, or it takes an observation and there is none, or one without times.
     """
 
     unit: str = "parameters"
     observation: Observation | None = None
-    latencies: Latencies | None = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot be counted."""
         check_cost(self.unit)
         if self.unit in OBSERVED and self.observation is None:
             raise ValueError(f"cost={self.unit!r} is counted on a run of the model, and there is none: observe one.")
-        if self.unit == LATENCY and self.latencies is None:
-            raise ValueError("cost='latency' is measured on a run of the model, and it was not: measure it.")
+        if self.unit == LATENCY and self._timed is None:
+            raise ValueError("cost='latency' is measured in a run of the model, and this one was not timed: time it.")
 
     def of_model(self, model: nn.Module) -> int:
         """Return what a model costs with all layers dense."""
@@ -68,34 +66,7 @@ class Prices:
 
     @property
     def _timed(self) -> Latencies | None:
-        return self.latencies if self.unit == LATENCY else None
-
-
-def measured(
-    model: nn.Module,
-    observation: Observation,
-    run: Callable[[], object],
-    method: Method,
-    progress: Progress | None = None,
-) -> Latencies:
-    """Measure the time of a model and of its layers in each form that a method may choose.
-
-    Args:
-        model: in any mode; it is run in eval mode, without gradients, and as it is written if it is compiled.
-        observation: of the same run.
-        run: calls the model.
-        method: that chooses.
-        progress: told of each layer.
-
-    Raises:
-        ValueError: If there is nothing to measure, or times in a file are of another device.
-        RuntimeError: If the clock is too noisy.
-    """
-    layers = {name: one for name, one in find_layers(model).layers.items() if observation.inputs.get(name)}
-    if not layers:
-        raise ValueError("cost='latency': a layer that can be factorized must be called in the run, and none is.")
-    with untouched(model), as_written():
-        return measure(layers, observation.inputs, run, method, progress)
+        return self.observation.latencies if self.unit == LATENCY and self.observation is not None else None
 
 
 def dense_parameters(model: nn.Module) -> int:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from statistics import median
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -13,10 +10,11 @@ from torch.utils.hooks import RemovableHandle
 
 from lr_callback.example import Example
 from lr_callback.heard import Invocation, copied
+from lr_callback.latency import Progress, timed
+from lr_callback.methods import Method
 from lr_callback.observe import Observation, observe_run, untouched
 
-_LEAST_SECONDS = 0.5
-_LEAST_RUNS = 10
+_SECONDS = 0.5
 
 
 def _in_backward() -> bool:
@@ -100,24 +98,17 @@ class Probe:
         """Make the recorded calls again, of what stands in the places of the modules now; return what they give."""
         return [call.repeat(self._model.get_submodule(self._names[call.module]), self._copies) for call in self._calls]
 
-    def observe(self) -> Observation:
-        """Count the multiply-adds of the recorded calls, and see how each layer is called in them."""
-        return observe_run(self._model, self.repeat)
+    def observe(self, timed_for: Method | None = None, progress: Progress | None = None) -> Observation:
+        """Count the multiply-adds of the recorded calls, and see how each layer is called in them.
+
+        Args:
+            timed_for: see :func:`lr_callback.observe.observe`.
+            progress: told of each layer that is timed.
+        """
+        return observe_run(self._model, self.repeat, timed_for, progress)
 
     def milliseconds(self) -> float:
-        """Return the median time of the recorded calls, in eval mode, measured for at least half a second."""
+        """Return the median time of the recorded calls, in eval mode, measured for half a second where runs differ."""
         with untouched(self._model):
-            self.repeat()
-            return 1000 * median(_times(self.repeat))
-
-
-def _times(run: Callable[[], object]) -> list[float]:
-    """Return the seconds of repeated runs."""
-    times: list[float] = []
-    while len(times) < _LEAST_RUNS or sum(times) < _LEAST_SECONDS:
-        start = perf_counter()
-        run()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(perf_counter() - start)
-    return times
+            device = next((one.device for one in self._model.parameters()), torch.device("cpu"))
+            return timed(self.repeat, device, _SECONDS).nanoseconds / 1e6

@@ -15,6 +15,7 @@ from lr_callback.host.packages import CallbackBase
 from lr_callback.host.record import Record
 from lr_callback.host.resume import Resuming, note_groups
 from lr_callback.host.snapshots import write_snapshot
+from lr_callback.methods import Method
 
 
 class Checkpointed(CallbackBase):
@@ -22,6 +23,7 @@ class Checkpointed(CallbackBase):
 
     Args:
         units: of the budgets.
+        method: by which ranks are chosen, or None.
         distill: weight of the distillation loss, or None.
         temperature: of its softmaxes.
         learning_rate_rewind: whether learning rates are rewound to where they began.
@@ -31,18 +33,24 @@ class Checkpointed(CallbackBase):
     """
 
     def __init__(
-        self, units: tuple[str, ...], distill: float | None, temperature: float, learning_rate_rewind: bool
+        self,
+        units: tuple[str, ...],
+        method: Method | None,
+        distill: float | None,
+        temperature: float,
+        learning_rate_rewind: bool,
     ) -> None:
         super().__init__()
-        self._options, self.learning_rate_rewind = (units, distill, temperature), learning_rate_rewind
+        self._options, self.learning_rate_rewind = (units, method, distill, temperature), learning_rate_rewind
         self._forget()
         self._resuming = Resuming()
         self.snapshots = False
 
     def _forget(self) -> None:
         """Begin anew: an earlier run of this callback may have been with another model or other batches."""
-        units, weight, temperature = self._options
-        self._record, self._counting, self._distilling = Record(), Counting(units), Distilling(weight, temperature)
+        units, method, weight, temperature = self._options
+        self._record, self._counting = Record(), Counting(units, method)
+        self._distilling = Distilling(weight, temperature)
 
     @property
     def allocation(self) -> Allocation | None:

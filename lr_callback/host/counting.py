@@ -1,25 +1,30 @@
-"""Counting: the multiply-adds of a run's network, on its example input or on the first batch that it trains on."""
+"""Counting: what a run's network does and takes, on its example input or on the first batch that it trains on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from lr_callback.costs import OBSERVED, check_cost
+from lr_callback.costs import LATENCY, OBSERVED, check_cost
 from lr_callback.host.strategies import processes_of
 from lr_callback.host.trainer import observe_example
+from lr_callback.latency import Progress, device_facts
+from lr_callback.methods import Method, best_method
 from lr_callback.observe import Observation
 from lr_callback.pricing import Prices
 from lr_callback.probe import Probe
+from lr_callback.report import progress_line
 
 
 class Counting:
     """What a run knows of how its network is called.
 
     Args:
-        units: of the budgets; where multiply-adds are among them, a network that cannot be counted is an error.
+        units: of the budgets; where multiply-adds or latency are among them, a network that cannot be run is an error.
+        method: by which ranks are chosen; None: the one for a training that can be run for it.
 
     Attributes:
         units: of the budgets.
@@ -30,9 +35,10 @@ class Counting:
         ValueError: If there is no such unit.
     """
 
-    def __init__(self, units: tuple[str, ...]) -> None:
+    def __init__(self, units: tuple[str, ...], method: Method | None = None) -> None:
         for unit in units:
             check_cost(unit)
+        self._timed_for = (method or best_method()) if LATENCY in units else None
         self.units, self.required = units, not OBSERVED.isdisjoint(units)
         self._probe: Probe | None = None
         self._possible = True
@@ -55,7 +61,23 @@ class Counting:
             MisconfigurationException: If the module has none.
         """
         if self.is_due:
-            self.observation = _of_the_first(trainer, lambda: observe_example(trainer, pl_module))
+            with self._progress(trainer) as progress:
+                timing = (self._timed_for, progress)
+                self.observation = _of_the_first(trainer, lambda: observe_example(trainer, pl_module, *timing))
+
+    def check_device(self, pl_module: LightningModule) -> None:
+        """Forget times that were measured elsewhere: a run may be resumed on another device, or with other threads."""
+        found = None if self.observation is None else self.observation.latencies
+        if self._timed_for is None or self.observation is None:
+            return
+        if found is None or found.device != device_facts(pl_module.device):
+            self.observation = None
+            rank_zero_warn("LowRankCompression: the checkpoint has no times of this device, they are measured again.")
+
+    @contextmanager
+    def _progress(self, trainer: Trainer) -> Iterator[Progress | None]:
+        with progress_line(trainer.progress_bar_callback if self._timed_for else None, "latency") as progress:
+            yield progress
 
     def watch(self, pl_module: LightningModule) -> None:
         """Watch a batch that begins, if none was seen: how the network is called is not known before."""
@@ -69,14 +91,15 @@ class Counting:
         if probe is None:
             return False
         probe.stop()
-        self.observation = _of_the_first(trainer, lambda: self._observe(probe))
+        with self._progress(trainer) as progress:
+            self.observation = _of_the_first(trainer, lambda: self._observe(probe, progress))
         self._possible = self.observation is not None
         return True
 
-    def _observe(self, probe: Probe) -> Observation | None:
+    def _observe(self, probe: Probe, progress: Progress | None) -> Observation | None:
         """Count the calls again; a model that cannot be run again does without, where it can."""
         try:
-            return probe.observe()
+            return probe.observe(self._timed_for, progress)
         except Exception as error:
             if self.required:
                 raise

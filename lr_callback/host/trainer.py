@@ -12,6 +12,8 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lr_callback.allocation import Allocation
 from lr_callback.find import factorized_in
+from lr_callback.latency import Progress
+from lr_callback.methods import Method
 from lr_callback.observe import Observation, observe
 from lr_callback.optimizers import optimizers_in, with_inner
 from lr_callback.projection import OptimizerState, can_project
@@ -92,8 +94,16 @@ def schedulers_of(trainer: Trainer) -> list[Any]:
     return [config.scheduler for config in trainer.lr_scheduler_configs]
 
 
-def observe_example(trainer: Trainer, pl_module: LightningModule) -> Observation:
+def observe_example(
+    trainer: Trainer, pl_module: LightningModule, timed_for: Method | None = None, progress: Progress | None = None
+) -> Observation:
     """Observe the module on its own example input, on its device and in the run's precision.
+
+    Args:
+        trainer: of the run.
+        pl_module: that is run.
+        timed_for: see :func:`lr_callback.observe.observe`.
+        progress: told of each layer that is timed.
 
     Raises:
         MisconfigurationException: If the module has none.
@@ -101,9 +111,9 @@ def observe_example(trainer: Trainer, pl_module: LightningModule) -> Observation
     example = pl_module.example_input_array
     if example is None:
         raise MisconfigurationException(
-            "LowRankCompression: cost='multiply_adds' at epoch 0 (where fast_dev_run compresses, too) must know an "
-            "input before the first batch, and the module's `example_input_array` is not set. Set it, or compress "
-            "at epoch 1 or later."
+            "LowRankCompression: cost='multiply_adds' or 'latency' at epoch 0 (where fast_dev_run compresses, "
+            "too) must know an input before the first batch, and the module's `example_input_array` is not set. Set "
+            "it, or compress at epoch 1 or later."
         )
     moved = move_data_to_device(example, pl_module.device)
-    return observe(pl_module, trainer.precision_plugin.convert_input(moved))
+    return observe(pl_module, trainer.precision_plugin.convert_input(moved), timed_for, progress)

@@ -1,8 +1,20 @@
 """Latency: what a model's layers take on this device, dense and factorized, measured."""
 
 from lr_callback.latency.curves import Curve, LayerTimes, MeasuredCost
+from lr_callback.latency.files import device_facts
 from lr_callback.latency.inputs import LayerInput
 from lr_callback.latency.measure import Latencies, Progress, measure
 from lr_callback.latency.timing import Timing, timed
 
-__all__ = ["Curve", "Latencies", "LayerInput", "LayerTimes", "MeasuredCost", "Progress", "Timing", "measure", "timed"]
+__all__ = [
+    "Curve",
+    "Latencies",
+    "LayerInput",
+    "LayerTimes",
+    "MeasuredCost",
+    "Progress",
+    "Timing",
+    "device_facts",
+    "measure",
+    "timed",
+]

@@ -48,7 +48,7 @@ def test_epochs_must_name_one_and_none_twice(epochs):
 
 
 def test_unknown_cost_names_the_known_ones():
-    units = r"\['parameters', 'multiply_adds', 'bytes'\]"
+    units = r"\['parameters', 'multiply_adds', 'bytes', 'latency'\]"
     with pytest.raises(ValueError, match=f"`cost` must be one of {units}, got 'flops'"):
         LowRankCompression(cost="flops")
 
@@ -95,7 +95,7 @@ def test_budget_out_of_reach_is_refused_before_the_first_step_with_the_range(fit
     module = new_module()
     low = lrc.analyze(module).reachable[0]
     match = (
-        rf"the budget must be at least [\d,]+ parameters, got [\d,]+\..* Reachable: keep_ratio from {low:.4f} to 1\."
+        rf"the budget must be at least [\d,]+ parameters, got [\d,]+ parameters\..* Reachable: keep_ratio from {low:.4f} to 1\."
     )
     assert refused(fit, module, LowRankCompression(ratios, [1, 2]), ValueError, match) == 0
 
