@@ -9,7 +9,7 @@ the next of these takes, which is not less than it does.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import gcd
 
 import torch
@@ -47,6 +47,10 @@ class Curve:
     step: int
     times: Mapping[int, int]
     misfit: float = 0.0
+
+    def scaled(self, factor: float) -> Curve:
+        """Return the times on a machine that is slower by a factor."""
+        return replace(self, times={rank: round(time * factor) for rank, time in self.times.items()})
 
     @property
     def last(self) -> int:
@@ -149,6 +153,10 @@ class LayerTimes:
 
     dense: int
     curves: Mapping[Key, Curve] = field(default_factory=dict)
+
+    def scaled(self, factor: float) -> LayerTimes:
+        """Return the times on a machine that is slower by a factor."""
+        return LayerTimes(round(self.dense * factor), {key: one.scaled(factor) for key, one in self.curves.items()})
 
 
 @dataclass(frozen=True)

@@ -7,25 +7,29 @@ the same way. What the whole takes beyond its layers is the rest, which no facto
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import torch
 from torch import nn
 
-from lr_callback.factorization import Factorization
+from lr_callback.latency.bench import Bench, form_of
 from lr_callback.latency.curves import Curve, Key, LayerTimes, measured_curve
-from lr_callback.latency.files import Times, device_facts
+from lr_callback.latency.files import device_facts
 from lr_callback.latency.inputs import LayerInput
-from lr_callback.latency.timing import Timing, timed
-from lr_callback.layer_types import build, layer_cost, layer_type
-from lr_callback.layers import FactorizedLayer, any_weight, dense_bias
+from lr_callback.latency.timing import Stopwatch
+from lr_callback.layer_types import layer_cost
+from lr_callback.layers import any_weight
 from lr_callback.methods import Method
 from lr_callback.written import check_fields
 
 SPREAD_SAID, SPREAD_REFUSED = 0.15, 0.6
 """Spread of repeated runs that is warned of, and that is too much to decide by."""
+
+_LEAST_ROUNDS, _MOST_ROUNDS, _SECONDS = 5, 50, 2.0
 
 Progress = Callable[[int, int, str], None]
 """Called before each layer with the number done, the number of all, and its name."""
@@ -103,117 +107,75 @@ def measure(
         ValueError: If there is a file of times of another device in the place of this one's.
         RuntimeError: If repeated runs differ so much that nothing can be told from them.
     """
-    device = any_weight(next(iter(layers.values()))).device
-    bench = _Bench(device)
-    found, now = {}, 0
+    bench = Bench(any_weight(next(iter(layers.values()))).device)
+    found: dict[str, LayerTimes] = {}
     with torch.no_grad():
         for done, (name, layer) in enumerate(layers.items()):
             if progress is not None:
                 progress(done, len(layers), name)
-            calls = inputs.get(name, ())
-            found[name] = bench.times(layer, calls, method)
-            now += bench.standing(layer, calls)
-        whole = bench.noted(timed(run, device, seconds=2.0))
-    bench.known.save()
-    _check_spread(bench.spread)
-    return Latencies(max(0, whole.nanoseconds - now), found, bench.spread, device_facts(device))
+            found[name] = _times(bench, layer, inputs.get(name, ()), method)
+        bench.known.save()
+        _check_spread(bench.spread)
+        whole, own = _side_by_side(bench, layers, inputs, run)
+    before = sum(_standing(bench, layer, inputs.get(name, ())) for name, layer in layers.items())
+    factor = min(own, whole) / before if before else 1.0
+    scaled = {name: of.scaled(factor) for name, of in found.items()}
+    return Latencies(round(max(0.0, whole - own)), scaled, bench.spread, device_facts(bench.device))
 
 
-class _Bench:
-    """Where the forms of layers are built and timed, each once."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.known = device, Times(device)
-        self._weighted = self._total = 0.0
-
-    @property
-    def spread(self) -> float:
-        """Mean spread of what was measured, weighted by time."""
-        return self._weighted / self._total if self._total else 0.0
-
-    def noted(self, timing: Timing) -> Timing:
-        """Count a time in the spread."""
-        self._weighted += timing.spread * timing.nanoseconds
-        self._total += timing.nanoseconds
-        return timing
-
-    def standing(self, layer: nn.Module, calls: Sequence[LayerInput]) -> int:
-        """Return what a layer takes as it is."""
-        form = (layer.folding, layer.num_slices, layer.rank) if isinstance(layer, FactorizedLayer) else None
-        return sum(self._time(layer, call, form) for call in calls)
-
-    def times(self, layer: nn.Module, calls: Sequence[LayerInput], method: Method) -> LayerTimes:
-        """Return what a layer takes in all of its calls, dense and in each form that a method may choose."""
-        dense = sum(self._time(layer, call, None) for call in calls)
-        cost = layer_cost(layer)
-        curves: dict[Key, Curve] = {}
-        if not calls:
-            return LayerTimes(dense)
-        for folding in cost.distinct_foldings(method.foldings):
-            for count in method.slice_counts(cost.geometry):
-                found = self._curve(layer, calls, (folding, count), dense)
-                if found is not None:
-                    curves[folding, count] = found
-        return LayerTimes(dense, curves)
-
-    def _curve(self, layer: nn.Module, calls: Sequence[LayerInput], key: Key, dense: int) -> Curve | None:
-        # A form with as many parameters as the dense layer has as much to read and, two calls being slower than one,
-        # more to do: it is not faster.
-        last = layer_cost(layer).last_rank(*key)
-        if last < 1:
-            return None
-
-        def time(rank: int) -> int:
-            return sum(self._time(layer, call, (*key, rank)) for call in calls)
-
-        return measured_curve(time, last, dense, key[1] * layer_cost(layer).geometry.groups)
-
-    def _time(self, layer: nn.Module, call: LayerInput, form: tuple[str, int, int] | None) -> int:
-        named, text = f"{_described(layer)} | {call}", "dense" if form is None else "/".join(map(str, form))
-        timing = self.known.get(named, text)
-        if timing is None:
-            timing = self._measured(layer, call, form)
-            self.known.put(named, text, timing)
-        return self.noted(timing).nanoseconds
-
-    def _measured(self, layer: nn.Module, call: LayerInput, form: tuple[str, int, int] | None) -> Timing:
-        made = _built(layer, form)
-        given = call.made(self.device, int(getattr(layer, "num_embeddings", 1)))
-        with torch.autocast(self.device.type, dtype=call.autocast, enabled=call.autocast is not None):
-            return timed(lambda: made(given), self.device)
+def _times(bench: Bench, layer: nn.Module, calls: Sequence[LayerInput], method: Method) -> LayerTimes:
+    """Return what a layer takes in all of its calls, dense and in each form that a method may choose."""
+    dense = sum(bench.time(layer, call, None) for call in calls)
+    cost = layer_cost(layer)
+    curves: dict[Key, Curve] = {}
+    for folding in cost.distinct_foldings(method.foldings):
+        for count in method.slice_counts(cost.geometry):
+            found = _curve(bench, layer, calls, (folding, count), dense)
+            if found is not None:
+                curves[folding, count] = found
+    return LayerTimes(dense, curves)
 
 
-def _built(layer: nn.Module, form: tuple[str, int, int] | None) -> nn.Module:
-    """Return a form of a layer on its device, its weights made up: no time depends on them."""
-    with torch.inference_mode(False):
-        if form is not None:
-            folding, count, rank = form
-            made: nn.Module = build(layer, Factorization(folding, count, rank, 0.0, 0, 0))
-        else:
-            made = (layer if isinstance(layer, FactorizedLayer) else _as_factorized(layer)).dense_skeleton()
-    for parameter in made.parameters():
-        parameter.requires_grad_(False).fill_(0.01)
-    return made.eval()
+def _curve(bench: Bench, layer: nn.Module, calls: Sequence[LayerInput], key: Key, dense: int) -> Curve | None:
+    # A form with as many parameters as the dense layer has as much to read and, two calls being slower than one, more
+    # to do: it is not faster.
+    last = layer_cost(layer).last_rank(*key)
+    if last < 1:
+        return None
+
+    def time(rank: int) -> int:
+        return sum(bench.time(layer, call, (*key, rank)) for call in calls)
+
+    return measured_curve(time, last, dense, key[1] * layer_cost(layer).geometry.groups)
 
 
-def _as_factorized(layer: nn.Module) -> FactorizedLayer:
-    return build(layer, Factorization("kernel_in_encoder", 1, 1, 0.0, 0, 0))
+def _standing(bench: Bench, layer: nn.Module, calls: Sequence[LayerInput]) -> int:
+    return sum(bench.time(layer, call, form_of(layer)) for call in calls)
 
 
-def _described(layer: nn.Module) -> str:
-    """Return what the time of a layer depends on, dense or factorized alike."""
-    kind, weight = layer_type(layer), any_weight(layer)
-    assert kind is not None
-    facts = [f"{name}={getattr(layer, name)}" for name in kind.attributes]
-    facts += [f"bias={dense_bias(layer) is not None}", str(weight.dtype).removeprefix("torch.")]
-    facts += ["channels_last"] if weight.dim() == 4 and _is_last(layer) else []
-    return f"{kind.__name__}({', '.join(facts)})"
+def _side_by_side(
+    bench: Bench,
+    layers: Mapping[str, nn.Module],
+    inputs: Mapping[str, Sequence[LayerInput]],
+    run: Callable[[], object],
+) -> tuple[float, float]:
+    """Return the nanoseconds of the model, and of its layers as they stand, both of the same moments.
 
-
-def _is_last(layer: nn.Module) -> bool:
-    dense = (layer if isinstance(layer, FactorizedLayer) else _as_factorized(layer)).dense_skeleton()
-    weight = any_weight(dense)
-    return weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+    A machine that others use is slower at times; what is compared must have been measured side by side.
+    """
+    counts = Counter((bench.name(layer, call), name, call) for name, layer in layers.items() for call in inputs[name])
+    each: dict[str, tuple[Stopwatch, int]] = {}
+    for (text, name, call), count in counts.items():
+        watch = each[text][0] if text in each else bench.stopwatch(layers[name], call, form_of(layers[name]))
+        each[text] = watch, count + (each[text][1] if text in each else 0)
+    model = Stopwatch(run, bench.device)
+    whole: list[float] = []
+    own: list[float] = []
+    while len(whole) < _LEAST_ROUNDS or (len(whole) < _MOST_ROUNDS and sum(whole) + sum(own) < 1e9 * _SECONDS):
+        own.append(sum(watch.block() * count for watch, count in each.values()))
+        whole.append(model.block())
+    share = median(part / all_of_it for part, all_of_it in zip(own, whole, strict=True))
+    return median(whole), share * median(whole)
 
 
 def _check_spread(spread: float) -> None:

@@ -44,12 +44,32 @@ def timed(run: Callable[[], object], device: torch.device, seconds: float = 0.1)
         >>> timed(numbers.sum, numbers.device, seconds=0.01).nanoseconds > 0
         True
     """
-    _elapsed(run, device, 1)
-    calls = ceil(_BLOCK / max(1, _elapsed(run, device, 1)))
+    watch = Stopwatch(run, device)
     blocks: list[float] = []
-    while len(blocks) < _LEAST_BLOCKS or not _is_enough(blocks, calls, seconds):
-        blocks.append(_elapsed(run, device, calls) / calls)
+    while len(blocks) < _LEAST_BLOCKS or not _is_enough(blocks, watch.calls, seconds):
+        blocks.append(watch.block())
     return Timing(max(1, round(median(blocks))), _spread(blocks))
+
+
+class Stopwatch:
+    """Times a call by itself, or, where it is short, several in a row.
+
+    Args:
+        run: the call; it is made twice beforehand.
+        device: that it works on.
+
+    Attributes:
+        calls: that are timed at once.
+    """
+
+    def __init__(self, run: Callable[[], object], device: torch.device) -> None:
+        self._run, self._device = run, device
+        _elapsed(run, device, 1)
+        self.calls = ceil(_BLOCK / max(1, _elapsed(run, device, 1)))
+
+    def block(self) -> float:
+        """Return the nanoseconds of a call, now."""
+        return _elapsed(self._run, self._device, self.calls) / self.calls
 
 
 def _is_enough(blocks: Sequence[float], calls: int, seconds: float) -> bool:

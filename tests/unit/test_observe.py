@@ -76,7 +76,7 @@ def test_arguments_may_be_positional_or_named_and_layers_called_by_name(example)
 
 
 def test_without_an_example_it_says_what_is_needed():
-    with pytest.raises(ValueError, match=r"`example_input`: multiply-adds and latency are of a run on an example input, got none"):
+    with pytest.raises(ValueError, match="multiply-adds and latency are of a run on an example input, got none"):
         observe(network(), None)
 
 

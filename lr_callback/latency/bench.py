@@ -1,0 +1,118 @@
+"""Bench: the forms of layers, built and timed one by one, each once for a device.
+
+A machine that others use is slower at times. So the dense layer is timed beside each form of it, and what the form took
+is told as if the dense layer had taken what it took at first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from lr_callback.factorization import Factorization
+from lr_callback.latency.files import Times
+from lr_callback.latency.inputs import LayerInput
+from lr_callback.latency.timing import Stopwatch, Timing, timed
+from lr_callback.layer_types import build, layer_type
+from lr_callback.layers import FactorizedLayer, any_weight, dense_bias
+
+Form = tuple[str, int, int] | None
+"""Folding, number of slices and rank of a factorized layer; None: the dense one."""
+
+
+def form_of(layer: nn.Module) -> Form:
+    """Return the form that a layer has."""
+    return (layer.folding, layer.num_slices, layer.rank) if isinstance(layer, FactorizedLayer) else None
+
+
+class Bench:
+    """Where the forms of layers are timed.
+
+    Args:
+        device: that they are on.
+
+    Attributes:
+        known: the times of this device, those of earlier runs among them.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.known = device, Times(device)
+        self._weighted = self._total = 0.0
+        self._beside: tuple[str, Stopwatch] | None = None
+
+    @property
+    def spread(self) -> float:
+        """Mean spread of the times that were asked for, weighted by time."""
+        return self._weighted / self._total if self._total else 0.0
+
+    def name(self, layer: nn.Module, call: LayerInput) -> str:
+        """Return what the time of a layer depends on, dense and factorized alike, as text."""
+        kind, weight = layer_type(layer), any_weight(layer)
+        assert kind is not None
+        facts = [f"{name}={getattr(layer, name)}" for name in kind.attributes]
+        facts += [f"bias={dense_bias(layer) is not None}", str(weight.dtype).removeprefix("torch.")]
+        facts += ["channels_last"] if _is_channels_last(layer) else []
+        return f"{kind.__name__}({', '.join(facts)}) | {call}"
+
+    def time(self, layer: nn.Module, call: LayerInput, form: Form) -> int:
+        """Return the nanoseconds of one form of a layer, with an input; measured if it is not known."""
+        name, text = self.name(layer, call), "dense" if form is None else "/".join(map(str, form))
+        timing = self.known.get(name, text)
+        if timing is None:
+            timing = self._dense(layer, call) if form is None else self._beside_dense(name, layer, call, form)
+            self.known.put(name, text, timing)
+        self._weighted += timing.spread * timing.nanoseconds
+        self._total += timing.nanoseconds
+        return timing.nanoseconds
+
+    def stopwatch(self, layer: nn.Module, call: LayerInput, form: Form) -> Stopwatch:
+        """Return what times a form of a layer, now."""
+        return Stopwatch(self._run(layer, call, form), self.device)
+
+    def _dense(self, layer: nn.Module, call: LayerInput) -> Timing:
+        return timed(self._run(layer, call, None), self.device)
+
+    def _beside_dense(self, name: str, layer: nn.Module, call: LayerInput, form: Form) -> Timing:
+        first = self.time(layer, call, None)
+        if self._beside is None or self._beside[0] != name:
+            self._beside = name, self.stopwatch(layer, call, None)
+        run, watch = self._run(layer, call, form), self._beside[1]
+        before = watch.block()
+        timing = timed(run, self.device)
+        factor = 2 * first / (before + watch.block())
+        return Timing(max(1, round(timing.nanoseconds * factor)), timing.spread)
+
+    def _run(self, layer: nn.Module, call: LayerInput, form: Form) -> Callable[[], object]:
+        """Return a call of a form of a layer, its weights and its input made up: no time depends on them."""
+        made, given = _built(layer, form), call.made(self.device, int(getattr(layer, "num_embeddings", 1)))
+
+        def run() -> object:
+            with torch.autocast(self.device.type, dtype=call.autocast, enabled=call.autocast is not None):
+                return made(given)
+
+        return run
+
+
+def _built(layer: nn.Module, form: Form) -> nn.Module:
+    with torch.inference_mode(False):
+        if form is not None:
+            folding, count, rank = form
+            made: nn.Module = build(layer, Factorization(folding, count, rank, 0.0, 0, 0))
+        else:
+            made = _any_form(layer).dense_skeleton()
+    for parameter in made.parameters():
+        parameter.requires_grad_(False).fill_(0.01)
+    return made.eval()
+
+
+def _any_form(layer: nn.Module) -> FactorizedLayer:
+    if isinstance(layer, FactorizedLayer):
+        return layer
+    return build(layer, Factorization("kernel_in_encoder", 1, 1, 0.0, 0, 0))
+
+
+def _is_channels_last(layer: nn.Module) -> bool:
+    weight = any_weight(_any_form(layer).dense_skeleton())
+    return weight.dim() == 4 and weight.stride() != torch.empty(weight.shape, device="meta").stride()
