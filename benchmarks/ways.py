@@ -92,14 +92,16 @@ def pruned(model: nn.Module, subject: Subject, ratio: float, round_to: int = 1) 
     library = imported("torch_pruning", "torch-pruning")
     budget = ratio * multiply_adds(model, subject)
 
+    step = lcm(round_to, model.encoder.layers[0].num_heads if isinstance(model, VisionTransformer) else 1)
+
     def build(share: float) -> nn.Module:
         smaller = deepcopy(model)
-        _pruner(library, smaller, subject, (share,), round_to).step()
+        _pruner(library, smaller, subject, (share,), step).step()
         return _consistent(smaller)
 
-    most = 1 - max(1 - STRONGEST, round_to / _narrowest(library, model, subject))
+    most = min(STRONGEST, max(0.0, 1 - (step + 1) / _narrowest(library, model, subject)))  # none loses all channels
     share, enough = bracket(lambda share: multiply_adds(build(share), subject) / budget, most)
-    pruner = _pruner(library, model, subject, (share, enough), round_to)
+    pruner = _pruner(library, model, subject, (share, enough), step)
     pruner.step()
     for group in pruner.step(interactive=True):  # of the last step no more than it takes
         group.prune()
@@ -112,9 +114,8 @@ def _call(subject: Subject) -> Callable[[nn.Module, object], object]:
     return lambda network, _: network(subject.example)
 
 
-def _pruner(library: ModuleType, model: nn.Module, subject: Subject, shares: Sequence[float], round_to: int) -> Any:  # noqa: ANN401
+def _pruner(library: ModuleType, model: nn.Module, subject: Subject, shares: Sequence[float], step: int) -> Any:  # noqa: ANN401
     """Return a pruner that takes the named shares, one after the other."""
-    heads = model.encoder.layers[0].num_heads if isinstance(model, VisionTransformer) else 1
     return library.pruner.BasePruner(
         model,
         None,
@@ -123,7 +124,7 @@ def _pruner(library: ModuleType, model: nn.Module, subject: Subject, shares: Seq
         iterative_steps=len(shares),
         iterative_pruning_ratio_scheduler=lambda *_: [0.0, *shares],
         ignored_layers=kept_layers(library, model, _call(subject)),
-        round_to=lcm(heads, round_to),
+        round_to=step,
     )
 
 
@@ -159,8 +160,11 @@ def tucker(model: nn.Module, subject: Subject, ratio: float) -> nn.Module:
             smaller.set_submodule(name, _tucker_layer(library, layer, 1 - dropped))
         return smaller.eval()
 
-    _, dropped = bracket(lambda dropped: multiply_adds(build(dropped), subject) / budget)
+    dropped, enough = bracket(lambda dropped: multiply_adds(build(dropped), subject) / budget)
     smaller = build(dropped)
+    for name, layer in layers.items():  # the smaller rank in no more layers than it takes
+        if multiply_adds(smaller, subject) > budget:
+            smaller.set_submodule(name, _tucker_layer(library, layer, 1 - enough))
     for name, layer in layers.items():
         weight: Any = smaller.get_submodule(name).weight
         fill = weight.init_from_matrix if isinstance(layer, nn.Linear) else weight.init_from_tensor
