@@ -3,7 +3,8 @@
     python benchmarks/peers.py --data DIR
 
 with torch-pruning and tltorch installed (a way whose package is missing is a row that says so). ``--networks`` and
-``--ratios`` measure a part; what was measured before of the others is kept.
+``--ratios`` measure a part; what was measured before of the others is kept. Without ``--data`` only networks with
+random weights are measured.
 
 Ways are those of ``ways.py``. All networks of a size are built first, and take turns then: the time of each is divided
 by that of the dense network in the same round, and what is kept is the median over the rounds, so that a busy machine
@@ -125,8 +126,9 @@ def taking_turns(models: dict[str, nn.Module], of: Subject, rounds: int) -> dict
 
 def speed(times: Sequence[float], dense: Sequence[float], kept: float) -> Row:
     """Return milliseconds, and the medians of what is divided within a round."""
-    faster = median(other / own for own, other in zip(times, dense, strict=True))
-    return {"milliseconds": 1000 * median(times), "speed_up": faster, "of_reduction": faster * kept}
+    each = [other / own for own, other in zip(times, dense, strict=True)]
+    row = {"milliseconds": 1000 * median(times), "speed_up": median(each), "of_reduction": median(each) * kept}
+    return {**row, "speed_ups": [round(one, 3) for one in each]}
 
 
 def size(model: nn.Module) -> int:
@@ -154,31 +156,31 @@ def accuracies(model: nn.Module, data: CIFAR10Data) -> Row:
 
 
 MEASURES = {
-    "milliseconds": ("faster", min, "{:.0f} ms"),
-    "bytes": ("smaller on disk", min, "{:,} bytes"),
-    "seconds": ("built sooner", min, "{:.1f} s"),
-    "error": ("nearer to the dense outputs", min, "{:.2f}"),
-    "accuracy": ("more accurate right after the cut", max, "{:.1f} %"),
-    "recalibrated": ("more accurate with BatchNorm recalibrated", max, "{:.1f} %"),
+    "milliseconds": ("faster", min, "{:.1f} ms", 0.05),
+    "bytes": ("smaller on disk", min, "{:,} bytes", 0.0),
+    "seconds": ("built sooner", min, "{:.1f} s", 0.2),
+    "error": ("nearer to the dense outputs", min, "{:.3f}", 0.0),
+    "accuracy": ("more accurate right after the cut", max, "{:.1f} %", 0.0),
+    "recalibrated": ("more accurate with BatchNorm recalibrated", max, "{:.1f} %", 0.0),
 }
-"""What is compared, what it is to be better in it, which is the best value, and how it is written."""
+"""What is compared, what it is to be better in it, which is the best, how it is written, what difference is noise."""
 
 
 def wins(rows: Sequence[Row]) -> list[str]:
     """Return a sentence for each measure in which another way is better than every one of this package."""
-    smaller = [row for row in rows if row["way"] != "dense"]
-    ours = [row for row in smaller if row["way"].startswith(OURS)]
-    others = [row for row in smaller if not row["way"].startswith(OURS)]
+    smaller = [row for row in rows if row["way"] != "dense" and "kept" in row]
+    if not any(row["way"].startswith(OURS) for row in smaller):
+        return [f"{row['way']} can be that small, and no way of {OURS} can" for row in smaller]
     sentences = []
-    for key, (better, best, form) in MEASURES.items():
-        known, compared = [[row for row in of if key in row] for of in (others, ours)]
-        if not known:
+    for key, (better, best, form, noise) in MEASURES.items():
+        ours = [row[key] for row in smaller if key in row and row["way"].startswith(OURS)]
+        others = [row for row in smaller if key in row and not row["way"].startswith(OURS)]
+        if not others:
             continue
-        winner = best(known, key=lambda row: row[key])
-        own = best((row[key] for row in compared), default=None)
-        if own is None or best(own, winner[key]) != own:
-            its, written = form.format(winner[key]), "out of reach" if own is None else form.format(own)
-            sentences += [] if its == written else [f"{winner['way']} is {better}: {its}, {OURS} at best {written}"]
+        winner = best(others, key=lambda row: row[key])
+        its, own = winner[key], best(ours)
+        if best(its, own) != own and abs(its - own) > noise * own:
+            sentences.append(f"{winner['way']} is {better}: {form.format(its)}, {OURS} at best {form.format(own)}")
     return sentences
 
 
@@ -233,13 +235,14 @@ def main() -> None:
     """Measure every network at every size, and keep the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="folder of CIFAR-10 and of the trained networks, cifar10_NAME.pt")
-    parser.add_argument("--networks", nargs="+", default=[*RANDOM, *TRAINED], choices=[*RANDOM, *TRAINED])
+    parser.add_argument("--networks", nargs="+", choices=[*RANDOM, *TRAINED])
     parser.add_argument("--ratios", nargs="+", type=float, default=list(RATIOS))
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
     torch.set_num_threads(THREADS)
     warnings.filterwarnings("ignore", category=UserWarning)  # the libraries' own, of what they were asked for
-    wanted = [(name, ratio) for name in arguments.networks for ratio in arguments.ratios]
+    networks = arguments.networks or [*RANDOM, *(TRAINED if arguments.data else ())]
+    wanted = [(name, ratio) for name in networks for ratio in arguments.ratios]
     rows = before(wanted)
     for name, ratio in wanted:
         data = images(arguments.data, CALIBRATION["batch_size"]) if name in TRAINED else None
