@@ -179,8 +179,9 @@ def wins(rows: Sequence[Row]) -> list[str]:
             continue
         winner = best(others, key=lambda row: row[key])
         its, own = winner[key], best(ours)
-        if best(its, own) != own and abs(its - own) > noise * own:
-            sentences.append(f"{winner['way']} is {better}: {form.format(its)}, {OURS} at best {form.format(own)}")
+        written = form.format(its), form.format(own)
+        if best(its, own) != own and abs(its - own) > noise * own and written[0] != written[1]:
+            sentences.append(f"{winner['way']} is {better}: {written[0]}, {OURS} at best {written[1]}")
     return sentences
 
 
