@@ -38,7 +38,7 @@ from analysis import network, seconds
 from environment import RESULTS, keep, markdown
 from networks import trained
 from torch import nn
-from ways import OURS, WAYS, Subject, multiply_adds
+from ways import OURS, WAYS, WITH_DATA, Subject, multiply_adds
 
 import lr_callback as lrc
 from lr_callback.analysis import survey
@@ -216,7 +216,14 @@ def text(rows: Iterable[Row]) -> str:
         "`of the reduction`: the speed-up, divided by how many times fewer the multiply-adds are; 1 is all of it."
     ]
     for (name, ratio), part in parts.items():
-        lines = wins(part) or ["none"]
+        lines = wins(part)
+        told = {line.partition(":")[0] for line in lines}
+        blind = [
+            line
+            for line in wins([row for row in part if row["way"] != WITH_DATA])
+            if line.partition(":")[0] not in told
+        ]
+        lines = [*lines, *(f"without training images, {line}" for line in blind)] or ["none"]
         share = f"{100 * part[0]['left_dense']:.1f} %"
         written.append(f"## {name} at {ratio}")
         written.append(f"{share} of the multiply-adds are in layers that {OURS} leaves dense whatever the budget.")

@@ -229,11 +229,13 @@ def imported(name: str, packages: str) -> ModuleType:
 
 
 OURS = "lr_callback"
+WITH_DATA = f"{OURS}, the callback's default, refitted"
+"""The one way that sees training images."""
 
 WAYS: Mapping[str, Way] = {
     f"{OURS}, `ALDS()`": partial(low_rank, method=lrc.ALDS()),
     f"{OURS}, one slice, ranks of 16": partial(low_rank, method=lrc.ALDS(max_slices=1, rank_multiple=16)),
-    f"{OURS}, the callback's default, refitted": refitted,
+    WITH_DATA: refitted,
     "plain SVD, one fraction": partial(low_rank, method=lrc.UniformRank()),
     "torch-pruning": pruned,
     "torch-pruning, channels of 16": partial(pruned, round_to=16),
