@@ -66,7 +66,7 @@ def prune_filters_(model: nn.Module, keep_ratio: float, network: nn.Module, exam
         importance=library.importance.GroupMagnitudeImportance(p=_NORMS[norm]),
         pruning_ratio=1.0,
         iterative_steps=_STEPS,
-        ignored_layers=_kept(library, network, call),
+        ignored_layers=kept_layers(library, network, call),
     )
     for _ in range(_STEPS):
         if _parameters(model) <= keep_ratio * dense:
@@ -90,7 +90,9 @@ def _call(example: Example) -> Callable[[nn.Module, object], object]:
     return lambda network, _: network(*arguments, **named)
 
 
-def _kept(library: ModuleType, network: nn.Module, call: Callable[[nn.Module, object], object]) -> list[nn.Module]:
+def kept_layers(
+    library: ModuleType, network: nn.Module, call: Callable[[nn.Module, object], object]
+) -> list[nn.Module]:
     """Return the layers whose filters stay: those of the network's outputs, and those that are padded by constants."""
     graph = library.DependencyGraph().build_dependency(network, None, forward_fn=call)
     kept: list[nn.Module] = []
