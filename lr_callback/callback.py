@@ -61,8 +61,8 @@ class LowRankCompression(Checkpointed):
         method: how to choose ranks; None: ``ALDS("activation", "loss", power=4, shrinkage=0.5)``, which weighs errors
             by what comes into the layers and what they do to the outputs; where that cannot be measured ``ALDS()``,
             with a warning.
-        cost: ``parameters``, ``bytes`` of the state dict's tensors, or ``multiply_adds`` as counted on the first
-            training batch (for epoch 0 on the module's ``example_input_array``).
+        cost: ``parameters``, ``bytes`` of the state dict's tensors, ``multiply_adds`` as counted on the first training
+            batch (for epoch 0 on the module's ``example_input_array``), or ``latency`` as measured there.
         include: patterns of layers; only these are factorized. By default all. A glob pattern of names (``layer1.*``),
             a type (``type:Linear``), ``place:first`` or ``place:last`` (:mod:`lr_callback.patterns`).
         exclude: patterns of layers that stay dense.

@@ -32,6 +32,21 @@ def shared() -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True, scope="session")
+def cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Let measured times be those of this run of the tests: none are read from before, none are left behind."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LR_CALLBACK_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Let a test have a folder of measured times of its own, empty at first, and return it."""
+    monkeypatch.setenv("LR_CALLBACK_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
 @pytest.fixture
 def crew() -> Iterator[Workers]:
     """Open workers for the length of a test."""

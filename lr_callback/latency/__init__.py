@@ -4,7 +4,7 @@ from lr_callback.latency.curves import Curve, LayerTimes, MeasuredCost
 from lr_callback.latency.files import device_facts
 from lr_callback.latency.inputs import LayerInput
 from lr_callback.latency.measure import Latencies, Progress, measure
-from lr_callback.latency.timing import Timing, timed
+from lr_callback.latency.timing import Stopwatch, Timing, timed
 
 __all__ = [
     "Curve",
@@ -13,6 +13,7 @@ __all__ = [
     "LayerTimes",
     "MeasuredCost",
     "Progress",
+    "Stopwatch",
     "Timing",
     "device_facts",
     "measure",

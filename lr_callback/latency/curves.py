@@ -99,13 +99,13 @@ def measured_curve(time: Callable[[int], int], last: int, dense: int, width: int
     step = BLOCK // gcd(BLOCK, width)
     if at(1) >= dense:
         return None
-    if last < step or at(step) > at(1) / _FINER:
-        for rank in _powers(2, min(step - 1, last)):
+    if last <= step or at(step) > at(1) / _FINER:
+        for rank in [*_powers(2, min(step - 1, last)), min(step, last)]:
             at(rank)
     if last <= step:
-        return _curve(1 if last < step else step, times)
+        return _curve(step, times)
     misfit = _refine(at, step, last // step * step, step, dense)
-    return _curve(_finer(at, times, step, last), times, misfit)
+    return _curve(_finer(at, step, last), times, misfit)
 
 
 def _powers(first: int, last: int) -> Iterable[int]:
@@ -131,14 +131,10 @@ def _refine(at: Callable[[int], int], low: int, high: int, step: int, dense: int
     return max(_refine(at, low, middle, step, dense), _refine(at, middle, high, step, dense))
 
 
-def _finer(at: Callable[[int], int], times: Mapping[int, int], step: int, last: int) -> int:
+def _finer(at: Callable[[int], int], step: int, last: int) -> int:
     """Return the step, halved for as long as a rank between two multiples is clearly faster than the upper one."""
-    while step > 1:
-        half = step // 2
-        next_one = max(step, (last // 2) // step * step)
-        if next_one > last or at(next_one - half) >= _FINER * at(next_one):
-            break
-        step = half
+    while step > 1 and 2 * step <= last and at(2 * step - step // 2) < _FINER * at(2 * step):
+        step //= 2
     return step
 
 

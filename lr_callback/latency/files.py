@@ -27,7 +27,7 @@ _VARIABLE = "LR_CALLBACK_CACHE"
 
 def device_facts(device: torch.device) -> dict[str, Any]:
     """Return what the time of a layer depends on besides the layer: the device, its libraries, the threads."""
-    facts: dict[str, Any] = {"torch": torch.__version__, "machine": platform.machine(), "type": device.type}
+    facts: dict[str, Any] = {"torch": str(torch.__version__), "machine": platform.machine(), "type": device.type}
     if device.type == "cuda":
         precise = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
         return {**facts, "name": torch.cuda.get_device_name(device), "tf32": list(precise)}

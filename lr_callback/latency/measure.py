@@ -26,7 +26,7 @@ from lr_callback.layers import any_weight
 from lr_callback.methods import Method
 from lr_callback.written import check_fields
 
-SPREAD_SAID, SPREAD_REFUSED = 0.15, 0.6
+SPREAD_SAID, SPREAD_REFUSED = 0.15, 2.0
 """Spread of repeated runs that is warned of, and that is too much to decide by."""
 
 _LEAST_ROUNDS, _MOST_ROUNDS, _SECONDS = 5, 50, 2.0

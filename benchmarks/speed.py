@@ -1,0 +1,190 @@
+"""How much of a reduction of multiply-adds becomes time, and how well times are predicted.
+
+    python benchmarks/speed.py [--networks resnet18 resnet50 vgg16 vit_base_patch16_224]
+
+Networks have seeded random weights: time does not depend on them. Batches of 32 images on two threads, in eval mode,
+without gradients; convolutional networks have their channels last in memory, dense and factorized alike. All networks
+of a kind take turns; the time of each is divided by that of the dense network in the same round, and what is kept is
+the median over the rounds. ``compiled`` is ``torch.compile`` with inductor's freezing, which folds BatchNorm into the
+convolutions and appends activations to them.
+
+First the ranks are chosen under a budget in multiply-adds, one slice, multiples of 16 (a block of this processor); then
+under one in time, ``cost="latency"``, for which the share of the dense time that was predicted stands beside the one
+that was measured. ``at best`` is what the first could be if the time of the layers fell as their multiply-adds do and
+the rest, which no factorization changes, stayed: the share of the rest is that of the eager run. ViT is timm's, whose
+attention is made of Linear layers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import timm
+import torch
+import torchvision
+from environment import RESULTS, keep, markdown
+from torch import Tensor, nn
+
+import lr_callback as lrc
+from lr_callback.analysed import Analysis
+from lr_callback.analysis import analyze
+from lr_callback.latency import Stopwatch
+from lr_callback.observe import Observation, observe
+from lr_callback.pricing import Prices
+
+NETWORKS = ("resnet18", "resnet50", "vgg16", "vit_base_patch16_224")
+RATIOS = (0.5, 0.3, 0.2)
+BATCH, THREADS, SEED = 32, 2, 0
+
+Row = dict[str, Any]
+
+
+def subject(name: str) -> tuple[nn.Module, Tensor]:
+    """Return a network in eval mode, and a batch of images, in the memory format that is fastest for it."""
+    torch.manual_seed(SEED)
+    images = torch.randn(BATCH, 3, 224, 224)
+    if name.startswith("vit"):
+        made: nn.Module = timm.create_model(name, pretrained=False)
+        return made.eval(), images
+    made = getattr(torchvision.models, name)(weights=None)
+    last = torch.channels_last
+    return made.eval().to(memory_format=last), images.contiguous(memory_format=last)
+
+
+def smaller(model: nn.Module, found: Analysis, seen: Observation) -> dict[float, tuple[nn.Module, Row]]:
+    """Return the network at each ratio that can be reached, and what is known of it beforehand."""
+    made: dict[float, tuple[nn.Module, Row]] = {}
+    for ratio in RATIOS:
+        try:
+            allocation = found.allocate(ratio)
+        except ValueError:
+            continue
+        cut = deepcopy(model)
+        lrc.factorize_(cut, allocation)
+        kept = seen.multiply_adds(cut) / seen.dense_multiply_adds
+        made[ratio] = cut, {"kept": kept, "predicted": allocation.cost / allocation.dense_cost}
+    return made
+
+
+def compiled(model: nn.Module, images: Tensor) -> nn.Module:
+    """Return a network compiled for inference."""
+    torch.compiler.reset()
+    made: nn.Module = torch.compile(deepcopy(model))
+    made(images)
+    return made
+
+
+def in_turns(networks: Mapping[str, nn.Module], images: Tensor, rounds: int) -> dict[str, list[float]]:
+    """Return the milliseconds of each network in each round."""
+    watches = {name: Stopwatch(lambda model=model: model(images), images.device) for name, model in networks.items()}
+    times: dict[str, list[float]] = {name: [] for name in networks}
+    for _ in range(rounds):
+        for name, watch in watches.items():
+            times[name].append(watch.block() / 1e6)
+    return times
+
+
+def rows(name: str, rounds: int) -> list[Row]:
+    """Measure a network in all ways."""
+    model, images = subject(name)
+    with torch.no_grad():
+        counted = lrc.ALDS(max_slices=1, rank_multiple=16)
+        seen = observe(model, images)
+        cuts = smaller(model, analyze(model, counted, prices=Prices("multiply_adds", seen)), seen)
+        found = measured(name, "multiply_adds, eager", model, cuts, images, rounds)
+        found += measured(name, "multiply_adds, compiled", model, cuts, images, rounds, compile_it=True)
+        start = perf_counter()
+        timed = observe(model, images, lrc.ALDS(max_slices=1))
+        seconds = perf_counter() - start
+        cuts = smaller(model, analyze(model, lrc.ALDS(max_slices=1), prices=Prices("latency", timed)), seen)
+        found += measured(name, "latency", model, cuts, images, rounds)
+        assert timed.latencies is not None
+        facts = {"seconds": seconds, "rest": timed.latencies.rest / timed.latencies.dense}
+        return [{**row, **facts} for row in found]
+
+
+def measured(
+    name: str,
+    way: str,
+    model: nn.Module,
+    cuts: Mapping[float, tuple[nn.Module, Row]],
+    images: Tensor,
+    rounds: int,
+    compile_it: bool = False,
+) -> list[Row]:
+    """Return a row for each smaller network."""
+    networks = {"dense": model, **{str(ratio): cut for ratio, (cut, _) in cuts.items()}}
+    if compile_it:
+        networks = {key: compiled(one, images) for key, one in networks.items()}
+    times = in_turns(networks, images, rounds)
+    found = []
+    for ratio, (_, facts) in cuts.items():
+        own = times[str(ratio)]
+        faster = median(dense / one for dense, one in zip(times["dense"], own, strict=True))
+        each = {"dense_ms": median(times["dense"]), "ms": median(own), "speed_up": faster}
+        found.append({"network": name, "way": way, "ratio": ratio, **facts, **each})
+    return found
+
+
+def tables(found: Sequence[Row]) -> str:
+    """Return both tables."""
+    counted = [
+        [
+            row["network"],
+            row["way"].partition(", ")[2],
+            f"{row['kept']:.3f}",
+            f"{row['dense_ms']:,.0f}",
+            f"{row['ms']:,.0f}",
+            f"{row['speed_up']:.2f}",
+            f"{row['speed_up'] * row['kept']:.2f}",
+            f"{row['kept'] / (row['rest'] + (1 - row['rest']) * row['kept']):.2f}" if "eager" in row["way"] else "",
+        ]
+        for row in found
+        if row["way"] != "latency"
+    ]
+    timed = [
+        [
+            row["network"],
+            f"{row['ratio']:.2f}",
+            f"{row['predicted']:.3f}",
+            f"{1 / row['speed_up']:.3f}",
+            f"{row['predicted'] * row['speed_up'] - 1:+.1%}",
+            f"{row['kept']:.3f}",
+            f"{row['seconds']:.0f}",
+        ]
+        for row in found
+        if row["way"] == "latency"
+    ]
+    first = ["network", "run", "multiply-adds kept", "dense, ms", "ms", "speed-up", "speed-up / reduction", "at best"]
+    second = ["network", "time asked", "predicted", "measured", "off", "multiply-adds kept", "measuring, s"]
+    return (
+        f"Budget in multiply-adds, one slice, ranks in multiples of 16:\n\n{markdown(first, counted)}\n\n"
+        f"Budget in time, one slice, as shares of the dense time:\n\n{markdown(second, timed)}"
+    )
+
+
+def main() -> None:
+    """Measure the networks that are asked for; those of an earlier run are kept."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="*", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--rounds", type=int, default=7)
+    chosen = parser.parse_args()
+    torch.set_num_threads(THREADS)
+    torch._inductor.config.freezing = True
+    file = RESULTS / "speed.json"
+    known = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.is_file() else []
+    for name in chosen.networks:
+        new = rows(name, chosen.rounds)
+        known = [row for row in known if row["network"] != name] + new
+        known.sort(key=lambda row: NETWORKS.index(row["network"]))
+        keep("speed", "Time and multiply-adds", "python benchmarks/speed.py", {"rows": known}, tables(known))
+
+
+if __name__ == "__main__":
+    main()

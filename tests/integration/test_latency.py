@@ -1,0 +1,143 @@
+"""A budget in time, in runs of a real Trainer."""
+
+import copy
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import lr_callback as lrc
+from lr_callback.latency import device_facts
+from lr_callback.latency.files import folder
+
+pytestmark = [
+    pytest.mark.usefixtures("own_cache"),
+    pytest.mark.filterwarnings("ignore:Latency. repeated runs differ"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+]
+METHOD = lrc.ALDS(slices=[1])
+SILENT = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+
+
+class Wide(LightningModule):
+    """Two layers that take most of the time, one of which is by far the larger."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.network = nn.Sequential(
+            nn.Linear(64, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 4)
+        )
+
+    def forward(self, inputs):
+        return self.network(inputs)
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.network(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+def loader() -> DataLoader:
+    random = torch.Generator().manual_seed(5)
+    return DataLoader(TensorDataset(torch.randn(256, 64, generator=random), torch.arange(256) % 4), batch_size=128)
+
+
+def run(callback, tmp_path, module=None, ckpt_path=None, more=()):
+    trainer = Trainer(max_epochs=2, callbacks=[callback, *more], default_root_dir=tmp_path, **SILENT)
+    module = module or Wide()
+    trainer.fit(module, loader(), ckpt_path=ckpt_path)
+    return trainer, module
+
+
+class Saves(Callback):
+    """Write a checkpoint at the end of the first epoch."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        if trainer.current_epoch == 0:
+            trainer.save_checkpoint(self.file)
+
+
+def compression(keep_ratio=0.8, **options):
+    return lrc.LowRankCompression(keep_ratio, **{"cost": "latency", "method": METHOD, "refit": None, **options})
+
+
+@pytest.mark.situation("Goals", "a budget in measured time", "works")
+def test_the_slow_layer_is_made_faster_and_the_budget_holds(tmp_path):
+    callback = compression()
+    run(callback, tmp_path)
+    found = callback.allocation
+    assert "network.2" in found.factorized
+    assert found.unit == "latency" and found.cost <= found.budget < found.dense_cost
+    assert all(layer.cost < layer.dense_cost for layer in found.factorized.values())
+    assert "microseconds" in found.summary()
+
+
+def test_a_run_says_what_can_be_reached_in_time(tmp_path, capsys):
+    run(compression(), tmp_path)
+    assert "of parameters" not in capsys.readouterr().err
+    callback = compression(0.001)
+    with pytest.raises(ValueError, match=r"the budget must be at least [\d,]+ microseconds, got"):
+        run(callback, tmp_path)
+    assert callback.allocation is None
+
+
+def test_the_times_of_a_run_are_those_of_its_checkpoints(tmp_path):
+    """Another measurement would give other ranks: a resumed run must go on as the run before would have."""
+    callback, file, again = compression(), tmp_path / "before.ckpt", compression()
+    run(callback, tmp_path, more=[Saves(file)])
+    run(again, tmp_path, ckpt_path=file)
+    assert again._counting.observation == callback._counting.observation
+    assert again.allocation == callback.allocation is not None
+
+
+@pytest.mark.situation("Goals", "a budget in measured time, resumed on another device", "works, measured again")
+def test_times_of_another_device_are_measured_again(tmp_path):
+    file = tmp_path / "elsewhere.ckpt"
+    run(compression(), tmp_path, more=[Saves(file)])
+    written = torch.load(file, weights_only=True)
+    state = next(one for name, one in written["callbacks"].items() if name.startswith("LowRankCompression"))
+    state["observation"]["latencies"]["device"]["name"] = "another processor"
+    torch.save(written, file)
+    module, again = Wide(), compression()
+    module.example_input_array = torch.zeros(128, 64)
+    with pytest.warns(UserWarning, match="has no times of this device, they are measured again"):
+        run(again, tmp_path, module, ckpt_path=file)
+    assert again._counting.observation.latencies.device == device_facts(torch.device("cpu"))
+    assert again.allocation is not None
+
+
+def test_a_file_of_another_device_ends_the_run_before_a_step(tmp_path):
+    run(compression(), tmp_path)
+    (file,) = folder().iterdir()
+    written = json.loads(file.read_text("utf-8"))
+    written["device"]["threads"] = 99
+    file.write_text(json.dumps(written), encoding="utf-8")
+    module = Wide()
+    module.example_input_array = torch.zeros(128, 64)
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(ValueError, match=r"must be of this device, and is of another \(threads: 99, here"):
+        run(compression(epochs=0), tmp_path, module)
+    assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
+
+
+def test_at_epoch_0_an_example_is_needed(tmp_path):
+    with pytest.raises(MisconfigurationException, match=r"or 'latency' at epoch 0 .* must know an input"):
+        run(compression(epochs=0), tmp_path)
+
+
+def test_time_beside_parameters(tmp_path):
+    callback = lrc.LowRankCompression(budget={"parameters": 0.6, "latency": 0.9}, method=METHOD, refit=None)
+    run(callback, tmp_path)
+    found = callback.allocation
+    assert found.cost <= 0.6 * found.dense_cost
+    assert found.others["latency"].cost <= found.others["latency"].budget
