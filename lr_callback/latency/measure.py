@@ -29,7 +29,7 @@ from lr_callback.written import check_fields
 SPREAD_SAID, SPREAD_REFUSED = 0.15, 2.0
 """Spread of repeated runs that is warned of, and that is too much to decide by."""
 
-_LEAST_ROUNDS, _MOST_ROUNDS, _SECONDS = 5, 50, 2.0
+_LEAST_ROUNDS, _MOST_ROUNDS, _SECONDS = 3, 50, 2.0
 
 Progress = Callable[[int, int, str], None]
 """Called before each layer with the number done, the number of all, and its name."""

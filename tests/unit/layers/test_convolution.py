@@ -37,6 +37,15 @@ def test_the_output_size_of_a_transposed_convolution_may_be_asked_for(kind, fold
         layer(inputs, [9] * (axes - 1))
 
 
+@pytest.mark.parametrize("rank", [1, 2])
+def test_slices_of_one_channel_are_a_depthwise_encoder(rank):
+    """What libraries have kernels of their own for: as many groups as channels."""
+    layer = lrc.FactorizedConv2d(nn.Conv2d(8, 16, 3, padding=1), num_slices=8, rank=rank)
+    encoder = layer.encoder
+    assert (encoder.groups, encoder.in_channels, encoder.out_channels) == (8, 8, 8 * rank)
+    assert layer.decoder.kernel_size == (1, 1)
+
+
 @pytest.mark.parametrize("folding", ["kernel_in_encoder", "height_in_decoder", "kernel_in_decoder"])
 @pytest.mark.parametrize(
     ("layer", "last"),
