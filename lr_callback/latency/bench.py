@@ -86,7 +86,7 @@ class Bench:
 
     def _run(self, layer: nn.Module, call: LayerInput, form: Form) -> Callable[[], object]:
         """Return a call of a form of a layer, its weights and its input made up: no time depends on them."""
-        made, given = _built(layer, form), call.made(self.device, int(getattr(layer, "num_embeddings", 1)))
+        made, given = _built(layer, form), call.made(any_weight(layer).device, int(getattr(layer, "num_embeddings", 1)))
 
         def run() -> object:
             with torch.autocast(self.device.type, dtype=call.autocast, enabled=call.autocast is not None):

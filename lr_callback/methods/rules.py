@@ -56,7 +56,8 @@ class _RankRule(_ScalarRule):
             return None
         candidate = layer.candidates[0]
         rank = max(1, self.rank(candidate, generosity))
-        return (candidate, rank) if rank <= candidate.last else None
+        # Measured costs do not only rise: a rank below the last may be slower than the dense layer, and has no error.
+        return (candidate, rank) if rank <= candidate.last and candidate.errors[rank].isfinite() else None
 
 
 class UniformRank(_RankRule):

@@ -163,3 +163,15 @@ def test_an_allocation_in_time_is_carried_out_and_read_again():
     lrc.factorize_(model, allocation)
     assert {name for name in find_layers(model).layers} == {"0", "2", "3"}
     assert Times(CPU).path.is_file()
+
+
+@pytest.mark.parametrize("method", [lrc.UniformRank(), lrc.EnergyThreshold(), lrc.LRank(), METHOD], ids=repr)
+def test_every_method_leaves_a_slow_rank_alone(method):
+    """Between two fast ranks there is a slow one, which costs more than the dense layer."""
+    bumpy = LayerTimes(5000, {(FOLDING, 1): Curve(16, {16: 400, 32: 9000, 48: 1600, 64: 3000})})
+    analysis = analyze(network(), method, prices=Prices("latency", known(_0=bumpy, _2=SLOW, _3=SLOW)))
+    low, high = analysis.reachable
+    for step in range(11):
+        for layer in analysis.allocate(low + (high - low) * step / 10).factorized.values():
+            assert layer.cost < 5000
+            assert layer.relative_error < 2
