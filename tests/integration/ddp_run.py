@@ -192,6 +192,20 @@ def uneven() -> dict[str, Any]:
     return {**watch.seen(module), "allocation": compression.allocation.to_dict()}
 
 
+def timed() -> dict[str, Any]:
+    """Choose by time, which each rank measures for itself."""
+    module, watch = Module(), Watch()
+    torch.manual_seed(4)
+    wide = nn.Linear(1024, 1024)
+    module.network = nn.Sequential(nn.Flatten(), nn.Linear(32, 1024), nn.ReLU(), wide, nn.ReLU(), nn.Linear(1024, 4))
+    compression = LowRankCompression(0.8, 1, cost="latency", method=lrc.ALDS(slices=[1]), refit=None, show_table=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Latency: repeated runs differ")
+        trainer(watch, compression, max_epochs=2).fit(module, loader())
+    assert compression.allocation is not None
+    return {**watch.seen(module), "allocation": compression.allocation.to_dict()}
+
+
 def distilled() -> dict[str, Any]:
     """Learn from the network before the first cut, whose statistics each rank has of its own batches."""
     compression, own = events(distill=0.5), []
@@ -268,6 +282,7 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "double": double,
     "buffers": buffers,
     "batches of other sizes": uneven,
+    "timed": timed,
     "uncountable": uncountable,
     "auto": automatic,
     "gentle refit": lambda: uncountable("factors are not refitted", compression=events(refit="auto")),

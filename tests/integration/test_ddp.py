@@ -57,7 +57,7 @@ FAILED = {
 OTHERS = [
     *("averages of other bits", "averages on one rank", "momentum of other bits"),
     *("double", "buffers", "fails to agree", "fails apart", "resume", "logs", "batches of other sizes", "uncountable"),
-    *("network that talks", "fsdp2", "auto", "gentle refit"),
+    *("network that talks", "fsdp2", "auto", "gentle refit", "timed"),
 ]
 needs_fork = pytest.mark.skipif(
     torch.cuda.is_available(), reason="where there is a GPU, a process that has trained cannot be forked"
@@ -251,6 +251,14 @@ def test_budget_in_multiply_adds_is_one_for_ranks_with_batches_of_other_sizes(re
     found = read("batches of other sizes")
     assert all_same(found, "grads", "weights", "allocation")
     assert found[0]["allocation"]["unit"] == "multiply_adds"
+
+
+@pytest.mark.situation("Goals", "a budget in measured time, on several processes", "works")
+def test_budget_in_time_is_chosen_by_what_the_first_rank_measured(read):
+    found = read("timed")
+    assert all_same(found, "grads", "weights", "allocation")
+    assert found[0]["allocation"]["unit"] == "latency"
+    assert any(layer is not None for layer in found[0]["allocation"]["layers"].values())
 
 
 def test_network_that_one_rank_cannot_run_again_is_compressed_all_the_same(read):
