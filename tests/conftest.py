@@ -2,6 +2,7 @@
 
 import os
 import re
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from lr_callback.parallel import Workers, workers
 # Tests run side by side: one thread each, in the processes that they start too, is faster than all threads each.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+# Times that tests measure are in nobody's way afterwards.
+_TIMES = tempfile.TemporaryDirectory()
+os.environ["LR_CALLBACK_CACHE"] = _TIMES.name
 
 # Derandomized: a run shows the same examples everywhere; without a database it leaves no folder behind.
 settings.register_profile("lr_callback", deadline=None, max_examples=40, derandomize=True, database=None)

@@ -3,10 +3,11 @@
 from lr_callback.latency.curves import Curve, LayerTimes, MeasuredCost
 from lr_callback.latency.files import device_facts
 from lr_callback.latency.inputs import LayerInput
-from lr_callback.latency.measure import Latencies, Progress, measure
+from lr_callback.latency.measure import Bench, Latencies, Progress, measure
 from lr_callback.latency.timing import Timing, timed
 
 __all__ = [
+    "Bench",
     "Curve",
     "Latencies",
     "LayerInput",

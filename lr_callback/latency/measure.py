@@ -104,7 +104,7 @@ def measure(
         RuntimeError: If repeated runs differ so much that nothing can be told from them.
     """
     device = any_weight(next(iter(layers.values()))).device
-    bench = _Bench(device)
+    bench = Bench(device)
     found, now = {}, 0
     with torch.no_grad():
         for done, (name, layer) in enumerate(layers.items()):
@@ -119,7 +119,7 @@ def measure(
     return Latencies(max(0, whole.nanoseconds - now), found, bench.spread, device_facts(device))
 
 
-class _Bench:
+class Bench:
     """Where the forms of layers are built and timed, each once."""
 
     def __init__(self, device: torch.device) -> None:
@@ -168,13 +168,24 @@ class _Bench:
 
         return measured_curve(time, last, dense, key[1] * layer_cost(layer).geometry.groups)
 
+    def timing(
+        self, layer: nn.Module, calls: Sequence[LayerInput], form: tuple[str, int, int] | None
+    ) -> Timing:
+        """Return what a form of a layer takes in all of its calls; None: dense."""
+        found = [self._timing(layer, call, form) for call in calls]
+        total = sum(one.nanoseconds for one in found)
+        return Timing(total, sum(one.spread * one.nanoseconds for one in found) / total)
+
     def _time(self, layer: nn.Module, call: LayerInput, form: tuple[str, int, int] | None) -> int:
+        return self._timing(layer, call, form).nanoseconds
+
+    def _timing(self, layer: nn.Module, call: LayerInput, form: tuple[str, int, int] | None) -> Timing:
         named, text = f"{_described(layer)} | {call}", "dense" if form is None else "/".join(map(str, form))
         timing = self.known.get(named, text)
         if timing is None:
             timing = self._measured(layer, call, form)
             self.known.put(named, text, timing)
-        return self.noted(timing).nanoseconds
+        return self.noted(timing)
 
     def _measured(self, layer: nn.Module, call: LayerInput, form: tuple[str, int, int] | None) -> Timing:
         made = _built(layer, form)
