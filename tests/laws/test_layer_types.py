@@ -14,7 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import lr_callback as lrc
 from lr_callback.errors import ERRORS, relative_errors
 from lr_callback.folding import FOLDINGS, fold
-from lr_callback.forms import forms_of, in_form
 from lr_callback.layer_types import dense_weight, layer_cost, layer_type
 from lr_callback.parallel import workers
 
@@ -118,22 +117,6 @@ def test_at_any_rank_a_layer_does_what_the_dense_one_with_its_weight_does(case):
     dense = model[0].to_dense()
     assert torch.equal(dense.weight, model[0].weight)
     assert near(model(case.inputs), dense(case.inputs))
-
-
-@law
-@given(cases(), st.booleans())
-def test_every_form_of_a_layer_does_what_it_does_and_is_restored(case, mostly_sliced):
-    rank = case.geometry.full_rank(case.folding, 1) // case.num_slices if mostly_sliced else case.rank
-    model = case.built(max(1, min(rank, case.rank)))
-    wanted = model(case.inputs)
-    for form in forms_of(model[0]):
-        made = nn.Sequential(in_form(model[0], form))
-        assert near(made(case.inputs), wanted)
-        assert near(made[0].weight, model[0].weight)
-        fresh = nn.Sequential(copy.deepcopy(case.layer))
-        lrc.restore_(fresh, made.state_dict())
-        assert near(fresh(case.inputs), wanted)
-        assert [one.shape for one in fresh.parameters()] == [one.shape for one in made.parameters()]
 
 
 @law
