@@ -168,9 +168,7 @@ class Bench:
 
         return measured_curve(time, last, dense, key[1] * layer_cost(layer).geometry.groups)
 
-    def timing(
-        self, layer: nn.Module, calls: Sequence[LayerInput], form: tuple[str, int, int] | None
-    ) -> Timing:
+    def timing(self, layer: nn.Module, calls: Sequence[LayerInput], form: tuple[str, int, int] | None) -> Timing:
         """Return what a form of a layer takes in all of its calls; None: dense."""
         found = [self._timing(layer, call, form) for call in calls]
         total = sum(one.nanoseconds for one in found)
