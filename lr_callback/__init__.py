@@ -38,6 +38,9 @@ from lr_callback.methods import UniformRank as UniformRank
 from lr_callback.surgery import SurgeryReport as SurgeryReport
 from lr_callback.surgery import densify_ as densify_
 from lr_callback.surgery import factorize_ as factorize_
+from lr_callback.tuned import Tuning as Tuning
+from lr_callback.tuning import tune as tune
+from lr_callback.tuning import tune_ as tune_
 
 if TYPE_CHECKING:
     from lr_callback.callback import LowRankCompression as LowRankCompression
@@ -79,6 +82,7 @@ __all__ = [
     "PCA",
     "SingularValueThreshold",
     "SurgeryReport",
+    "Tuning",
     "UniformRank",
     "allocate",
     "analyze",
@@ -96,6 +100,8 @@ __all__ = [
     "recalibrate_batchnorm_",
     "refit_",
     "restore_",
+    "tune",
+    "tune_",
 ]
 
 _ON_FIRST_USE = {

@@ -1,4 +1,4 @@
-"""Command line: LightningCLI with the callback ready to configure, a look at a model, its export, and studies."""
+"""Command line: LightningCLI with the callback ready to configure, a look at a model, exports, tuning, studies."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ from lr_callback.methods import Method
 from lr_callback.report import comparison
 from lr_callback.stages import measure_stages
 from lr_callback.study.command import study_command
+from lr_callback.tune_command import tune_command
 
 _DESCRIPTION = (
     "Train a model with low-rank compression on the way (fit), and evaluate checkpoints from before or after it. "
     "What compression would make of a model, without training it, shows: lr-callback analyze --help. "
     "A checkpoint's model for another program writes: lr-callback export --help. "
+    "Which form of its layers is fastest on a device measures: lr-callback tune --help. "
     "Methods are compared on one network by: lr-callback study --help"
 )
 
@@ -128,6 +130,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     if listed[:1] == ["export"]:
         _write(str(export_command(listed[1:])))
+        return
+    if listed[:1] == ["tune"]:
+        _write(tune_command(listed[1:]))
         return
     CompressionCLI(
         args=None if arguments is None else listed,

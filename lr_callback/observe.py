@@ -144,6 +144,16 @@ def observe_run(
     )
 
 
+def inputs_of_layers(model: nn.Module, run: Callable[[], object]) -> dict[str, tuple[LayerInput, ...]]:
+    """Return what each layer of ``model`` is called with while ``run`` calls it, in order; see :func:`observe`."""
+    with ExitStack() as stack:
+        stack.enter_context(untouched(model))
+        watched = {name: _Watched(layer, stack) for name, layer in find_layers(model).layers.items()}
+        stack.enter_context(as_written())
+        run()
+    return {name: tuple(one.inputs) for name, one in watched.items()}
+
+
 def _timed(
     model: nn.Module,
     run: Callable[[], object],

@@ -110,7 +110,7 @@ def call_of_step(model: LightningModule, datamodule: LightningDataModule | None)
     modules = dict(reversed(calls))  # the first call of each
     if len(modules) != 1:
         raise ValueError(
-            f"{type(model).__name__}: its test or validation step must call one module, to tell what is exported and "
+            f"{type(model).__name__}: its test or validation step must call one module, to tell what is run and "
             f"with which input, found {len(modules)}; give the network by --model and the shape of its input by "
             "--input_shape."
         )

@@ -9,6 +9,7 @@ import pytest
 
 from lr_callback.export_command import export_parser
 from lr_callback.formats import FORMATS
+from lr_callback.tune_command import tune_parser
 
 for package in ("onnx", "onnxscript", "onnxruntime", "safetensors"):
     pytest.importorskip(package)
@@ -21,7 +22,7 @@ def test_python_blocks_run_from_top_to_bottom(tmp_path, monkeypatch, capsys):
     exec(compile(code, "EXPORT.md", "exec"), {"__name__": "page"})
     shown = capsys.readouterr().out
     assert [line.split()[0] for line in shown.splitlines()[1::4]] == ["onnx", "torch-export", "safetensors"]
-    assert {one.name for one in tmp_path.iterdir()} == {"model.onnx", "model.pt2", "model.safetensors"}
+    assert {one.name for one in tmp_path.iterdir()} == {"model.onnx", "model.pt2", "model.safetensors", "tuned.pt"}
 
 
 def test_table_is_that_of_the_formats():
@@ -43,6 +44,7 @@ def test_what_formats_have_a_place_for_is_so():
 
 
 def test_options_exist():
-    known = {option for action in export_parser()._actions for option in action.option_strings}
+    parsers = export_parser(), tune_parser()
+    known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
     named = set(re.findall(r"--(?!model\.)\w+", PAGE))
     assert named <= known

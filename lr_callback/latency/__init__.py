@@ -1,5 +1,6 @@
 """Latency: what a model's layers take on this device, dense and factorized, measured."""
 
+from lr_callback.latency.bench import Bench
 from lr_callback.latency.curves import Curve, LayerTimes, MeasuredCost
 from lr_callback.latency.files import device_facts
 from lr_callback.latency.inputs import LayerInput
@@ -7,6 +8,7 @@ from lr_callback.latency.measure import Latencies, Progress, measure
 from lr_callback.latency.timing import Stopwatch, Timing, timed
 
 __all__ = [
+    "Bench",
     "Curve",
     "Latencies",
     "LayerInput",

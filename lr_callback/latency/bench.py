@@ -6,7 +6,7 @@ is told as if the dense layer had taken what it took at first.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -56,8 +56,17 @@ class Bench:
         facts += ["channels_last"] if _is_channels_last(layer) else []
         return f"{kind.__name__}({', '.join(facts)}) | {call}"
 
+    def timing(self, layer: nn.Module, calls: Sequence[LayerInput], form: Form) -> Timing:
+        """Return what a form of a layer takes in all of its calls, one at least."""
+        found = [self._timing(layer, call, form) for call in calls]
+        total = sum(one.nanoseconds for one in found)
+        return Timing(total, sum(one.spread * one.nanoseconds for one in found) / total)
+
     def time(self, layer: nn.Module, call: LayerInput, form: Form) -> int:
         """Return the nanoseconds of one form of a layer, with an input; measured if it is not known."""
+        return self._timing(layer, call, form).nanoseconds
+
+    def _timing(self, layer: nn.Module, call: LayerInput, form: Form) -> Timing:
         name, text = self.name(layer, call), "dense" if form is None else "/".join(map(str, form))
         timing = self.known.get(name, text)
         if timing is None:
@@ -65,7 +74,7 @@ class Bench:
             self.known.put(name, text, timing)
         self._weighted += timing.spread * timing.nanoseconds
         self._total += timing.nanoseconds
-        return timing.nanoseconds
+        return timing
 
     def stopwatch(self, layer: nn.Module, call: LayerInput, form: Form) -> Stopwatch:
         """Return what times a form of a layer, now."""
