@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib import import_module
 from typing import Any, ClassVar, Protocol
 
@@ -215,6 +216,7 @@ class ActivationCost(LayerCost):
         module: the layer, dense and without values.
         calls: of the layer.
         counted: parameters of the layer, by which equal foldings are told apart.
+        known: (folding, number of slices) -> bytes at rank 1, and of each rank more.
     """
 
     gates: ClassVar[bool] = False
@@ -222,6 +224,7 @@ class ActivationCost(LayerCost):
     module: nn.Module
     calls: tuple[KeptCall, ...]
     counted: CountedCost
+    known: dict[tuple[str, int], tuple[int, int]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, layer: nn.Module, calls: Sequence[KeptCall]) -> ActivationCost:
@@ -229,7 +232,7 @@ class ActivationCost(LayerCost):
         counted = layer_cost(layer)
         return cls(counted.geometry, weightless(layer), tuple(calls), counted)
 
-    @property
+    @cached_property
     def dense(self) -> int:
         """Bytes that the dense layer keeps: mostly none, what it saves is its input."""
         return _kept_by(self.module, self.calls)
@@ -240,8 +243,12 @@ class ActivationCost(LayerCost):
 
     def at_ranks(self, folding: str, num_slices: int, last: int) -> Tensor:
         """Return the bytes that the factorized layer keeps at rank 0 to ``last``, int64."""
-        first, second = self.at(folding, num_slices, 1), self.at(folding, num_slices, 2)
-        return first + (torch.arange(last + 1) - 1) * (second - first)
+        key = (folding, num_slices)
+        if key not in self.known:
+            first = self.at(folding, num_slices, 1)
+            self.known[key] = first, self.at(folding, num_slices, 2) - first
+        first, more = self.known[key]
+        return first + (torch.arange(last + 1) - 1) * more
 
     def last_rank(self, folding: str, num_slices: int) -> int:
         """Return the largest rank that keeps less than the dense layer; mostly 0, for none does."""

@@ -77,8 +77,9 @@ def test_a_cost_that_does_not_add_up_is_refused_before_the_first_step(run):
 
 CONFIG = """
 seed_everything: 0
-trainer: {max_epochs: 2, log_every_n_steps: 1, limit_train_batches: 2, limit_val_batches: 1, accelerator: cpu, logger: LOGGER,
-  enable_checkpointing: false, enable_progress_bar: false, enable_model_summary: false}
+trainer: {max_epochs: 2, log_every_n_steps: 1, limit_train_batches: 2, limit_val_batches: 1,
+  accelerator: cpu, logger: LOGGER, enable_checkpointing: false, enable_progress_bar: false,
+  enable_model_summary: false}
 compress:
   keep_ratio: 0.5
   cost: COST
