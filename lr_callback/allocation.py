@@ -9,7 +9,7 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from lr_callback.costs import COSTS, amount
+from lr_callback.costs import COSTS, amount, is_unit
 from lr_callback.factorization import Factorization, Spending, read_layer, read_shape, read_spending
 from lr_callback.table import WIDTH, align, readable, shorten, wrap
 from lr_callback.written import Kind, check_fields, describe, is_plain, read_json
@@ -38,7 +38,7 @@ class Allocation:
         dense_cost: of the whole model, all layers dense.
         budget: what ``cost`` had to stay within.
         keep_ratio: the fraction that was asked for, in (0, 1].
-        unit: of all costs, ``"parameters"``, ``"bytes"`` or ``"multiply_adds"``.
+        unit: of all costs, one of :data:`~lr_callback.costs.COSTS`, or the path of a user's function.
         error: name of the error measure.
         method: name and arguments of the method.
         gap: what the method's objective would be at its smallest is at least ``1 - gap`` times what it is here; 0 where
@@ -217,8 +217,10 @@ def _check_ranges(parts: Mapping[str, Any]) -> None:
     if not all(isinstance(reason, str) for reason in parts["skipped"].values()):
         raise ValueError("Allocation: `skipped` must give each reason as a string; the file is damaged or foreign.")
     _check_method(parts["method"])
-    if parts["unit"] not in COSTS:
-        raise ValueError(f"Allocation: `unit` must be one of {list(COSTS)}, got {parts['unit']!r}.")
+    if not is_unit(parts["unit"]):
+        raise ValueError(
+            f"Allocation: `unit` must be one of {list(COSTS)}, or the path of a function, got {parts['unit']!r}."
+        )
     if not 0 < parts["keep_ratio"] <= 1:
         raise ValueError(f"Allocation: `keep_ratio` must be in (0, 1], got {parts['keep_ratio']}.")
     if not 0 <= parts["cost"] <= parts["dense_cost"] or not parts["dense_cost"]:

@@ -117,7 +117,7 @@ class Analysis:
         short = [unit for unit in self.others if left[unit] < 0]
         try:
             if short:
-                raise ContradictoryError(f"{short[0]} that are not in these layers are more than that")
+                raise ContradictoryError(f"the {spoken(short[0])} that is not in these layers is more than that")
             return solve_budgets(self.method, self.free, left)
         except ContradictoryError as error:
             asked = ", ".join(f"{ratio:g} of {spoken(unit)}" for unit, ratio in ratios.items())

@@ -10,16 +10,17 @@ from torch import nn
 from lr_callback.allocation import Allocation
 from lr_callback.analysed import Analysis
 from lr_callback.candidates import LayerCandidates
-from lr_callback.costs import LATENCY, OBSERVED, LayerCost, check_cost
+from lr_callback.costs import ACTIVATION_MEMORY, LATENCY, OBSERVED, LayerCost, Unit
 from lr_callback.find import Found, find_layers
 from lr_callback.folding import Geometry
-from lr_callback.goals import check_goal, one_goal, units_of
+from lr_callback.goals import NOT_ALONE, check_goal, one_goal, units_of
 from lr_callback.importance import Importance, checked_importance, warn_of_unknown
 from lr_callback.latency import Progress
 from lr_callback.layerwise import candidates_of
 from lr_callback.methods import Method, check_method
 from lr_callback.observe import Observation, observe
 from lr_callback.overrides import Override, overridden, pinned, read_overrides
+from lr_callback.own_cost import read_cost
 from lr_callback.pricing import Prices, dense_again, layer_costs, leave_out_unused, no_gain
 from lr_callback.processes import Processes
 
@@ -31,7 +32,7 @@ def allocate(
     budget: Mapping[str, float] | None = None,
     max_error: float | None = None,
     method: Method | None = None,
-    cost: str = "parameters",
+    cost: Unit = "parameters",
     include: Sequence[str] | str | None = None,
     exclude: Sequence[str] | str | None = None,
     embeddings: bool = False,
@@ -50,7 +51,9 @@ def allocate(
         max_error: the smallest model in which no layer errs by more than this, in (0, 1].
         method: how to choose; None: :class:`~lr_callback.methods.ALDS`.
         cost: ``"parameters"``, ``"bytes"`` of the state dict's tensors, ``"multiply_adds"``, or ``"latency"``: the time
-            of a run on this device, measured layer by layer (:mod:`lr_callback.latency`).
+            of a run on this device, measured layer by layer (:mod:`lr_callback.latency`); or your own: a function, or
+            the path to import one by, that says what any module costs (:mod:`lr_callback.own_cost`). A ``budget`` may
+            have ``"activation_memory"``, too: bytes that a run keeps for its backward pass.
         include: patterns of layers, only these are factorized; None: all. Glob patterns of names, ``type:Linear``,
             ``place:first`` (:mod:`lr_callback.patterns`).
         exclude: patterns of layers that stay dense.
@@ -78,12 +81,13 @@ def allocate(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
-    check_cost(cost)
+    cost = read_cost(cost)
     goal = check_goal(one_goal(keep_ratio, budget, max_error, cost))
     units = units_of(goal, cost)
     is_counted = not OBSERVED.isdisjoint(units)
     timed_for = check_method(method) if LATENCY in units else None
-    seen = observe(model, example_input, timed_for) if is_counted or example_input is not None else None
+    is_observed, kept = is_counted or example_input is not None, ACTIVATION_MEMORY in units
+    seen = observe(model, example_input, timed_for, activations=kept) if is_observed else None
     used = None if is_counted else seen
     prices = [Prices(unit, seen) for unit in units]
     layers: dict[str, Any] = {"include": include, "exclude": exclude, "embeddings": embeddings, "overrides": overrides}
@@ -126,14 +130,14 @@ def analyze(
     """
     method, processes, paid = check_method(method), processes or Processes(), _listed(prices)
 
-    def priced() -> tuple[Found, dict[str, Units], dict[str, Override]]:
+    def priced() -> tuple[Found, dict[str, Units], dict[str, Override], dict[str, int]]:
         checked_importance(method.error, importance, method.needs_effects)
         found = find_layers(model, include, exclude)
         leave_out_unused(found, used)
         own = overridden(read_overrides(overrides), model, found)
-        return found, _units(found, paid, True, embeddings), own
+        return found, _units(found, paid, True, embeddings), own, _totals(model, paid)
 
-    found, units, pins = processes.agree(priced)
+    found, units, pins, totals = processes.agree(priced)
     costs, others = _first(units), _others(units)
     methods = _methods(method, costs, pins)
     owners = dict(zip(costs, processes.owners(_work(cost.geometry, method) for cost in costs.values()), strict=True))
@@ -143,7 +147,7 @@ def analyze(
         warn_of_unknown(list(costs), known)
     parts = processes.gather(lambda: candidates_of(own, costs, methods, progress, known, others), long=True)
     layers = {name: parts[owner][name] for name, owner in owners.items()}
-    return _analysis(model, method, paid, found, costs, layers, pins)
+    return _analysis(model, method, totals, found, costs, layers, pins)
 
 
 Units = Mapping[str, LayerCost]
@@ -151,7 +155,15 @@ Units = Mapping[str, LayerCost]
 
 
 def _listed(prices: Prices | Sequence[Prices] | None) -> list[Prices]:
-    return [prices or Prices()] if prices is None or isinstance(prices, Prices) else list(prices)
+    listed = [prices or Prices()] if prices is None or isinstance(prices, Prices) else list(prices)
+    if listed[0].unit == ACTIVATION_MEMORY:
+        raise ValueError(NOT_ALONE)
+    return listed
+
+
+def _totals(model: nn.Module, prices: Sequence[Prices]) -> dict[str, int]:
+    """Return what the model costs in each unit, all layers dense."""
+    return {one.unit: one.of_model(model) for one in prices}
 
 
 def _units(found: Found, prices: Sequence[Prices], skip_zero: bool, embeddings: bool) -> dict[str, Units]:
@@ -203,13 +215,13 @@ def survey(
     costs, others = _first(units), _others(units)
     methods = _methods(method, costs, pins)
     layers = {name: methods[name].priced(own, others[name]) for name, own in costs.items()}
-    return _analysis(model, method, paid, found, costs, layers, pins, known=False)
+    return _analysis(model, method, _totals(model, paid), found, costs, layers, pins, known=False)
 
 
 def _analysis(
     model: nn.Module,
     method: Method,
-    prices: Sequence[Prices],
+    totals: Mapping[str, int],
     found: Found,
     costs: Mapping[str, LayerCost],
     layers: dict[str, LayerCandidates],
@@ -223,16 +235,17 @@ def _analysis(
     layers = {name: layer for name, layer in layers.items() if name not in useless}
     if not layers:
         raise ValueError(_nothing(found))
+    (unit, dense), *others = totals.items()
     return Analysis(
         method=method,
-        unit=prices[0].unit,
+        unit=unit,
         layers=layers,
         shapes={name: costs[name].geometry.weight_shape for name in layers},
         stay_dense=dense_again(model, found.skipped),
         skipped=found.skipped,
-        dense_cost=prices[0].of_model(model),
+        dense_cost=dense,
         pinned=chosen,
-        others={one.unit: one.of_model(model) for one in prices[1:]},
+        others=dict(others),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -31,6 +32,7 @@ from lr_callback.host.strategies import check_same_weights, check_strategy, proc
 from lr_callback.host.trainer import check_optimizers, is_smoke_test, lacks
 from lr_callback.interrupts import held
 from lr_callback.methods import Method
+from lr_callback.own_cost import read_cost
 from lr_callback.projection import OptimizerState, check_optimizer_state
 from lr_callback.report import show
 from lr_callback.surgery import SurgeryReport, keep_places
@@ -61,8 +63,9 @@ class LowRankCompression(Checkpointed):
         method: how to choose ranks; None: ``ALDS("activation", "loss", power=4, shrinkage=0.5)``, which weighs errors
             by what comes into the layers and what they do to the outputs; where that cannot be measured ``ALDS()``,
             with a warning.
-        cost: ``parameters``, ``bytes`` of the state dict's tensors, ``multiply_adds`` as counted on the first training
-            batch (for epoch 0 on the module's ``example_input_array``), or ``latency`` as measured there.
+        cost: ``parameters``, ``bytes`` of the state dict's tensors, ``multiply_adds`` or ``latency`` as of the first
+            training batch (for epoch 0 of the ``example_input_array``); or your own: a function, or the path to import
+            one by, that says what any module costs (:mod:`lr_callback.own_cost`).
         include: patterns of layers; only these are factorized. By default all. A glob pattern of names (``layer1.*``),
             a type (``type:Linear``), ``place:first`` or ``place:last`` (:mod:`lr_callback.patterns`).
         exclude: patterns of layers that stay dense.
@@ -117,7 +120,7 @@ class LowRankCompression(Checkpointed):
         when: When = "epochs",
         ramp: bool = False,
         method: Method | None = None,
-        cost: str = "parameters",
+        cost: Callable[[nn.Module], float] | str = "parameters",
         include: list[str] | None = None,
         exclude: list[str] | None = None,
         embeddings: bool = False,
@@ -135,6 +138,7 @@ class LowRankCompression(Checkpointed):
         snapshots: bool = False,
         reset_monitors: bool = True,
     ) -> None:
+        cost = read_cost(cost)
         goal = one_goal(keep_ratio, budget, max_error, cost, max_accuracy_drop)
         super().__init__(units_of(goal, cost), method, distill, distill_temperature, learning_rate_rewind)
         check_optimizer_state(optimizer_state)

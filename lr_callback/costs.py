@@ -2,7 +2,8 @@
 
 A factorized layer costs ``fixed + rank * per_rank``. Units: ``parameters`` (``sum(p.numel())`` of the module that is
 built), ``bytes`` (of these parameters, each in its dtype) and ``multiply_adds`` (half of what torch's flop counter
-counts for it; biases are not counted).
+counts for it; biases are not counted). Units that are no such line in the rank have a :class:`LayerCost` of their own:
+``latency``, ``activation_memory``, and what a user's function says.
 
 A weight is applied at positions, and which ones depends on the layer. A convolution works at the positions of its
 output. A transposed one works at those of its input; where an encoder comes before, that is as large as the output
@@ -11,14 +12,15 @@ along the axes that the encoder has upsampled already. An embedding looks up: th
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import prod
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lr_callback.folding import FOLDINGS, Geometry, decoder_axes
 
@@ -28,11 +30,20 @@ COUNTED = ("parameters", "multiply_adds", "bytes")
 LATENCY = "latency"
 """Name of the unit that is measured: nanoseconds of one run, shown as microseconds."""
 
-COSTS = (*COUNTED, LATENCY)
+ACTIVATION_MEMORY = "activation_memory"
+"""Name of the unit of what a run keeps for its backward pass: bytes. Factorized layers keep more, not less."""
+
+COSTS = (*COUNTED, LATENCY, ACTIVATION_MEMORY)
 """Names of the known units."""
 
-OBSERVED = frozenset({"multiply_adds", LATENCY})
+OBSERVED = frozenset({"multiply_adds", LATENCY, ACTIVATION_MEMORY})
 """Units that depend on how the model is called."""
+
+Unit: TypeAlias = str | Callable[[nn.Module], float]
+"""What a user names as a cost: one of the known units, or a function of a module."""
+
+_OWN = re.compile(r"[^\W\d]\w*(\.([^\W\d]\w*|<locals>|<lambda>))+")
+"""The path of a function: names with dots between them, at least two."""
 
 Works = Literal["at outputs", "at inputs", "by lookup"]
 """Where a layer's multiply-adds arise: at each position of its output, of its input, or nowhere."""
@@ -190,14 +201,36 @@ class CountedCost(LayerCost):
         return self.fixed + rank * self.per_rank(folding, num_slices)
 
 
-def check_cost(cost: str) -> None:
+def check_cost(cost: object) -> None:
     """Refuse an unknown unit.
 
     Raises:
         ValueError: If ``cost`` is not in :data:`COSTS`.
     """
     if cost not in COSTS:
-        raise ValueError(f"`cost` must be one of {list(COSTS)}, got {cost!r}.")
+        raise ValueError(f"`cost` must be one of {list(COSTS)}, or a function of a module, got {cost!r}.")
+
+
+def is_unit(unit: object) -> bool:
+    """Return whether costs can be in a unit: a known one, or a function, by the path that it is imported by.
+
+    Example::
+
+        >>> is_unit("bytes"), is_unit("my_module.energy"), is_unit("byte")
+        (True, True, False)
+    """
+    return unit in COSTS or (isinstance(unit, str) and _OWN.fullmatch(unit) is not None)
+
+
+def most_of(unit: str) -> float:
+    """Return the largest fraction that can be asked for in a unit: 1, or more where factorized layers take more.
+
+    Example::
+
+        >>> most_of("bytes"), most_of("activation_memory")
+        (1.0, 10.0)
+    """
+    return 10.0 if unit == ACTIVATION_MEMORY else 1.0
 
 
 def amount(unit: str, cost: int) -> str:
@@ -205,10 +238,12 @@ def amount(unit: str, cost: int) -> str:
 
     Example::
 
-        >>> amount("multiply_adds", 12_000), amount("latency", 12_000)
-        ('12,000 multiply-adds', '12 microseconds')
+        >>> amount("multiply_adds", 12_000), amount("latency", 12_000), amount("my_module.energy", 12_000)
+        ('12,000 multiply-adds', '12 microseconds', '12,000 energy')
     """
-    return f"{cost / 1000:,.0f} microseconds" if unit == LATENCY else f"{cost:,} {spoken(unit)}"
+    if unit == LATENCY:
+        return f"{cost / 1000:,.0f} microseconds"
+    return f"{cost:,} {'bytes of ' if unit == ACTIVATION_MEMORY else ''}{spoken(unit)}"
 
 
 def spoken(unit: str) -> str:
@@ -216,7 +251,9 @@ def spoken(unit: str) -> str:
 
     Example::
 
-        >>> spoken("multiply_adds")
-        'multiply-adds'
+        >>> spoken("multiply_adds"), spoken("activation_memory")
+        ('multiply-adds', 'activation memory')
     """
-    return unit.replace("_", "-")
+    if unit == ACTIVATION_MEMORY:
+        return "activation memory"
+    return unit.replace("_", "-") if unit in COSTS else unit.rpartition(".")[2]

@@ -31,7 +31,6 @@ from lr_callback.importance import Importance, checked_importance
 from lr_callback.layer_types import dense_weight
 from lr_callback.layers import dense_bias
 from lr_callback.methods import Choice, Method, check_method
-from lr_callback.observe import as_written, untouched
 from lr_callback.outputs import Outputs, add, changes, outputs_of, summed
 from lr_callback.parallel import Workers, workers
 from lr_callback.pricing import Prices, layer_costs
@@ -39,6 +38,7 @@ from lr_callback.processes import Processes, by_name
 from lr_callback.running import runner, watching
 from lr_callback.surgery import standing_in
 from lr_callback.table import listed
+from lr_callback.untouched import as_written, untouched
 from lr_callback.written import is_number
 
 Batch = TypeVar("Batch")

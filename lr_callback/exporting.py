@@ -16,8 +16,8 @@ from lr_callback.example import Example, classes_around, largest_difference
 from lr_callback.formats import FORMATS, Order, check_format
 from lr_callback.layer_types import saved_cost
 from lr_callback.layers import FactorizedLayer
-from lr_callback.observe import kept_buffers, untouched
 from lr_callback.table import align
+from lr_callback.untouched import kept_buffers, untouched
 from lr_callback.values import check_has_values
 
 _TOLERANCES = {torch.float64: 1e-8, torch.float16: 2e-2, torch.bfloat16: 1e-1}

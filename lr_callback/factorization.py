@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lr_callback.costs import COSTS
+from lr_callback.costs import COSTS, most_of
 from lr_callback.folding import FOLDINGS
 from lr_callback.written import Kind, check_fields, describe
 
@@ -65,11 +65,13 @@ def read_spending(unit: object, written: object) -> Spending:
         ValueError: If it is damaged.
     """
     where = f"Allocation, `others`, {unit!r}"
-    if unit not in COSTS or not isinstance(written, Mapping):
+    if not isinstance(unit, str) or unit not in COSTS or not isinstance(written, Mapping):
         raise ValueError(f"{where}: must be one of {list(COSTS)} with a dict, got {describe(written)}.")
     one = Spending(**check_fields(written, {"cost": int, "dense_cost": int, "budget": int}, where))
-    if not 0 <= one.cost <= one.dense_cost or not one.dense_cost or one.budget < 0:
-        raise ValueError(f"{where}: `cost` must be from 0 to `dense_cost`, and `budget` not negative, got {one}.")
+    most = most_of(unit)
+    if not 0 <= one.cost <= most * one.dense_cost or not one.dense_cost or one.budget < 0:
+        limit = "`dense_cost`" if most == 1 else f"{most:g} times `dense_cost`"
+        raise ValueError(f"{where}: `cost` must be from 0 to {limit}, and `budget` not negative, got {one}.")
     return one
 
 

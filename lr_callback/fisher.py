@@ -22,10 +22,10 @@ from lr_callback.find import find_layers
 from lr_callback.importance import Importance
 from lr_callback.layer_types import layer_type
 from lr_callback.layers import FactorizedLayer
-from lr_callback.observe import as_written, untouched
 from lr_callback.optimizers import with_inner
 from lr_callback.processes import Processes, by_name
 from lr_callback.surgery import standing_in
+from lr_callback.untouched import as_written, untouched
 
 Batch = TypeVar("Batch")
 

@@ -18,8 +18,8 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 
 from lr_callback.example import Example
-from lr_callback.observe import kept_buffers
 from lr_callback.safetensors_file import read_safetensors, same_tensors, write_safetensors
+from lr_callback.untouched import kept_buffers
 
 if TYPE_CHECKING:
     from onnx_ir import Graph

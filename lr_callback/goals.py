@@ -11,13 +11,18 @@ from collections.abc import Mapping
 from math import inf
 from typing import TypeAlias
 
-from lr_callback.costs import COSTS
+from lr_callback.costs import ACTIVATION_MEMORY, COSTS, Unit, most_of
 from lr_callback.written import is_number
 
 Goal: TypeAlias = "float | Mapping[str, float]"
 
 MAX_ERROR = "max_error"
 MAX_ACCURACY_DROP = "max_accuracy_drop"
+NOT_ALONE = (
+    f"{ACTIVATION_MEMORY!r} cannot be asked for alone: a factorized layer keeps as much for the backward pass as the "
+    "dense one, and what is between its factors besides. Give it in `budget` beside another unit, as the fraction that "
+    f"it may grow to: budget={{'parameters': 0.3, '{ACTIVATION_MEMORY}': 1.2}}."
+)
 _OPEN = (MAX_ERROR, MAX_ACCURACY_DROP)
 """Goals that leave open how much is kept, in the one unit of ``cost``."""
 
@@ -85,19 +90,31 @@ def _check_max_accuracy_drop(drop: object) -> float:
 
 
 def _check_budget(budget: object) -> dict[str, float]:
-    if not isinstance(budget, Mapping) or not budget or not all(unit in COSTS for unit in budget):
-        raise ValueError(
-            f"`budget` must map units to fractions to keep, such as {{'parameters': 0.3, 'multiply_adds': 0.6}}; units "
-            f"are {', '.join(COSTS)}; got {budget!r}."
-        )
+    if not isinstance(budget, Mapping) or not budget or not all(isinstance(unit, str) for unit in budget):
+        own = "; a cost of your own can be asked for as `cost` alone, with `keep_ratio`"
+        raise ValueError(_no_budget(budget, own if isinstance(budget, Mapping) and budget else ""))
+    if not all(unit in COSTS for unit in budget):
+        raise ValueError(_no_budget(budget))
     for unit, ratio in budget.items():
-        if not is_number(ratio) or not 0 < float(ratio) <= 1:
-            raise ValueError(f"`budget`: the fraction of {unit} to keep must be a number in (0, 1], got {ratio!r}.")
-    return {unit: float(ratio) for unit, ratio in budget.items()}
+        if not is_number(ratio) or not 0 < float(ratio) <= most_of(unit):
+            raise ValueError(
+                f"`budget`: the fraction of {unit} to keep must be a number in (0, {most_of(unit):g}], got {ratio!r}."
+            )
+    if set(budget) == {ACTIVATION_MEMORY}:
+        raise ValueError(NOT_ALONE)
+    # The first is the unit of the allocation, in which every factorized layer costs less.
+    return {unit: float(budget[unit]) for unit in sorted(budget, key=ACTIVATION_MEMORY.__eq__)}
+
+
+def _no_budget(budget: object, more: str = "") -> str:
+    return (
+        f"`budget` must map units to fractions to keep, such as {{'parameters': 0.3, 'multiply_adds': 0.6}}; units "
+        f"are {', '.join(COSTS)}{more}; got {budget!r}."
+    )
 
 
 def one_goal(
-    keep_ratio: object, budget: object, max_error: object, cost: str, max_accuracy_drop: object = None
+    keep_ratio: object, budget: object, max_error: object, cost: Unit, max_accuracy_drop: object = None
 ) -> object:
     """Return what is asked for, by the one argument that is given.
 
@@ -124,6 +141,8 @@ def one_goal(
                 f"`cost` is the unit of `keep_ratio`; a `budget` names its own units, got cost={cost!r}, too."
             )
         return _check_budget(budget)
+    if cost == ACTIVATION_MEMORY:
+        raise ValueError(NOT_ALONE)
     if max_error is not None:
         return {MAX_ERROR: _check_max_error(max_error)}
     if max_accuracy_drop is not None:
@@ -133,7 +152,7 @@ def one_goal(
     return 0.5 if keep_ratio is None else keep_ratio
 
 
-def units_of(goal: object, cost: str) -> tuple[str, ...]:
+def units_of(goal: object, cost: Unit) -> tuple[Unit, ...]:
     """Return the units that a goal takes; the first is that of an allocation.
 
     Example::

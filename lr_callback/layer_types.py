@@ -68,9 +68,14 @@ def dense_weight(layer: nn.Module) -> Tensor:
 
 def build(layer: nn.Module, choice: Factorization) -> FactorizedLayer:
     """Return the factorized form of a dense or factorized layer, its weights not set."""
+    return build_form(layer, choice.folding, choice.num_slices, choice.rank)
+
+
+def build_form(layer: nn.Module, folding: str, num_slices: int, rank: int) -> FactorizedLayer:
+    """Return one form of a dense or factorized layer, its weights not set."""
     kind = layer_type(layer)
     assert kind is not None
-    return kind(layer, choice.num_slices, choice.rank, choice.folding)
+    return kind(layer, num_slices, rank, folding)
 
 
 def layer_cost(layer: nn.Module, calls: tuple[Call, ...] | None = None, in_bytes: bool = False) -> CountedCost:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,16 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from lr_callback.activations import Activations, count_kept
 from lr_callback.costs import Call
 from lr_callback.find import find_layers, replaceable_in
 from lr_callback.latency import Latencies, LayerInput, Progress, measure
 from lr_callback.layer_types import layer_type, saved_cost
 from lr_callback.layers import FactorizedLayer
 from lr_callback.methods import Method
-
-_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)
-_KEPT = frozenset({torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *_FLOATING})
-"""Dtypes of buffers that a model writes; torch cannot copy or compare all others."""
+from lr_callback.untouched import as_written, in_training, untouched
 
 
 @dataclass(frozen=True)
@@ -35,12 +32,14 @@ class Observation:
         reads: layer name -> how often the model took its weight without calling it, where it did: a factorized layer
             multiplies its factors each time, and what is done with their product costs as much as before.
         latencies: what layers and model take; None: they were not timed.
+        activations: what is kept for the backward pass; None: it was not counted.
     """
 
     dense_multiply_adds: int
     calls: Mapping[str, tuple[Call, ...]]
     reads: Mapping[str, int] = field(default_factory=dict)
     latencies: Latencies | None = None
+    activations: Activations | None = None
 
     def multiply_adds(self, model: nn.Module) -> int:
         """Return the multiply-adds of the model as it stands now, for the same run."""
@@ -59,7 +58,8 @@ class Observation:
             name: [[one.batch, list(one.inputs), list(one.outputs)] for one in of] for name, of in self.calls.items()
         }
         counted = {"dense_multiply_adds": self.dense_multiply_adds, "calls": calls, "reads": dict(self.reads)}
-        return counted if self.latencies is None else {**counted, "latencies": self.latencies.to_dict()}
+        more = {"latencies": self.latencies, "activations": self.activations}
+        return {**counted, **{name: one.to_dict() for name, one in more.items() if one is not None}}
 
     @classmethod
     def from_dict(cls, written: Mapping[str, Any]) -> Observation:
@@ -70,7 +70,9 @@ class Observation:
         }
         times = written.get("latencies")
         latencies = None if times is None else Latencies.from_dict(times)
-        return cls(written["dense_multiply_adds"], calls, dict(written.get("reads", {})), latencies)
+        kept = written.get("activations")
+        activations = None if kept is None else Activations.from_dict(kept)
+        return cls(written["dense_multiply_adds"], calls, dict(written.get("reads", {})), latencies, activations)
 
 
 def saved_multiply_adds(model: nn.Module, calls: Mapping[str, tuple[Call, ...]]) -> int:
@@ -92,7 +94,11 @@ def _to_compose(layer: FactorizedLayer) -> int:
 
 
 def observe(
-    model: nn.Module, example_input: object, timed_for: Method | None = None, progress: Progress | None = None
+    model: nn.Module,
+    example_input: object,
+    timed_for: Method | None = None,
+    progress: Progress | None = None,
+    activations: bool = False,
 ) -> Observation:
     """Run a model on an example, in eval mode and without gradients; leave it as it was.
 
@@ -101,6 +107,7 @@ def observe(
         example_input: a tensor, a tuple or list of positional arguments, or a dict of named ones.
         timed_for: the method among whose forms it is to choose by time; None: nothing is timed.
         progress: told of each layer that is timed.
+        activations: whether to run it once more, as it is trained, and count what is kept for the backward pass.
 
     Raises:
         ValueError: If there is no example input, nothing to time, or times in a file are of another device.
@@ -111,13 +118,14 @@ def observe(
         >>> observe(nn.Linear(6, 5), torch.zeros(2, 6)).dense_multiply_adds
         60
     """
-    return observe_run(model, _call_of(model, example_input), timed_for, progress)
+    return observe_run(model, _call_of(model, example_input), timed_for, progress, (example_input,) * activations)
 
 
 def _call_of(model: nn.Module, example_input: object) -> Callable[[], object]:
     if example_input is None:
         raise ValueError(
-            "`example_input`: multiply-adds and latency are of a run on an example input, got none; give a batch."
+            "`example_input`: multiply-adds, latency and activation memory are of a run on an example input, got none; "
+            "give a batch."
         )
     if isinstance(example_input, Mapping):
         return lambda: model(**example_input)
@@ -126,9 +134,21 @@ def _call_of(model: nn.Module, example_input: object) -> Callable[[], object]:
 
 
 def observe_run(
-    model: nn.Module, run: Callable[[], object], timed_for: Method | None = None, progress: Progress | None = None
+    model: nn.Module,
+    run: Callable[[], object],
+    timed_for: Method | None = None,
+    progress: Progress | None = None,
+    given: Sequence[object] = (),
 ) -> Observation:
-    """Observe the layers of ``model`` while ``run`` calls it, or a part of it; see :func:`observe`."""
+    """Observe the layers of ``model`` while ``run`` calls it, or a part of it; see :func:`observe`.
+
+    Args:
+        model: that is observed.
+        run: calls it.
+        timed_for: see :func:`observe`.
+        progress: see :func:`observe`.
+        given: the arguments of the calls; where there are some, what is kept for the backward pass is counted.
+    """
     with ExitStack() as stack:
         stack.enter_context(untouched(model))
         watched = {name: _Watched(layer, stack) for name, layer in find_layers(model).layers.items()}
@@ -139,9 +159,14 @@ def observe_run(
     reads = {name: one.reads for name, one in watched.items() if one.reads}
     dense = counter.get_total_flops() // 2 + saved_multiply_adds(model, calls) - composed_multiply_adds(model, reads)
     inputs = {name: one.inputs for name, one in watched.items() if one.inputs}
-    return Observation(
-        dense, calls, reads, None if timed_for is None else _timed(model, run, inputs, timed_for, progress)
-    )
+    timed = None if timed_for is None else _timed(model, run, inputs, timed_for, progress)
+    return Observation(dense, calls, reads, timed, _kept(model, run, given) if given else None)
+
+
+def _kept(model: nn.Module, run: Callable[[], object], given: Sequence[object]) -> Activations:
+    """Count what a run in training keeps for its backward pass."""
+    with in_training(model), as_written():
+        return count_kept(model, find_layers(model).layers, run, given)
 
 
 def inputs_of_layers(model: nn.Module, run: Callable[[], object]) -> dict[str, tuple[LayerInput, ...]]:
@@ -225,70 +250,3 @@ def _give_back(
     parameters.clear()
     parameters.update(watched)
     vars(holder)["_parameters"] = parameters
-
-
-@contextmanager
-def as_written() -> Iterator[None]:
-    """Run what is compiled as it is written: a compiled graph shows neither its layers nor, perhaps, its products."""
-    with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
-        warnings.filterwarnings("ignore", message="Using `torch.compile.module.` when there are global hooks")
-        yield
-
-
-def putting_back(values: Iterable[Tensor]) -> Callable[[], None]:
-    """Return what gives tensors the values again that they have now, in place."""
-    kept = [(value, value.detach().clone()) for value in values]
-
-    @torch.no_grad()
-    def put_back() -> None:
-        for value, former in kept:
-            value.copy_(former)
-
-    return put_back
-
-
-@contextmanager
-def kept_buffers(model: nn.Module) -> Iterator[None]:
-    """Put back the buffers that are written in between: some models count their calls in one, in eval mode too.
-
-    One that another shape takes the place of is a cache, which other attributes of its module describe, and stays.
-    """
-    held = [
-        (module, name, buffer, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if type(buffer) is Tensor and buffer.dtype in _KEPT and buffer.layout == torch.strided and not buffer.is_meta
-    ]
-    try:
-        yield
-    finally:
-        for module, name, buffer, before in held:
-            _put_back(module, name, buffer, before)
-
-
-@torch.no_grad()
-def _put_back(module: nn.Module, name: str, buffer: Tensor, before: Tensor) -> None:
-    # Versions do not tell: batch_norm writes its running statistics without a new one.
-    if buffer.shape == before.shape and not buffer.is_inference() and not torch.equal(buffer, before):
-        buffer.copy_(before)
-    now = dict(module._buffers.items()).get(name)  # TorchScript's is no dict
-    if now is None or now is buffer or (now.shape, now.dtype) != (buffer.shape, buffer.dtype):
-        return
-    module._buffers[name] = buffer
-
-
-@contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Put a model into eval mode without gradients; give back modes, buffers and the random state afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    try:
-        # The fused path of nn.TransformerEncoder hides its products from the counter.
-        torch.backends.mha.set_fastpath_enabled(False)
-        with torch.no_grad(), torch.random.fork_rng(), kept_buffers(model):
-            model.eval()
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-        for module, mode in modes.items():
-            module.training = mode

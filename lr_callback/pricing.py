@@ -2,19 +2,95 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeVar
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lr_callback.costs import LATENCY, OBSERVED, LayerCost, check_cost
-from lr_callback.find import Found, check_weight, replaceable_in
+from lr_callback.activations import ActivationCost, Activations
+from lr_callback.costs import ACTIVATION_MEMORY, LATENCY, OBSERVED, LayerCost, Unit, check_cost
+from lr_callback.find import Found, check_weight, find_layers, replaceable_in
 from lr_callback.folding import Geometry
 from lr_callback.latency import Latencies, LayerTimes, MeasuredCost
 from lr_callback.layer_types import layer_cost, layer_type, saved_cost
 from lr_callback.methods import Method
 from lr_callback.observe import Observation
+from lr_callback.own_cost import OwnCost
+
+Part = TypeVar("Part")
+
+
+class _Rate(ABC):
+    """How models and layers are priced in one unit."""
+
+    @abstractmethod
+    def of_model(self, model: nn.Module) -> int:
+        """Return what a model costs with all layers dense."""
+
+    @abstractmethod
+    def of_layer(self, name: str, layer: nn.Module) -> LayerCost:
+        """Return what a layer costs, dense and factorized."""
+
+
+@dataclass(frozen=True)
+class _Held(_Rate):
+    in_bytes: bool
+
+    def of_model(self, model: nn.Module) -> int:
+        return dense_bytes(model) if self.in_bytes else dense_parameters(model)
+
+    def of_layer(self, name: str, layer: nn.Module) -> LayerCost:
+        return layer_cost(layer, in_bytes=self.in_bytes)
+
+
+@dataclass(frozen=True)
+class _MultiplyAdds(_Rate):
+    observation: Observation
+
+    def of_model(self, model: nn.Module) -> int:
+        return self.observation.dense_multiply_adds
+
+    def of_layer(self, name: str, layer: nn.Module) -> LayerCost:
+        return layer_cost(layer, self.observation.calls.get(name, ()))
+
+
+@dataclass(frozen=True)
+class _Latency(_Rate):
+    observation: Observation
+    timed: Latencies
+
+    def of_model(self, model: nn.Module) -> int:
+        return self.timed.dense
+
+    def of_layer(self, name: str, layer: nn.Module) -> LayerCost:
+        counted = layer_cost(layer, self.observation.calls.get(name, ()))
+        return MeasuredCost(counted.geometry, self.timed.layers.get(name, LayerTimes(0)), counted)
+
+
+@dataclass(frozen=True)
+class _ActivationMemory(_Rate):
+    kept: Activations
+
+    def of_model(self, model: nn.Module) -> int:
+        return self.kept.dense
+
+    def of_layer(self, name: str, layer: nn.Module) -> LayerCost:
+        return ActivationCost.of(layer, self.kept.calls.get(name, ()))
+
+
+@dataclass(frozen=True)
+class _Own(_Rate):
+    own: OwnCost
+
+    def of_model(self, model: nn.Module) -> int:
+        return self.own.of_model(model, find_layers(model).layers)
+
+    def of_layer(self, name: str, layer: nn.Module) -> LayerCost:
+        return self.own.of_layer(layer, name)
 
 
 @dataclass(frozen=True)
@@ -22,51 +98,69 @@ class Prices:
     """What is paid for, in one unit.
 
     Args:
-        unit: one of :data:`~lr_callback.costs.COSTS`.
-        observation: of one run of the model, for ``multiply_adds`` and ``latency``.
+        asked: one of :data:`~lr_callback.costs.COSTS`, or a function that says what any module costs.
+        observation: of one run of the model, for the units that are observed.
 
     Raises:
-        ValueError: If there is no such unit, or it takes an observation and there is none, or one without times.
+        ValueError: If there is no such unit, or it takes an observation and there is none, or one without it.
     """
 
-    unit: str = "parameters"
+    asked: Unit = "parameters"
     observation: Observation | None = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot be counted."""
-        check_cost(self.unit)
-        if self.unit in OBSERVED and self.observation is None:
-            raise ValueError(f"cost={self.unit!r} is counted on a run of the model, and there is none: observe one.")
-        if self.unit == LATENCY and self._timed is None:
-            raise ValueError("cost='latency' is measured in a run of the model, and this one was not timed: time it.")
+        _ = self._rate
+
+    @property
+    def unit(self) -> str:
+        """Name of the unit; of a function the path that it is imported by."""
+        return self.asked if isinstance(self.asked, str) else _own(self.asked).name
 
     def of_model(self, model: nn.Module) -> int:
         """Return what a model costs with all layers dense."""
-        if self._timed is not None:
-            return self._timed.dense
-        if self._counted is not None:
-            return self._counted.dense_multiply_adds
-        return dense_bytes(model) if self.unit == "bytes" else dense_parameters(model)
+        return self._rate.of_model(model)
 
     def of_layer(self, name: str, layer: nn.Module) -> LayerCost:
         """Return what a layer costs, dense and factorized."""
-        calls = None if self._counted is None else self._counted.calls.get(name, ())
-        counted = layer_cost(layer, calls, self.unit == "bytes")
-        if self._timed is None:
-            return counted
-        return MeasuredCost(counted.geometry, self._timed.layers.get(name, LayerTimes(0)), counted)
+        return self._rate.of_layer(name, layer)
 
     def why_not(self, name: str) -> str | None:
         """Return why nothing is saved at a layer, however it is factorized; None if it can be."""
-        return None if self._counted is None else self._counted.why_not(name)
+        return self.observation.why_not(name) if self.unit in OBSERVED and self.observation is not None else None
 
-    @property
-    def _counted(self) -> Observation | None:
-        return self.observation if self.unit in OBSERVED else None
+    @cached_property
+    def _rate(self) -> _Rate:
+        if not isinstance(self.asked, str):
+            return _Own(_own(self.asked))
+        check_cost(self.asked)
+        if self.asked not in OBSERVED:
+            return _Held(in_bytes=self.asked == "bytes")
+        seen = self.observation
+        if seen is None:
+            raise ValueError(f"cost={self.asked!r} is counted on a run of the model, and there is none: observe one.")
+        if self.asked == LATENCY:
+            return _Latency(seen, _counted(seen.latencies, "cost='latency' is measured in", "timed: time it"))
+        if self.asked == ACTIVATION_MEMORY:
+            how = "observed in training: do so with `activations=True`"
+            return _ActivationMemory(_counted(seen.activations, f"cost={self.asked!r} is counted on", how))
+        return _MultiplyAdds(seen)
 
-    @property
-    def _timed(self) -> Latencies | None:
-        return self.observation.latencies if self.unit == LATENCY and self.observation is not None else None
+
+def _counted(part: Part | None, what: str, how: str) -> Part:
+    """Return a part of an observation.
+
+    Raises:
+        ValueError: If it is not there.
+    """
+    if part is None:
+        raise ValueError(f"{what} a run of the model, and this one was not {how}.")
+    return part
+
+
+def _own(asked: Unit) -> OwnCost:
+    assert not isinstance(asked, str)
+    return asked if isinstance(asked, OwnCost) else OwnCost(asked)
 
 
 def dense_parameters(model: nn.Module) -> int:

@@ -12,7 +12,8 @@ from lr_callback.example import Example
 from lr_callback.heard import Invocation, copied
 from lr_callback.latency import Progress, timed
 from lr_callback.methods import Method
-from lr_callback.observe import Observation, observe_run, untouched
+from lr_callback.observe import Observation, observe_run
+from lr_callback.untouched import untouched
 
 _SECONDS = 0.5
 
@@ -98,14 +99,18 @@ class Probe:
         """Make the recorded calls again, of what stands in the places of the modules now; return what they give."""
         return [call.repeat(self._model.get_submodule(self._names[call.module]), self._copies) for call in self._calls]
 
-    def observe(self, timed_for: Method | None = None, progress: Progress | None = None) -> Observation:
+    def observe(
+        self, timed_for: Method | None = None, progress: Progress | None = None, activations: bool = False
+    ) -> Observation:
         """Count the multiply-adds of the recorded calls, and see how each layer is called in them.
 
         Args:
             timed_for: see :func:`lr_callback.observe.observe`.
             progress: told of each layer that is timed.
+            activations: see :func:`lr_callback.observe.observe`.
         """
-        return observe_run(self._model, self.repeat, timed_for, progress)
+        given = [(call.arguments, call.named) for call in self._calls] if activations else ()
+        return observe_run(self._model, self.repeat, timed_for, progress, given)
 
     def milliseconds(self) -> float:
         """Return the median time of the recorded calls, in eval mode, measured for half a second where runs differ."""

@@ -23,9 +23,9 @@ from lr_callback.following import batchnorm_layers, held_by, meeting
 from lr_callback.holders import owners_of_parameters
 from lr_callback.layer_types import full_name
 from lr_callback.moments import SecondMoments
-from lr_callback.observe import putting_back
 from lr_callback.processes import Processes
 from lr_callback.running import run_batches
+from lr_callback.untouched import putting_back
 
 Batch = TypeVar("Batch")
 

@@ -25,13 +25,13 @@ from lr_callback.latency import Progress
 from lr_callback.layers import FactorizedLayer
 from lr_callback.lockstep import Walk, mixed, walks
 from lr_callback.moments import SecondMoments, summed
-from lr_callback.observe import as_written, putting_back, untouched
 from lr_callback.processes import Processes
 from lr_callback.rebasing import rebasing
 from lr_callback.running import run_batches, runner
 from lr_callback.station import Station
 from lr_callback.surgery import standing_in
 from lr_callback.table import listed
+from lr_callback.untouched import as_written, putting_back, untouched
 
 Batch = TypeVar("Batch")
 Inputs = Literal["cut", "dense"]

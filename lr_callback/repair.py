@@ -20,10 +20,10 @@ from lr_callback.following import batchnorm_layers, look
 from lr_callback.importance import Importance
 from lr_callback.layer_types import dense_weight
 from lr_callback.layers import FactorizedLayer
-from lr_callback.observe import as_written, untouched
 from lr_callback.processes import Processes
 from lr_callback.running import runner
 from lr_callback.surgery import standing_in
+from lr_callback.untouched import as_written, untouched
 
 Batch = TypeVar("Batch")
 

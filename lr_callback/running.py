@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lr_callback.layer_types import layer_type
-from lr_callback.observe import as_written, untouched
+from lr_callback.untouched import as_written, untouched
 
 Batch = TypeVar("Batch")
 Seen = Callable[[nn.Module, Tensor, Tensor], None]

@@ -20,10 +20,11 @@ from lr_callback.find import factorized_in, find_layers
 from lr_callback.forms import forms_of, in_form
 from lr_callback.latency import Bench, LayerInput, Progress, Timing, device_facts, timed
 from lr_callback.layers import FactorizedLayer, any_weight
-from lr_callback.observe import as_written, inputs_of_layers, observe_run, untouched
+from lr_callback.observe import inputs_of_layers, observe_run
 from lr_callback.surgery import SurgeryReport, replace_layers, standing_in
 from lr_callback.table import listed
 from lr_callback.tuned import AS_BUILT, CHANNELS_LAST, TUNED, LayerForms, Tuning, is_faster
+from lr_callback.untouched import as_written, untouched
 from lr_callback.values import check_has_values
 
 _SECONDS = 1.0

@@ -25,9 +25,9 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torchmetrics import Metric
 
 from lr_callback.host.copies import copied_loader
-from lr_callback.observe import as_written, untouched
 from lr_callback.probe import Probe
 from lr_callback.report import progress_line
+from lr_callback.untouched import as_written, untouched
 
 WAYS_OUT = "Set refit=None and recalibrate_batchnorm=False, and choose an error that needs no calibration"
 """What to do where calibration cannot be had."""

@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 
 from lr_callback.allocation import Allocation
+from lr_callback.costs import Unit
 from lr_callback.hook import release_structure
 from lr_callback.host.counting import Counting
 from lr_callback.host.distilling import Distilling
@@ -34,7 +35,7 @@ class Checkpointed(CallbackBase):
 
     def __init__(
         self,
-        units: tuple[str, ...],
+        units: tuple[Unit, ...],
         method: Method | None,
         distill: float | None,
         temperature: float,

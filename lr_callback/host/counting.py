@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from lr_callback.costs import LATENCY, OBSERVED, check_cost
+from lr_callback.costs import ACTIVATION_MEMORY, LATENCY, OBSERVED, Unit, check_cost
 from lr_callback.host.strategies import processes_of
 from lr_callback.host.trainer import observe_example
 from lr_callback.latency import Progress, device_facts
@@ -23,7 +23,7 @@ class Counting:
     """What a run knows of how its network is called.
 
     Args:
-        units: of the budgets; where multiply-adds or latency are among them, a network that cannot be run is an error.
+        units: of the budgets; where one of them is observed, a network that cannot be run is an error.
         method: by which ranks are chosen; None: the one for a training that can be run for it.
 
     Attributes:
@@ -35,9 +35,11 @@ class Counting:
         ValueError: If there is no such unit.
     """
 
-    def __init__(self, units: tuple[str, ...], method: Method | None = None) -> None:
+    def __init__(self, units: tuple[Unit, ...], method: Method | None = None) -> None:
         for unit in units:
-            check_cost(unit)
+            if isinstance(unit, str):
+                check_cost(unit)
+        self._kept = ACTIVATION_MEMORY in units
         self._timed_for = (method or best_method()) if LATENCY in units else None
         self.units, self.required = units, not OBSERVED.isdisjoint(units)
         self._probe: Probe | None = None
@@ -62,11 +64,13 @@ class Counting:
         """
         if self.is_due:
             with self._progress(trainer) as progress:
-                timing = (self._timed_for, progress)
-                self.observation = _of_the_first(trainer, lambda: observe_example(trainer, pl_module, *timing))
+                options = (self._timed_for, progress, self._kept)
+                self.observation = _of_the_first(trainer, lambda: observe_example(trainer, pl_module, *options))
 
     def check_device(self, pl_module: LightningModule) -> None:
         """Forget times that were measured elsewhere: a run may be resumed on another device, or with other threads."""
+        if self._kept and self.observation is not None and self.observation.activations is None:
+            self.observation = None  # of a run before, that did not need it
         found = None if self.observation is None else self.observation.latencies
         if self._timed_for is None or self.observation is None:
             return
@@ -99,7 +103,7 @@ class Counting:
     def _observe(self, probe: Probe, progress: Progress | None) -> Observation | None:
         """Count the calls again; a model that cannot be run again does without, where it can."""
         try:
-            return probe.observe(self._timed_for, progress)
+            return probe.observe(self._timed_for, progress, self._kept)
         except Exception as error:
             if self.required:
                 raise

@@ -21,8 +21,8 @@ from lr_callback.distillation import class_scores, distillation_loss
 from lr_callback.heard import Heard, Invocation
 from lr_callback.host.copies import copied_module
 from lr_callback.host.strategies import processes_of
-from lr_callback.observe import as_written
 from lr_callback.table import listed
+from lr_callback.untouched import as_written
 from lr_callback.written import is_number
 
 _LOGGED = "compression/distillation_loss"

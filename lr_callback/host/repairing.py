@@ -24,7 +24,6 @@ from lr_callback.host.scope import Scope
 from lr_callback.host.strategies import processes_of
 from lr_callback.importance import Importance, checked_importance
 from lr_callback.layers import dense_bias
-from lr_callback.observe import putting_back, untouched
 from lr_callback.optimizers import optimizers_in
 from lr_callback.probe import Probe
 from lr_callback.refit import Inputs, refit_
@@ -32,6 +31,7 @@ from lr_callback.repair import correct_biases_, recalibrate_batchnorm_
 from lr_callback.report import Told, progress_line
 from lr_callback.surgery import standing_in
 from lr_callback.table import listed
+from lr_callback.untouched import putting_back, untouched
 
 Refit = Literal["auto", "cut", "dense"]
 

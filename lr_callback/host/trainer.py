@@ -95,7 +95,11 @@ def schedulers_of(trainer: Trainer) -> list[Any]:
 
 
 def observe_example(
-    trainer: Trainer, pl_module: LightningModule, timed_for: Method | None = None, progress: Progress | None = None
+    trainer: Trainer,
+    pl_module: LightningModule,
+    timed_for: Method | None = None,
+    progress: Progress | None = None,
+    activations: bool = False,
 ) -> Observation:
     """Observe the module on its own example input, on its device and in the run's precision.
 
@@ -104,6 +108,7 @@ def observe_example(
         pl_module: that is run.
         timed_for: see :func:`lr_callback.observe.observe`.
         progress: told of each layer that is timed.
+        activations: see :func:`lr_callback.observe.observe`.
 
     Raises:
         MisconfigurationException: If the module has none.
@@ -111,9 +116,9 @@ def observe_example(
     example = pl_module.example_input_array
     if example is None:
         raise MisconfigurationException(
-            "LowRankCompression: cost='multiply_adds' or 'latency' at epoch 0 (where fast_dev_run compresses, "
-            "too) must know an input before the first batch, and the module's `example_input_array` is not set. Set "
-            "it, or compress at epoch 1 or later."
+            "LowRankCompression: multiply_adds, latency or activation_memory at epoch 0 (where fast_dev_run "
+            "compresses, too) must know an input before the first batch, and the module's `example_input_array` is not "
+            "set. Set it, or compress at epoch 1 or later."
         )
     moved = move_data_to_device(example, pl_module.device)
-    return observe(pl_module, trainer.precision_plugin.convert_input(moved), timed_for, progress)
+    return observe(pl_module, trainer.precision_plugin.convert_input(moved), timed_for, progress, activations)

@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lr_callback.host.copies import copied_loader
 from lr_callback.host.packages import PACKAGES
 from lr_callback.host.strategies import processes_of
-from lr_callback.observe import as_written
+from lr_callback.untouched import as_written
 
 INSTEAD = "ask for a `keep_ratio` or a `max_error` in its place"
 """What to do where a network's accuracy cannot be measured in a run."""

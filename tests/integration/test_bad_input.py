@@ -48,7 +48,7 @@ def test_epochs_must_name_one_and_none_twice(epochs):
 
 
 def test_unknown_cost_names_the_known_ones():
-    units = r"\['parameters', 'multiply_adds', 'bytes', 'latency'\]"
+    units = r"\['parameters', 'multiply_adds', 'bytes', 'latency', 'activation_memory'\], or a function of a module"
     with pytest.raises(ValueError, match=f"`cost` must be one of {units}, got 'flops'"):
         LowRankCompression(cost="flops")
 

@@ -177,7 +177,10 @@ def test_budgets_that_cannot_be_met_are_refused_with_weights_and_without(look, b
     ("options", "text"),
     [
         ({"budget": {}}, "`budget` must map units to fractions to keep, such as"),
-        ({"budget": {"watts": 0.5}}, "`budget` must map units .* parameters, multiply_adds, bytes; got"),
+        (
+            {"budget": {"watts": 0.5}},
+            "`budget` must map units .* parameters, multiply_adds, bytes, latency, activation_memory; got",
+        ),
         ({"budget": 0.5}, "`budget` must map units"),
         ({"budget": {"bytes": 0}}, r"`budget`: the fraction of bytes to keep must be a number in \(0, 1\], got 0"),
         ({"budget": {"bytes": True}}, r"the fraction of bytes to keep must be a number in \(0, 1\], got True"),

@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lr_callback as lrc
 from lr_callback.costs import Call
-from lr_callback.observe import Observation, observe, observe_run, saved_multiply_adds, untouched
+from lr_callback.observe import Observation, observe, observe_run, saved_multiply_adds
+from lr_callback.untouched import untouched
 
 
 class Named(nn.Module):
@@ -76,7 +77,7 @@ def test_arguments_may_be_positional_or_named_and_layers_called_by_name(example)
 
 
 def test_without_an_example_it_says_what_is_needed():
-    with pytest.raises(ValueError, match="multiply-adds and latency are of a run on an example input, got none"):
+    with pytest.raises(ValueError, match="multiply-adds, latency and activation memory are of a run on an example"):
         observe(network(), None)
 
 
