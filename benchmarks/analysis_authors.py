@@ -112,10 +112,10 @@ def _tables(figures: dict[str, Any]) -> str:
     parts = [
         "Theirs: ALDSNet of github.com/lucaslie/torchprune at commit 0932cbc, one shot: 15 seeds, four iterations of "
         "each, numpy's seed 0. What ran is a private transcription of what ALDSNet does between a network and its "
-        "factors (no part of this repository), on the same machine as ours, one thread each. Weights are seeded, random. "
-        "Ours may have as many parameters as theirs has.",
-        "CPU seconds for one budget. Choosing is, of theirs, the search with the singular values that it looks at, and, "
-        "of ours, the analysis (all candidates) with the allocation. After that each computes the factors:",
+        "factors (no part of this repository), on the same machine as ours, one thread each. Weights are seeded, "
+        "random. Ours may have as many parameters as theirs has.",
+        "CPU seconds for one budget. Choosing is, of theirs, the search with the singular values that it looks at, "
+        "and, of ours, the analysis (all candidates) with the allocation. After that each computes the factors:",
         markdown(["network", "kept", *_HEADER], [_time_cells(row) for row in rows]),
         f"Ours takes at least {least['choice']:.1f} times less to choose, and {least['choice and factors']:.1f} times "
         "less with the factors. The last column is what each further budget takes after the analysis.",

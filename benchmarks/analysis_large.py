@@ -6,6 +6,8 @@ Each distinct shape is analysed once in a fresh process, with the default method
 size and with both sides halved. What the whole model takes is computed from that: the sum over its layers. A block, and
 two of the largest layers, are analysed as models of several layers, to see that the sum is right and that the peak of
 the memory is that of one layer. Memory is measured as in ``analysis.py``, beyond the weights, which are there before.
+CPU seconds are those of all threads: what else runs on the machine adds to the time that passes, and little to them.
+The pass of svdvals has one thread, for the same reason: threads of it that wait for each other do so in a loop.
 """
 
 from __future__ import annotations
@@ -59,9 +61,10 @@ def print_analysed(shapes: list[Shape]) -> None:
     sizes = [4 * outputs * inputs / 2**20 for outputs, inputs in shapes]
     found = {"shapes": shapes, **times, "rise_mib": rise, "weights_mib": sum(sizes), "largest_layer_mib": max(sizes)}
     if len(shapes) == 1:
-        start = perf_counter()
+        torch.set_num_threads(1)
+        start = process_time()
         torch.linalg.svdvals(next(model.parameters()).detach())
-        found["svdvals_seconds"] = perf_counter() - start
+        found["svdvals_cpu_seconds"] = process_time() - start
     print(json.dumps(found))
 
 
@@ -80,7 +83,7 @@ def halved(shape: Shape) -> Shape:
 def layer(name: str, shape: Shape, count: int) -> dict[str, Any]:
     """Measure a layer at both sizes; the exponents are those of a doubling of both sides."""
     full, half = analysed([shape]), analysed([halved(shape)])
-    growth = {key: log2(full[key] / half[key]) for key in ("seconds", "svdvals_seconds", "rise_mib")}
+    growth = {key: log2(full[key] / half[key]) for key in ("cpu_seconds", "svdvals_cpu_seconds", "rise_mib")}
     growth["work"] = log2(in_theory(shape) / in_theory(halved(shape)))
     print(name, full, growth, flush=True)
     return {"name": name, "shape": shape, "in_the_model": count, "full": full, "half": half, "growth": growth}
@@ -107,7 +110,7 @@ def _whole(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Add the layers up to the model."""
     sums = {
         key: sum(row["in_the_model"] * row["full"][key] for row in rows)
-        for key in ("seconds", "cpu_seconds", "svdvals_seconds")
+        for key in ("seconds", "cpu_seconds", "svdvals_cpu_seconds")
     }
     analysed_parameters = sum(row["in_the_model"] * row["shape"][0] * row["shape"][1] for row in rows)
     most = max(row["full"]["rise_mib"] for row in rows)
@@ -120,19 +123,24 @@ def _tables(figures: dict[str, Any]) -> str:
         "One layer of each shape (outputs x inputs), float32, random weights, default method, every number of slices; "
         "beside it one float32 pass of svdvals over the same matrix:",
         markdown(
-            ["layer", "shape", "in the model", "analysis, s", "CPU, s", "svdvals, s", *MEMORY],
+            ["layer", "shape", "in the model", "analysis, s", "CPU, s", "svdvals, CPU, s", *MEMORY],
             [_layer_cells(row) for row in rows],
         ),
         f"The whole model, computed and not measured: the layers' times, times their number in {BLOCKS} blocks and a "
         f"head ({whole['analysed'] / 1e9:.2f} of {whole['parameters'] / 1e9:.2f} billion parameters; the embedding is "
         f"left alone), give {whole['seconds'] / 60:.0f} minutes ({whole['cpu_seconds'] / 60:.0f} of CPU time), against "
-        f"{whole['svdvals_seconds'] / 60:.0f} for svdvals. Beyond the weights it takes {whole['rise_mib']:.0f} MiB: "
-        "the most that any layer takes, since the layers are analysed one after the other.",
+        f"{whole['svdvals_cpu_seconds'] / 60:.0f} for svdvals. Beyond the weights it takes {whole['rise_mib']:.0f} "
+        "MiB: the most that any layer takes, since the layers are analysed one after the other.",
         "Layers one after the other in one model, measured; last what the single layers above give:",
-        markdown(["model", "weights, MiB", *MEMORY, "analysis, s", "sum of layers, s"], _several_cells(figures)),
+        markdown(
+            ["model", "weights, MiB", *MEMORY, "analysis, CPU, s", "sum of layers, CPU, s"], _several_cells(figures)
+        ),
         "Exponents of a doubling of both sides: log2 of full size to half size. In theory the time grows with the work "
         "of the products and the eigenvalues, and the memory with the layer, so with 2:",
-        markdown(["layer", "half size", "analysis", "work in theory", "svdvals", "memory"], map(_growth_cells, rows)),
+        markdown(
+            ["layer", "half size", "analysis, CPU", "work in theory", "svdvals, CPU", "memory"],
+            map(_growth_cells, rows),
+        ),
     ]
     return "\n\n".join(parts)
 
@@ -147,23 +155,23 @@ def _memory_cells(found: dict[str, Any]) -> list[str]:
 
 def _layer_cells(row: dict[str, Any]) -> list[str]:
     full = row["full"]
-    times = [f"{full[key]:.1f}" for key in ("seconds", "cpu_seconds", "svdvals_seconds")]
+    times = [f"{full[key]:.1f}" for key in ("seconds", "cpu_seconds", "svdvals_cpu_seconds")]
     return [row["name"], _size(row["shape"]), str(row["in_the_model"]), *times, *_memory_cells(full)]
 
 
 def _several_cells(figures: dict[str, Any]) -> list[list[str]]:
-    alone = {tuple(row["shape"]): row["full"]["seconds"] for row in figures["layers"]}
+    alone = {tuple(row["shape"]): row["full"]["cpu_seconds"] for row in figures["layers"]}
     cells = []
     for name, found in figures["several"].items():
         computed = sum(alone[tuple(shape)] for shape in found["shapes"])
-        measured = [f"{found['weights_mib']:.0f}", *_memory_cells(found), f"{found['seconds']:.1f}"]
+        measured = [f"{found['weights_mib']:.0f}", *_memory_cells(found), f"{found['cpu_seconds']:.1f}"]
         cells.append([name, *measured, f"{computed:.1f}"])
     return cells
 
 
 def _growth_cells(row: dict[str, Any]) -> list[str]:
     growth = row["growth"]
-    exponents = [f"{growth[key]:.2f}" for key in ("seconds", "work", "svdvals_seconds", "rise_mib")]
+    exponents = [f"{growth[key]:.2f}" for key in ("cpu_seconds", "work", "svdvals_cpu_seconds", "rise_mib")]
     return [row["name"], _size(halved(row["shape"])), *exponents]
 
 
