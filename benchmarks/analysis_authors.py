@@ -112,7 +112,8 @@ def _tables(figures: dict[str, Any]) -> str:
     parts = [
         "Theirs: ALDSNet of github.com/lucaslie/torchprune at commit 0932cbc, one shot: 15 seeds, four iterations of "
         "each, numpy's seed 0. What ran is a private transcription of what ALDSNet does between a network and its "
-        "factors (no part of this repository), on the same machine as ours, one thread each. Weights are seeded, "
+        "factors (no part of this repository): its choices are, layer for layer, those that were recorded of the code "
+        "itself. It ran on the same machine as ours, one thread each. Weights are seeded, "
         "random. Ours may have as many parameters as theirs has.",
         "CPU seconds for one budget. Choosing is, of theirs, the search with the singular values that it looks at, "
         "and, of ours, the analysis (all candidates) with the allocation. After that each computes the factors:",
