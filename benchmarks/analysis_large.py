@@ -6,8 +6,8 @@ Each distinct shape is analysed once in a fresh process, with the default method
 size and with both sides halved. What the whole model takes is computed from that: the sum over its layers. A block, and
 two of the largest layers, are analysed as models of several layers, to see that the sum is right and that the peak of
 the memory is that of one layer. Memory is measured as in ``analysis.py``, beyond the weights, which are there before.
-CPU seconds are those of all threads: what else runs on the machine adds to the time that passes, and little to them.
-The pass of svdvals has one thread, for the same reason: threads of it that wait for each other do so in a loop.
+Time is CPU seconds, of all threads together: what else runs on the machine adds to the time that passes, and little to
+them. The pass of svdvals has one thread, for the same reason: threads of it that wait for each other do so in a loop.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 from math import log2
-from time import perf_counter, process_time
+from time import process_time
 from typing import Any
 
 import torch
@@ -53,9 +53,9 @@ def print_analysed(shapes: list[Shape]) -> None:
     times: dict[str, float] = {}
 
     def run() -> None:
-        passed, busy = perf_counter(), process_time()
+        start = process_time()
         lrc.analyze(model)
-        times.update(seconds=perf_counter() - passed, cpu_seconds=process_time() - busy)
+        times["cpu_seconds"] = process_time() - start
 
     rise = peak_rise(run)
     sizes = [4 * outputs * inputs / 2**20 for outputs, inputs in shapes]
@@ -110,7 +110,7 @@ def _whole(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Add the layers up to the model."""
     sums = {
         key: sum(row["in_the_model"] * row["full"][key] for row in rows)
-        for key in ("seconds", "cpu_seconds", "svdvals_cpu_seconds")
+        for key in ("cpu_seconds", "svdvals_cpu_seconds")
     }
     analysed_parameters = sum(row["in_the_model"] * row["shape"][0] * row["shape"][1] for row in rows)
     most = max(row["full"]["rise_mib"] for row in rows)
@@ -121,20 +121,19 @@ def _tables(figures: dict[str, Any]) -> str:
     rows, whole = figures["layers"], figures["whole"]
     parts = [
         "One layer of each shape (outputs x inputs), float32, random weights, default method, every number of slices; "
-        "beside it one float32 pass of svdvals over the same matrix:",
+        "beside it one float32 pass of svdvals over the same matrix, with one thread:",
         markdown(
-            ["layer", "shape", "in the model", "analysis, s", "CPU, s", "svdvals, CPU, s", *MEMORY],
+            ["layer", "shape", "in the model", "analysis, CPU s", "svdvals, CPU s", *MEMORY],
             [_layer_cells(row) for row in rows],
         ),
         f"The whole model, computed and not measured: the layers' times, times their number in {BLOCKS} blocks and a "
         f"head ({whole['analysed'] / 1e9:.2f} of {whole['parameters'] / 1e9:.2f} billion parameters; the embedding is "
-        f"left alone), give {whole['seconds'] / 60:.0f} minutes ({whole['cpu_seconds'] / 60:.0f} of CPU time), against "
+        f"left alone), give {whole['cpu_seconds'] / 60:.0f} minutes of CPU time, against "
         f"{whole['svdvals_cpu_seconds'] / 60:.0f} for svdvals. Beyond the weights it takes {whole['rise_mib']:.0f} "
-        "MiB: the most that any layer takes, since the layers are analysed one after the other.",
+        "MiB: the most that any layer takes, since the layers are analysed one after the other. The Gram matrix in "
+        "float64 and LAPACK's copy of it are four times a float32 layer where that is square, and less elsewhere.",
         "Layers one after the other in one model, measured; last what the single layers above give:",
-        markdown(
-            ["model", "weights, MiB", *MEMORY, "analysis, CPU, s", "sum of layers, CPU, s"], _several_cells(figures)
-        ),
+        markdown(["model", "weights, MiB", *MEMORY, "CPU s", "sum of layers, CPU s"], _several_cells(figures)),
         "Exponents of a doubling of both sides: log2 of full size to half size. In theory the time grows with the work "
         "of the products and the eigenvalues, and the memory with the layer, so with 2:",
         markdown(
@@ -155,7 +154,7 @@ def _memory_cells(found: dict[str, Any]) -> list[str]:
 
 def _layer_cells(row: dict[str, Any]) -> list[str]:
     full = row["full"]
-    times = [f"{full[key]:.1f}" for key in ("seconds", "cpu_seconds", "svdvals_cpu_seconds")]
+    times = [f"{full[key]:.1f}" for key in ("cpu_seconds", "svdvals_cpu_seconds")]
     return [row["name"], _size(row["shape"]), str(row["in_the_model"]), *times, *_memory_cells(full)]
 
 
