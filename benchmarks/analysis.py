@@ -85,12 +85,13 @@ def ratios(name: str, rounds: int) -> dict[str, Any]:
     }
     times = [{key: seconds(run) for key, run in runs.items()} for _ in range(rounds + 1)][1:]  # the first warms up
     kept = {key: [one[key] for one in times] for key in runs}
-    quotients = {error: _quotients(kept[error], kept["svdvals"]) for error in ERRORS}
-    quotients[ACTIVATION] = _quotients(kept[ACTIVATION], kept["slice"])
-    return {"network": name, "seconds": {key: median(values) for key, values in kept.items()}, "ratio": quotients}
+    ratio = {error: quotients(kept[error], kept["svdvals"]) for error in ERRORS}
+    ratio[ACTIVATION] = quotients(kept[ACTIVATION], kept["slice"])
+    return {"network": name, "seconds": {key: median(values) for key, values in kept.items()}, "ratio": ratio}
 
 
-def _quotients(values: list[float], base: list[float]) -> dict[str, float]:
+def quotients(values: list[float], base: list[float]) -> dict[str, float]:
+    """Return the median, the least and the most of the ratios within a round."""
     each = [value / other for value, other in zip(values, base, strict=True)]
     return {"median": round(median(each), 2), "least": round(min(each), 2), "most": round(max(each), 2)}
 
@@ -104,18 +105,35 @@ def budget_seconds(name: str) -> float:
 
 def memory(name: str, error: str) -> dict[str, float]:
     """Return the rise of the peak memory in a fresh process, in MiB and as a multiple of the largest layer."""
-    command = [sys.executable, __file__, "--memory-of", name, error]
+    return fresh(__file__, "--memory-of", name, error)
+
+
+def fresh(file: str, *arguments: str) -> dict[str, float]:
+    """Run a program in a fresh process, which returns freed memory at once, and read the JSON that it prints."""
     environ = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144"}
-    printed = subprocess.run(command, check=True, capture_output=True, text=True, env=environ).stdout
+    command = [sys.executable, file, *arguments]
+    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environ).stdout
     result: dict[str, float] = json.loads(printed)
     return result
 
 
 def print_memory(name: str, error: str) -> None:
     """Analyse in this process, and print what it took."""
-    lrc.analyze(nn.Sequential(nn.Conv2d(128, 256, 3)), lrc.ALDS(error=error))  # loads the libraries' own buffers
+    method = lrc.ALDS(error=error)
+    warm_up(method)
     model = network(name)
     largest = max(matrix.numel() * matrix.element_size() for matrix in matrices(model)) / 2**20
+    rise = peak_rise(lambda: lrc.analyze(model, method))
+    print(json.dumps({"largest_layer_mib": round(largest, 1), "rise_mib": round(rise, 1), "times": rise / largest}))
+
+
+def warm_up(method: lrc.Method) -> None:
+    """Analyse a small layer, which loads the libraries' own buffers."""
+    lrc.analyze(nn.Sequential(nn.Conv2d(128, 256, 3)), method)
+
+
+def peak_rise(run: Callable[[], object]) -> float:
+    """Return the most that this process holds during a run beyond what it held before, in MiB."""
     ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed before must not hide what is taken now
     before, samples, done = held(), [0.0], threading.Event()
 
@@ -125,11 +143,12 @@ def print_memory(name: str, error: str) -> None:
 
     watcher = threading.Thread(target=sample)
     watcher.start()
-    lrc.analyze(model, lrc.ALDS(error=error))
-    done.set()
-    watcher.join()
-    rise = max(samples) - before
-    print(json.dumps({"largest_layer_mib": round(largest, 1), "rise_mib": round(rise, 1), "times": rise / largest}))
+    try:
+        run()
+    finally:
+        done.set()
+        watcher.join()
+    return max(0.0, max(samples) - before)
 
 
 def held() -> float:

@@ -55,6 +55,8 @@ class Workers:
 def workers() -> Iterator[Workers]:
     """Open as many one-thread workers as torch has threads; close them and restore torch's setting at the end.
 
+    The calling thread, too, has one thread meanwhile.
+
     Example::
 
         >>> with workers() as crew:
@@ -70,6 +72,7 @@ def workers() -> Iterator[Workers]:
             ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
         ):
             try:
+                torch.set_num_threads(1)  # here too: a second thread waits in a loop, and takes a core from the pool
                 yield Workers(pool)
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)  # after an exception nobody waits for what is left

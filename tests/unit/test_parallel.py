@@ -47,6 +47,12 @@ def test_items_may_be_a_generator(crew):
     assert crew.map(abs, (-item for item in range(3))) == [0, 1, 2]
 
 
+def test_the_calling_thread_takes_no_core_from_them(torch_threads):
+    with workers():
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == torch_threads
+
+
 def test_each_worker_uses_one_torch_thread(crew):
     assert set(crew.map(lambda _: torch.get_num_threads(), range(8))) == {1}
 
