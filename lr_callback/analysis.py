@@ -19,7 +19,7 @@ from lr_callback.latency import Progress
 from lr_callback.layerwise import candidates_of
 from lr_callback.methods import Method, check_method
 from lr_callback.observe import Observation, observe
-from lr_callback.overrides import Override, overridden, pinned, read_overrides
+from lr_callback.overrides import Override, check_timed, overridden, pinned, read_overrides
 from lr_callback.own_cost import read_cost
 from lr_callback.pricing import Prices, dense_again, layer_costs, leave_out_unused, no_gain
 from lr_callback.processes import Processes
@@ -84,6 +84,7 @@ def allocate(
     cost = read_cost(cost)
     goal = check_goal(one_goal(keep_ratio, budget, max_error, cost))
     units = units_of(goal, cost)
+    check_timed(read_overrides(overrides), [unit for unit in units if isinstance(unit, str)])
     is_counted = not OBSERVED.isdisjoint(units)
     timed_for = check_method(method) if LATENCY in units else None
     is_observed, kept = is_counted or example_input is not None, ACTIVATION_MEMORY in units
@@ -134,6 +135,7 @@ def analyze(
         checked_importance(method.error, importance, method.needs_effects)
         found = find_layers(model, include, exclude)
         leave_out_unused(found, used)
+        check_timed(read_overrides(overrides), [one.unit for one in paid])
         own = overridden(read_overrides(overrides), model, found)
         return found, _units(found, paid, True, embeddings), own, _totals(model, paid)
 

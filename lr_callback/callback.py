@@ -140,11 +140,12 @@ class LowRankCompression(Checkpointed):
     ) -> None:
         cost = read_cost(cost)
         goal = one_goal(keep_ratio, budget, max_error, cost, max_accuracy_drop)
-        super().__init__(units_of(goal, cost), method, distill, distill_temperature, learning_rate_rewind)
+        units = units_of(goal, cost)
+        super().__init__(units, method, distill, distill_temperature, learning_rate_rewind)
         check_optimizer_state(optimizer_state)
         self.schedule = Schedule(goal, epochs, ramp, when)
         self.repairing = Repairing(refit, recalibrate_batchnorm, calibration_batches, correct_biases, rebase_batchnorm)
-        self.scope = Scope(method, include, exclude, embeddings, overrides)
+        self.scope = Scope(method, include, exclude, embeddings, overrides, tuple(map(str, units)))
         self.optimizer_state = optimizer_state
         self.show_table, self.snapshots, self.reset_monitors = show_table, snapshots, reset_monitors
         check_flags(self, "learning_rate_rewind", "show_table", "snapshots", "reset_monitors")

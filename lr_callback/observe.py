@@ -191,7 +191,7 @@ def _timed(
     if not layers:
         raise ValueError("cost='latency': the run must call a layer that can be factorized, and it calls none.")
     with untouched(model), as_written():
-        return measure(layers, inputs, run, method, progress)
+        return measure(model, layers, inputs, run, method, progress)
 
 
 class _Watched:

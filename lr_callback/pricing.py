@@ -60,14 +60,13 @@ class _MultiplyAdds(_Rate):
 
 @dataclass(frozen=True)
 class _Latency(_Rate):
-    observation: Observation
     timed: Latencies
 
     def of_model(self, model: nn.Module) -> int:
         return self.timed.dense
 
     def of_layer(self, name: str, layer: nn.Module) -> LayerCost:
-        counted = layer_cost(layer, self.observation.calls.get(name, ()))
+        counted = layer_cost(layer)
         return MeasuredCost(counted.geometry, self.timed.layers.get(name, LayerTimes(0)), counted)
 
 
@@ -140,7 +139,7 @@ class Prices:
         if seen is None:
             raise ValueError(f"cost={self.asked!r} is counted on a run of the model, and there is none: observe one.")
         if self.asked == LATENCY:
-            return _Latency(seen, _counted(seen.latencies, "cost='latency' is measured in", "timed: time it"))
+            return _Latency(_counted(seen.latencies, "cost='latency' is measured in", "timed: time it"))
         if self.asked == ACTIVATION_MEMORY:
             how = "observed in training: do so with `activations=True`"
             return _ActivationMemory(_counted(seen.activations, f"cost={self.asked!r} is counted on", how))

@@ -11,7 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from lr_callback.costs import ACTIVATION_MEMORY, LATENCY, OBSERVED, Unit, check_cost
 from lr_callback.host.strategies import processes_of
 from lr_callback.host.trainer import observe_example
-from lr_callback.latency import Progress, device_facts
+from lr_callback.latency import Progress, check_clock, device_facts
 from lr_callback.methods import Method, best_method
 from lr_callback.observe import Observation
 from lr_callback.pricing import Prices
@@ -68,13 +68,21 @@ class Counting:
                 self.observation = _of_the_first(trainer, lambda: observe_example(trainer, pl_module, *options))
 
     def check_device(self, pl_module: LightningModule) -> None:
-        """Forget times that were measured elsewhere: a run may be resumed on another device, or with other threads."""
+        """Forget what a run before did not need, or measured on another device, or with other threads.
+
+        Raises:
+            ValueError: If times are to be measured, and a file of those of another device stands in their place.
+            RuntimeError: If the clock is too noisy to measure any.
+        """
         if self._kept and self.observation is not None and self.observation.activations is None:
             self.observation = None  # of a run before, that did not need it
-        found = None if self.observation is None else self.observation.latencies
-        if self._timed_for is None or self.observation is None:
+        if self._timed_for is None:
             return
-        if found is None or found.device != device_facts(pl_module.device):
+        found = None if self.observation is None else self.observation.latencies
+        if found is not None and found.device == device_facts(pl_module.device):
+            return
+        check_clock(pl_module.device)
+        if self.observation is not None:
             self.observation = None
             rank_zero_warn("LowRankCompression: the checkpoint has no times of this device, they are measured again.")
 

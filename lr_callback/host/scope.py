@@ -22,7 +22,7 @@ from lr_callback.host.strategies import processes_of
 from lr_callback.importance import Importance
 from lr_callback.methods import Method, best_method, check_method
 from lr_callback.optimizers import optimizers_in, with_inner
-from lr_callback.overrides import read_overrides
+from lr_callback.overrides import check_timed, read_overrides
 from lr_callback.patterns import check_patterns
 from lr_callback.pricing import Prices
 from lr_callback.report import progress_line
@@ -38,6 +38,7 @@ class Scope:
         exclude: glob patterns of layer names that stay dense.
         embeddings: whether ``nn.Embedding`` layers are factorized, too.
         overrides: pattern of layers -> what each becomes, whatever the others do.
+        units: of the budgets.
 
     Raises:
         TypeError: If ``chosen`` is no method, ``embeddings`` no switch, a pattern no text, or ``overrides`` no mapping.
@@ -49,13 +50,14 @@ class Scope:
     exclude: list[str] | None = None
     embeddings: bool = False
     overrides: Mapping[str, Any] | None = None
+    units: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
         check_method(self.chosen)
         check_patterns(include=self.include, exclude=self.exclude)
         check_flags(self, "embeddings")
-        read_overrides(self.overrides)
+        check_timed(read_overrides(self.overrides), self.units)
 
     @property
     def method(self) -> Method:

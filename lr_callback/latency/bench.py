@@ -1,7 +1,7 @@
 """Bench: the forms of layers, built and timed one by one, each once for a device.
 
-A machine that others use is slower at times. So the dense layer is timed beside each form of it, and what the form took
-is told as if the dense layer had taken what it took at first.
+A machine that others use is slower at times. So each form takes turns with the dense layer, and what it takes is told
+as the median share of that, times what the dense layer took at first.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import nn
 from lr_callback.factorization import Factorization
 from lr_callback.latency.files import Times
 from lr_callback.latency.inputs import LayerInput
-from lr_callback.latency.timing import Stopwatch, Timing, timed
+from lr_callback.latency.timing import Stopwatch, Timing, timed, timed_beside
 from lr_callback.layer_types import build, layer_type
 from lr_callback.layers import FactorizedLayer, any_weight, dense_bias
 
@@ -72,6 +72,10 @@ class Bench:
         if timing is None:
             timing = self._dense(layer, call) if form is None else self._beside_dense(name, layer, call, form)
             self.known.put(name, text, timing)
+        return self.note(timing)
+
+    def note(self, timing: Timing) -> Timing:
+        """Let a time count in the spread."""
         self._weighted += timing.spread * timing.nanoseconds
         self._total += timing.nanoseconds
         return timing
@@ -87,11 +91,8 @@ class Bench:
         first = self.time(layer, call, None)
         if self._beside is None or self._beside[0] != name:
             self._beside = name, self.stopwatch(layer, call, None)
-        run, watch = self._run(layer, call, form), self._beside[1]
-        before = watch.block()
-        timing = timed(run, self.device)
-        factor = 2 * first / (before + watch.block())
-        return Timing(max(1, round(timing.nanoseconds * factor)), timing.spread)
+        share = timed_beside(self._run(layer, call, form), self._beside[1], self.device)
+        return Timing(max(1, round(share.nanoseconds * first / 1e9)), share.spread)
 
     def _run(self, layer: nn.Module, call: LayerInput, form: Form) -> Callable[[], object]:
         """Return a call of a form of a layer, its weights and its input made up: no time depends on them."""
@@ -124,4 +125,4 @@ def _any_form(layer: nn.Module) -> FactorizedLayer:
 
 def _is_channels_last(layer: nn.Module) -> bool:
     weight = any_weight(_any_form(layer).dense_skeleton())
-    return weight.dim() == 4 and weight.stride() != torch.empty(weight.shape, device="meta").stride()
+    return weight.stride() != torch.empty(weight.shape, device="meta").stride()

@@ -1,9 +1,8 @@
 """Curves: what a layer takes at each rank, from measurements at some, and when these are enough.
 
-Hardware multiplies in blocks. A width of 18 takes as long as one of 32, where the block is 16: between two blocks time
-is a step, and from block to block it is close to a line. So ranks at which the width is a multiple of the block are the
-ones to choose; time is measured at some of these, and interpolated at the others. Every other rank is said to take what
-the next of these takes, which is not less than it does.
+Hardware multiplies in blocks. A width of 18 takes as long as one of 32, or longer, where the block is 16; from block to
+block time is close to a line. So the ranks that may be chosen are those at which the width is a multiple of the block,
+where time is measured at some and interpolated between them, and those that were measured; nothing is said of others.
 """
 
 from __future__ import annotations
@@ -40,8 +39,8 @@ class Curve:
 
     Example::
 
-        >>> Curve(16, {16: 100, 48: 300}).at_ranks(64).tolist()[16:50:8]
-        [100, 200, 200, 300, 300]
+        >>> Curve(16, {8: 60, 16: 100, 48: 300}).at_ranks(60, unknown=999).tolist()[8:49:4]
+        [60, 999, 100, 999, 999, 999, 200, 999, 999, 999, 300]
     """
 
     step: int
@@ -57,13 +56,11 @@ class Curve:
         """Largest rank that was measured."""
         return max(self.times)
 
-    def at_ranks(self, last: int) -> Tensor:
-        """Return the nanoseconds at rank 0 to ``last``, int64; beyond what was measured those of the last that was."""
-        ranks = torch.arange(last + 1)
-        multiple = ((ranks + self.step - 1) // self.step) * self.step
-        known = torch.tensor(list(self.times))
-        next_known = known[torch.searchsorted(known, ranks).clamp_max(len(known) - 1)]
-        return self._between(torch.minimum(multiple, next_known).clamp_max(self.last)).round().long()
+    def at_ranks(self, last: int, unknown: int) -> Tensor:
+        """Return the nanoseconds at rank 0 to ``last``, int64; ``unknown`` at those of which nothing is said."""
+        ranks, known = torch.arange(last + 1), torch.tensor(list(self.times))
+        told = torch.isin(ranks, known) | ((ranks % self.step == 0) & (ranks >= known[0]) & (ranks <= self.last))
+        return torch.where(told, self._between(ranks).round().long(), unknown)
 
     def at(self, rank: int) -> float:
         """Return the nanoseconds at a rank to choose."""
@@ -78,7 +75,9 @@ class Curve:
         return times[lower] + share * (times[upper] - times[lower])
 
 
-def measured_curve(time: Callable[[int], int], last: int, dense: int, width: int) -> Curve | None:
+def measured_curve(
+    time: Callable[[int], int], last: int, dense: int, width: int, rank_multiple: int = 1
+) -> Curve | None:
     """Measure a curve: its ends, and what is between them as finely as the line through two points does not tell.
 
     Args:
@@ -86,9 +85,10 @@ def measured_curve(time: Callable[[int], int], last: int, dense: int, width: int
         last: largest rank.
         dense: nanoseconds of the dense layer.
         width: by how much a rank widens what is between the factors.
+        rank_multiple: that ranks must be a multiple of; with one above 1 these are the ranks to choose.
 
     Returns:
-        The curve; None if no rank is faster than the dense layer.
+        The curve; None if no rank is faster than the dense layer, as far as the first block tells.
     """
     times: dict[int, int] = {}
 
@@ -96,24 +96,22 @@ def measured_curve(time: Callable[[int], int], last: int, dense: int, width: int
         times[rank] = times[rank] if rank in times else time(rank)
         return times[rank]
 
-    step = BLOCK // gcd(BLOCK, width)
-    if at(1) >= dense:
+    step = rank_multiple if rank_multiple > 1 else BLOCK // gcd(BLOCK, width)
+    first = min(step, last)
+    if last < rank_multiple or (at(first) >= dense and at(1) >= dense):
         return None
-    if last <= step or at(step) > at(1) / _FINER:
-        for rank in [*_powers(2, min(step - 1, last)), min(step, last)]:
+    if rank_multiple == 1 and at(1) < _FINER * at(first):
+        for rank in _powers(2, first):
             at(rank)
-    if last <= step:
-        return _curve(step, times)
-    misfit = _refine(at, step, last // step * step, step, dense)
-    return _curve(_finer(at, step, last), times, misfit)
+    misfit = _refine(at, step, last // step * step, step, dense) if last > step else 0.0
+    finer = _finer(at, step, last) if rank_multiple == 1 else step
+    if finer < step:
+        misfit = _refine(at, finer, last // finer * finer, finer, dense)
+    return Curve(finer, dict(sorted(times.items())), misfit)
 
 
 def _powers(first: int, last: int) -> Iterable[int]:
     return (first * 2**power for power in range(max(0, (last // first).bit_length())))
-
-
-def _curve(step: int, times: Mapping[int, int], misfit: float = 0.0) -> Curve:
-    return Curve(step, dict(sorted(times.items())), misfit)
 
 
 def _refine(at: Callable[[int], int], low: int, high: int, step: int, dense: int) -> float:
@@ -162,7 +160,7 @@ class MeasuredCost(LayerCost):
     Args:
         geometry: sizes of the weight.
         times: of the layer.
-        counted: multiply-adds of the layer, by which equal foldings are told apart.
+        counted: parameters of the layer, by which equal foldings are told apart.
     """
 
     gates = True
@@ -176,16 +174,18 @@ class MeasuredCost(LayerCost):
         return self.times.dense
 
     def at_ranks(self, folding: str, num_slices: int, last: int) -> Tensor:
-        """Return the nanoseconds of the factorized layer at rank 0 to ``last``, int64."""
+        """Return the nanoseconds at rank 0 to ``last``, int64; those of the dense layer where nothing is known."""
         curve = self.times.curves.get((folding, num_slices))
-        return torch.full((last + 1,), self.dense) if curve is None else curve.at_ranks(last)
+        return torch.full((last + 1,), self.dense) if curve is None else curve.at_ranks(last, self.dense)
 
     def last_rank(self, folding: str, num_slices: int) -> int:
         """Return the largest rank that is faster than the dense layer; 0 if none is."""
         curve = self.times.curves.get((folding, num_slices))
-        faster = [] if curve is None else (curve.at_ranks(curve.last) < self.dense).nonzero().flatten().tolist()
+        if curve is None:
+            return 0
+        faster = (self.at_ranks(folding, num_slices, curve.last) < self.dense).nonzero().flatten().tolist()
         return max(faster, default=0)
 
     def distinct_foldings(self, foldings: Iterable[str]) -> tuple[str, ...]:
-        """Drop foldings that give the same matrices as another; the one with the fewest multiply-adds stays."""
+        """Drop foldings that give the same matrices as another; the one with the fewest parameters stays."""
         return self.counted.distinct_foldings(foldings)

@@ -13,26 +13,41 @@ import platform
 import tempfile
 import warnings
 from collections.abc import Mapping
+from dataclasses import astuple
+from math import inf
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lr_callback.latency.timing import Timing
-from lr_callback.written import read_json
+from lr_callback.written import is_number
 
 VERSION = 1
+STEADY = 0.25
+"""Spread of runs up to which their time is kept."""
 _VARIABLE = "LR_CALLBACK_CACHE"
 
 
 def device_facts(device: torch.device) -> dict[str, Any]:
-    """Return what the time of a layer depends on besides the layer: the device, its libraries, the threads."""
-    facts: dict[str, Any] = {"torch": str(torch.__version__), "machine": platform.machine(), "type": device.type}
+    """Return what the time of a layer depends on besides the layer: the device, its libraries, how they are set."""
+    facts: dict[str, Any] = {
+        "torch": str(torch.__version__),
+        "machine": platform.machine(),
+        "type": device.type,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
     if device.type == "cuda":
-        precise = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-        return {**facts, "name": torch.cuda.get_device_name(device), "tf32": list(precise)}
+        cudnn = {"cudnn": torch.backends.cudnn.enabled, "benchmark": torch.backends.cudnn.benchmark}
+        return {**facts, **cudnn, "name": torch.cuda.get_device_name(device), "tf32": _tf32()}
     name = {"name": _processor(), "capability": torch.backends.cpu.get_cpu_capability()}
-    return {**facts, **name, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    return {**facts, **name, "threads": torch.get_num_threads(), "mkldnn": torch.backends.mkldnn.enabled}
+
+
+def _tf32() -> list[object]:
+    """Return in which precision float32 is multiplied; torch refuses the old question once the new one was answered."""
+    kinds = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    return [getattr(kind, "fp32_precision" if hasattr(kind, "fp32_precision") else "allow_tf32") for kind in kinds]
 
 
 def _processor() -> str:
@@ -60,29 +75,35 @@ class Times:
 
     def __init__(self, device: torch.device) -> None:
         self._facts = device_facts(device)
-        mark = hashlib.sha256(json.dumps(self._facts, sort_keys=True).encode()).hexdigest()[:16]
+        mark = hashlib.sha256(json.dumps([VERSION, self._facts], sort_keys=True).encode()).hexdigest()[:16]
         self.path = folder() / f"{mark}.json"
-        self._known = self._read()
-        self._new = 0
+        self._known = self._read(tell=True)
+        self._new: dict[str, dict[str, Timing]] = {}
 
     def get(self, layer: str, form: str) -> Timing | None:
         """Return the time of a form of a layer with its input, if it is known."""
-        found = self._known.get(layer, {}).get(form)
-        return None if found is None else Timing(*found)
+        return self._new.get(layer, {}).get(form) or self._known.get(layer, {}).get(form)
 
     def put(self, layer: str, form: str, timing: Timing) -> None:
         """Note a time."""
-        self._known.setdefault(layer, {})[form] = (timing.nanoseconds, timing.spread)
-        self._new += 1
+        self._new.setdefault(layer, {})[form] = timing
 
     def save(self) -> None:
-        """Write what is new, together with what other runs have written since; warn where it cannot be written."""
-        if not self._new:
+        """Write what is new, together with what other runs have written since; warn where it cannot be written.
+
+        What was measured while runs differed by more than a quarter is of use now, and measured again by the next run.
+        """
+        steady = {
+            layer: {form: time for form, time in forms.items() if time.spread <= STEADY}
+            for layer, forms in self._new.items()
+        }
+        if not any(steady.values()):
             return
-        merged = self._read()
-        for layer, forms in self._known.items():
+        merged = self._read(tell=False)
+        for layer, forms in steady.items():
             merged.setdefault(layer, {}).update(forms)
-        text = json.dumps({"version": VERSION, "device": self._facts, "times": merged})
+        times = {layer: {form: [*astuple(time)] for form, time in forms.items()} for layer, forms in merged.items()}
+        text = json.dumps({"version": VERSION, "device": self._facts, "times": times})
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             _write(self.path, text)
@@ -92,19 +113,25 @@ class Times:
                 f"{_VARIABLE} to a folder that can be written.",
                 stacklevel=2,
             )
-        self._new = 0
 
-    def _read(self) -> dict[str, dict[str, tuple[int, float]]]:
-        if not self.path.is_file():
-            return {}
+    def _read(self, tell: bool) -> dict[str, dict[str, Timing]]:
         try:
-            written = _checked(read_json(self.path, "Latency"))
-        except ValueError as error:
-            warnings.warn(f"{error} The layers are measured again, and {self.path} is written anew.", stacklevel=2)
+            if not self.path.is_file():
+                return {}
+            written = _checked(json.loads(self.path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, RecursionError) as error:
+            if tell:
+                warnings.warn(
+                    f"Latency file {self.path}: it must be JSON with times as this version writes it, and cannot be "
+                    f"read ({type(error).__name__}: {error}). The layers are measured again, and it is written anew.",
+                    stacklevel=3,
+                )
             return {}
         if written["device"] != self._facts:
             raise ValueError(_other_device(self.path, written["device"], self._facts))
-        return {layer: {form: tuple(time) for form, time in of.items()} for layer, of in written["times"].items()}
+        return {
+            layer: {form: Timing(*time) for form, time in forms.items()} for layer, forms in written["times"].items()
+        }
 
 
 def _write(path: Path, text: str) -> None:
@@ -113,6 +140,7 @@ def _write(path: Path, text: str) -> None:
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
+        Path(part).chmod(0o644)  # a folder may be shared, and a temporary file is its owner's alone
         os.replace(part, path)
     except BaseException:
         Path(part).unlink(missing_ok=True)
@@ -131,14 +159,14 @@ def _checked(written: object) -> dict[str, Any]:
             isinstance(of, dict) and all(map(_is_time, of.values())) for of in times.values()
         ):
             return written
-    raise ValueError(f"Latency file: must be of version {VERSION}, with a device and times of layers; it is not.")
+    raise ValueError(f"no version {VERSION} with a device and times of layers")
 
 
 def _is_time(value: object) -> bool:
     if not isinstance(value, list) or len(value) != 2:
         return False
     nanoseconds, spread = value
-    return type(nanoseconds) is int and nanoseconds > 0 and isinstance(spread, (int, float)) and spread >= 0
+    return type(nanoseconds) is int and 0 < nanoseconds < 2**53 and is_number(spread) and 0 <= spread < inf
 
 
 def _other_device(path: Path, found: Mapping[str, Any], own: Mapping[str, Any]) -> str:

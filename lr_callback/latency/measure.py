@@ -6,11 +6,11 @@ the same way. What the whole takes beyond its layers is the rest, which no facto
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
 from typing import Any
 
 import torch
@@ -18,9 +18,9 @@ from torch import nn
 
 from lr_callback.latency.bench import Bench, form_of
 from lr_callback.latency.curves import Curve, Key, LayerTimes, measured_curve
-from lr_callback.latency.files import device_facts
+from lr_callback.latency.files import Times, device_facts
 from lr_callback.latency.inputs import LayerInput
-from lr_callback.latency.timing import Stopwatch
+from lr_callback.latency.timing import Stopwatch, Timing, of_runs, timed
 from lr_callback.layer_types import layer_cost
 from lr_callback.layers import any_weight
 from lr_callback.methods import Method
@@ -29,7 +29,7 @@ from lr_callback.written import check_fields
 SPREAD_SAID, SPREAD_REFUSED = 0.15, 2.0
 """Spread of repeated runs that is warned of, and that is too much to decide by."""
 
-_LEAST_ROUNDS, _MOST_ROUNDS, _SECONDS = 3, 50, 2.0
+_LEAST_ROUNDS, _MOST_ROUNDS, _SECONDS = 5, 50, 1.0
 
 Progress = Callable[[int, int, str], None]
 """Called before each layer with the number done, the number of all, and its name."""
@@ -88,6 +88,7 @@ def _read_layer(dense: int, curves: Sequence[Any]) -> LayerTimes:
 
 
 def measure(
+    model: nn.Module,
     layers: Mapping[str, nn.Module],
     inputs: Mapping[str, Sequence[LayerInput]],
     run: Callable[[], object],
@@ -97,9 +98,10 @@ def measure(
     """Measure the layers of a model, and the model.
 
     Args:
-        layers: name -> dense or factorized layer; all on one device.
+        model: as it stands.
+        layers: name -> its layers, dense or factorized; all on one device.
         inputs: name -> of its calls in a run.
-        run: of the model, as it stands.
+        run: calls the model.
         method: whose foldings and numbers of slices are measured.
         progress: told of each layer.
 
@@ -109,18 +111,32 @@ def measure(
     """
     bench = Bench(any_weight(next(iter(layers.values()))).device)
     found: dict[str, LayerTimes] = {}
-    with torch.no_grad():
-        for done, (name, layer) in enumerate(layers.items()):
-            if progress is not None:
-                progress(done, len(layers), name)
-            found[name] = _times(bench, layer, inputs.get(name, ()), method)
+    try:
+        with torch.no_grad():
+            for done, (name, layer) in enumerate(layers.items()):
+                if progress is not None:
+                    progress(done, len(layers), name)
+                found[name] = _times(bench, layer, inputs.get(name, ()), method)
+            whole, share = _model(bench, model, layers, inputs, run)
+            before = sum(_standing(bench, layer, inputs.get(name, ())) for name, layer in layers.items())
+    finally:
         bench.known.save()
-        _check_spread(bench.spread)
-        whole, own = _side_by_side(bench, layers, inputs, run)
-    before = sum(_standing(bench, layer, inputs.get(name, ())) for name, layer in layers.items())
-    factor = min(own, whole) / before if before else 1.0
-    scaled = {name: of.scaled(factor) for name, of in found.items()}
-    return Latencies(round(max(0.0, whole - own)), scaled, bench.spread, device_facts(bench.device))
+    _check_spread(bench.spread)
+    own = min(1.0, share) * whole
+    scaled = {name: of.scaled(own / max(1, before)) for name, of in found.items()}
+    return Latencies(round(whole - own), scaled, bench.spread, device_facts(bench.device))
+
+
+def check_clock(device: torch.device) -> None:
+    """Refuse to measure on a device where that is no use, before anything waits for it.
+
+    Raises:
+        ValueError: If there is a file of times of another device in the place of this one's.
+        RuntimeError: If repeated runs of one product differ so much that nothing can be told from them.
+    """
+    Times(device)
+    numbers = torch.ones(256, 256, device=device)
+    _check_spread(timed(lambda: numbers @ numbers, device).spread)
 
 
 def _times(bench: Bench, layer: nn.Module, calls: Sequence[LayerInput], method: Method) -> LayerTimes:
@@ -130,13 +146,15 @@ def _times(bench: Bench, layer: nn.Module, calls: Sequence[LayerInput], method: 
     curves: dict[Key, Curve] = {}
     for folding in cost.distinct_foldings(method.foldings):
         for count in method.slice_counts(cost.geometry):
-            found = _curve(bench, layer, calls, (folding, count), dense)
+            found = _curve(bench, layer, calls, (folding, count), dense, method.rank_multiple)
             if found is not None:
                 curves[folding, count] = found
     return LayerTimes(dense, curves)
 
 
-def _curve(bench: Bench, layer: nn.Module, calls: Sequence[LayerInput], key: Key, dense: int) -> Curve | None:
+def _curve(
+    bench: Bench, layer: nn.Module, calls: Sequence[LayerInput], key: Key, dense: int, rank_multiple: int
+) -> Curve | None:
     # A form with as many parameters as the dense layer has as much to read and, two calls being slower than one, more
     # to do: it is not faster.
     last = layer_cost(layer).last_rank(*key)
@@ -146,36 +164,63 @@ def _curve(bench: Bench, layer: nn.Module, calls: Sequence[LayerInput], key: Key
     def time(rank: int) -> int:
         return sum(bench.time(layer, call, (*key, rank)) for call in calls)
 
-    return measured_curve(time, last, dense, key[1] * layer_cost(layer).geometry.groups)
+    return measured_curve(time, last, dense, key[1] * layer_cost(layer).geometry.groups, rank_multiple)
 
 
 def _standing(bench: Bench, layer: nn.Module, calls: Sequence[LayerInput]) -> int:
     return sum(bench.time(layer, call, form_of(layer)) for call in calls)
 
 
-def _side_by_side(
+def _model(
     bench: Bench,
+    model: nn.Module,
     layers: Mapping[str, nn.Module],
     inputs: Mapping[str, Sequence[LayerInput]],
     run: Callable[[], object],
-) -> tuple[float, float]:
-    """Return the nanoseconds of the model, and of its layers as they stand, both of the same moments.
+) -> tuple[int, float]:
+    """Return the nanoseconds of the model, and which share of that its layers take as they stand.
 
-    A machine that others use is slower at times; what is compared must have been measured side by side.
+    Known from an earlier run, if that was of a model of the same class whose parts have the same names and settings,
+    and whose layers were called alike.
     """
     counts = Counter((bench.name(layer, call), name, call) for name, layer in layers.items() for call in inputs[name])
-    each: dict[str, tuple[Stopwatch, int]] = {}
+    forms = [f"{text} as {form_of(layers[name])}: {count}" for (text, name, _), count in counts.items()]
+    described = "\n".join([*forms, type(model).__module__, type(model).__qualname__, repr(model)])
+    signature = f"model {hashlib.sha256(described.encode()).hexdigest()}"
+    whole, share = (bench.known.get(signature, form) for form in ("whole", "share of the layers"))
+    if whole is None or share is None:
+        whole, share = _in_turns(bench, layers, counts, run)
+        bench.known.put(signature, "whole", whole)
+        bench.known.put(signature, "share of the layers", share)
+    bench.note(Timing(whole.nanoseconds, share.spread))
+    return whole.nanoseconds, share.nanoseconds / 1e9
+
+
+def _in_turns(
+    bench: Bench,
+    layers: Mapping[str, nn.Module],
+    counts: Mapping[tuple[str, str, LayerInput], int],
+    run: Callable[[], object],
+) -> tuple[Timing, Timing]:
+    """Time the model in turns with its layers: a machine that others use is slower at times.
+
+    Returns:
+        The nanoseconds of the model, and the share of its layers in it, in billionths.
+    """
+    watches: dict[str, tuple[Stopwatch, int]] = {}
     for (text, name, call), count in counts.items():
-        watch = each[text][0] if text in each else bench.stopwatch(layers[name], call, form_of(layers[name]))
-        each[text] = watch, count + (each[text][1] if text in each else 0)
+        form = form_of(layers[name])
+        watch, before = watches.get(f"{text} as {form}") or (bench.stopwatch(layers[name], call, form), 0)
+        watches[f"{text} as {form}"] = watch, before + count
+
+    def all_layers() -> float:
+        return sum(watch.block() * count for watch, count in watches.values())
+
     model = Stopwatch(run, bench.device)
-    whole: list[float] = []
-    own: list[float] = []
-    while len(whole) < _LEAST_ROUNDS or (len(whole) < _MOST_ROUNDS and sum(whole) + sum(own) < 1e9 * _SECONDS):
-        own.append(sum(watch.block() * count for watch, count in each.values()))
-        whole.append(model.block())
-    share = median(part / all_of_it for part, all_of_it in zip(own, whole, strict=True))
-    return median(whole), share * median(whole)
+    rounds: list[tuple[float, float]] = []
+    while len(rounds) < _LEAST_ROUNDS or (len(rounds) < _MOST_ROUNDS and sum(map(sum, rounds)) < 1e9 * _SECONDS):
+        rounds.append((model.block(), all_layers()))
+    return of_runs([whole for whole, _ in rounds]), of_runs([1e9 * own / whole for whole, own in rounds])
 
 
 def _check_spread(spread: float) -> None:

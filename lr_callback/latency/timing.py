@@ -48,7 +48,28 @@ def timed(run: Callable[[], object], device: torch.device, seconds: float = 0.1)
     blocks: list[float] = []
     while len(blocks) < _LEAST_BLOCKS or not _is_enough(blocks, watch.calls, seconds):
         blocks.append(watch.block())
-    return Timing(max(1, round(median(blocks))), _spread(blocks))
+    return of_runs(blocks)
+
+
+def timed_beside(run: Callable[[], object], other: Stopwatch, device: torch.device, seconds: float = 0.1) -> Timing:
+    """Measure a call in turns with another one, in billionths of what that takes: both have the same moments.
+
+    Args:
+        run: the call.
+        other: times the other one.
+        device: that both work on.
+        seconds: see :func:`timed`, of both together.
+    """
+    watch = Stopwatch(run, device)
+    shares: list[float] = []
+    total = 0.0
+    while len(shares) < _LEAST_BLOCKS or (
+        len(shares) < _MOST_BLOCKS and total < 1e9 * seconds and _spread(shares) > _STEADY
+    ):
+        own, beside = watch.block(), other.block()
+        shares.append(own / beside)
+        total += own * watch.calls + beside * other.calls
+    return of_runs([1e9 * share for share in shares])
 
 
 class Stopwatch:
@@ -70,6 +91,11 @@ class Stopwatch:
     def block(self) -> float:
         """Return the nanoseconds of a call, now."""
         return _elapsed(self._run, self._device, self.calls) / self.calls
+
+
+def of_runs(runs: Sequence[float]) -> Timing:
+    """Return the median and the spread of some runs, two at least."""
+    return Timing(max(1, round(median(runs))), _spread(runs))
 
 
 def _is_enough(blocks: Sequence[float], calls: int, seconds: float) -> bool:

@@ -56,8 +56,12 @@ class _RankRule(_ScalarRule):
             return None
         candidate = layer.candidates[0]
         rank = max(1, self.rank(candidate, generosity))
-        # Measured costs do not only rise: a rank below the last may be slower than the dense layer, and has no error.
-        return (candidate, rank) if rank <= candidate.last and candidate.errors[rank].isfinite() else None
+        if rank > candidate.last:
+            return None
+        # Where costs are measured some ranks cannot be chosen, and have no error: the next one below is, or the first.
+        known = candidate.errors[1:].isfinite().nonzero().flatten() + 1
+        below = known[known <= rank]
+        return (candidate, int(below[-1] if len(below) else known[0])) if len(known) else None
 
 
 class UniformRank(_RankRule):

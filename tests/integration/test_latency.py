@@ -116,7 +116,8 @@ def test_times_of_another_device_are_measured_again(tmp_path):
     assert again.allocation is not None
 
 
-def test_a_file_of_another_device_ends_the_run_before_a_step(tmp_path):
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_a_file_of_another_device_ends_the_run_before_a_step(tmp_path, epochs):
     run(compression(), tmp_path)
     (file,) = folder().iterdir()
     written = json.loads(file.read_text("utf-8"))
@@ -126,12 +127,14 @@ def test_a_file_of_another_device_ends_the_run_before_a_step(tmp_path):
     module.example_input_array = torch.zeros(128, 64)
     before = copy.deepcopy(module.state_dict())
     with pytest.raises(ValueError, match=r"must be of this device, and is of another \(threads: 99, here"):
-        run(compression(epochs=0), tmp_path, module)
+        run(compression(epochs=epochs), tmp_path, module)
     assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
 
 
 def test_at_epoch_0_an_example_is_needed(tmp_path):
-    with pytest.raises(MisconfigurationException, match=r"or 'latency' at epoch 0 .* must know an input"):
+    with pytest.raises(
+        MisconfigurationException, match=r"latency or activation_memory at epoch 0 .* must know an input"
+    ):
         run(compression(epochs=0), tmp_path)
 
 

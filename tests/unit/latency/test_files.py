@@ -69,6 +69,9 @@ def test_a_file_of_another_device_is_refused():
 @pytest.mark.parametrize(
     "text",
     [
+        '{"version": 1, "device": {}, "times": {"layer": {"dense": [5, Infinity]}}}',
+        '{"version": 1, "device": {}, "times": {"layer": {"dense": [1' + 400 * "0" + ", 0.1]}}}",
+        "[" * 100_000,
         "{",
         "[]",
         '{"version": 99, "device": {}, "times": {}}',
@@ -80,13 +83,31 @@ def test_a_file_of_another_device_is_refused():
 def test_a_damaged_file_is_told_of_and_written_anew(text):
     path = kept().path
     path.write_text(text, encoding="utf-8")
-    with pytest.warns(UserWarning, match=r"The layers are measured again, and .*\.json is written anew"):
+    with pytest.warns(
+        UserWarning, match=r"cannot be read \((.|\n)*The layers are measured again, and it is written anew"
+    ):
         times = Times(CPU)
     assert times.get("layer", "dense") is None
     times.put("layer", "dense", TIME)
-    with pytest.warns(UserWarning, match="written anew"):
-        times.save()
+    times.save()
     assert Times(CPU).get("layer", "dense") == TIME
+
+
+def test_times_of_a_noisy_moment_are_of_use_now_and_not_later():
+    times = kept("noisy", timing=Timing(50, 3.0))
+    assert times.get("noisy", "dense") == Timing(50, 3.0)
+    assert Times(CPU).get("noisy", "dense") is None
+
+
+def test_files_can_be_read_by_all_who_share_the_folder():
+    assert kept().path.stat().st_mode & 0o777 == 0o644
+
+
+def test_a_file_that_cannot_be_read_is_told_of():
+    path = kept().path
+    path.write_bytes(b"\xff\xfe")
+    with pytest.warns(UserWarning, match=r"cannot be read \(UnicodeDecodeError"):
+        Times(CPU)
 
 
 def test_a_folder_that_cannot_be_written_is_told_of(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ from time import sleep
 import torch
 
 from lr_callback.latency import Stopwatch, timed
+from lr_callback.latency.timing import timed_beside
 
 CPU = torch.device("cpu")
 
@@ -29,3 +30,16 @@ def test_short_calls_are_timed_together():
 
 def test_a_long_call_is_timed_by_itself():
     assert Stopwatch(lambda: sleep(0.001), CPU).calls == 1
+
+
+def test_a_call_is_timed_in_turns_with_another():
+    other = Stopwatch(lambda: sleep(0.002), CPU)
+    share = timed_beside(lambda: sleep(0.001), other, CPU)
+    assert 0 < share.nanoseconds < 1e9  # billionths of the other one
+
+
+def test_a_pause_in_one_of_the_runs_does_not_decide():
+    """Five pairs at least, of which the median counts."""
+    naps = iter([0.001] * 4 + [0.05] + [0.001] * 500)
+    share = timed_beside(lambda: sleep(0.001), Stopwatch(lambda: sleep(next(naps)), CPU), CPU)
+    assert share.nanoseconds > 0.3e9
