@@ -40,7 +40,7 @@ def device_facts(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         cudnn = {"cudnn": torch.backends.cudnn.enabled, "benchmark": torch.backends.cudnn.benchmark}
         return {**facts, **cudnn, "name": torch.cuda.get_device_name(device), "tf32": _tf32()}
-    name = {"name": _processor(), "capability": torch.backends.cpu.get_cpu_capability()}
+    name = {"name": processor(), "capability": torch.backends.cpu.get_cpu_capability()}
     return {**facts, **name, "threads": torch.get_num_threads(), "mkldnn": torch.backends.mkldnn.enabled}
 
 
@@ -50,7 +50,8 @@ def _tf32() -> list[object]:
     return [getattr(kind, "fp32_precision" if hasattr(kind, "fp32_precision") else "allow_tf32") for kind in kinds]
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Return the name of the processor, as the system tells it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from lr_callback.latency.files import processor
 
 PACKAGES = ("lr_callback", "torch", "torchvision", "lightning", "torchmetrics", "numpy", "torch-pruning")
 
@@ -24,7 +25,7 @@ def environment() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         **{name: found for name in PACKAGES if (found := _version(name)) is not None},
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
@@ -36,10 +37,3 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
