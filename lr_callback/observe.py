@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -149,6 +149,15 @@ def observe_run(
         progress: see :func:`observe`.
         given: the arguments of the calls; where there are some, what is kept for the backward pass is counted.
     """
+    seen, inputs = observe_inputs(model, run)
+    timed = None if timed_for is None else _timed(model, run, inputs, timed_for, progress)
+    return replace(seen, latencies=timed, activations=_kept(model, run, given) if given else None)
+
+
+def observe_inputs(
+    model: nn.Module, run: Callable[[], object]
+) -> tuple[Observation, dict[str, tuple[LayerInput, ...]]]:
+    """Observe the layers of ``model`` while ``run`` calls it; return that, and what each is called with, in order."""
     with ExitStack() as stack:
         stack.enter_context(untouched(model))
         watched = {name: _Watched(layer, stack) for name, layer in find_layers(model).layers.items()}
@@ -158,25 +167,13 @@ def observe_run(
     calls = {name: tuple(one.calls) for name, one in watched.items()}
     reads = {name: one.reads for name, one in watched.items() if one.reads}
     dense = counter.get_total_flops() // 2 + saved_multiply_adds(model, calls) - composed_multiply_adds(model, reads)
-    inputs = {name: one.inputs for name, one in watched.items() if one.inputs}
-    timed = None if timed_for is None else _timed(model, run, inputs, timed_for, progress)
-    return Observation(dense, calls, reads, timed, _kept(model, run, given) if given else None)
+    return Observation(dense, calls, reads), {name: tuple(one.inputs) for name, one in watched.items()}
 
 
 def _kept(model: nn.Module, run: Callable[[], object], given: Sequence[object]) -> Activations:
     """Count what a run in training keeps for its backward pass."""
     with in_training(model), as_written():
         return count_kept(model, find_layers(model).layers, run, given)
-
-
-def inputs_of_layers(model: nn.Module, run: Callable[[], object]) -> dict[str, tuple[LayerInput, ...]]:
-    """Return what each layer of ``model`` is called with while ``run`` calls it, in order; see :func:`observe`."""
-    with ExitStack() as stack:
-        stack.enter_context(untouched(model))
-        watched = {name: _Watched(layer, stack) for name, layer in find_layers(model).layers.items()}
-        stack.enter_context(as_written())
-        run()
-    return {name: tuple(one.inputs) for name, one in watched.items()}
 
 
 def _timed(
@@ -187,7 +184,7 @@ def _timed(
     progress: Progress | None,
 ) -> Latencies:
     """Time a run of a model, and each of the layers that it calls in the forms that a method may choose."""
-    layers = {name: layer for name, layer in find_layers(model).layers.items() if name in inputs}
+    layers = {name: layer for name, layer in find_layers(model).layers.items() if inputs[name]}
     if not layers:
         raise ValueError("cost='latency': the run must call a layer that can be factorized, and it calls none.")
     with untouched(model), as_written():

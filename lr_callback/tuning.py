@@ -20,7 +20,7 @@ from lr_callback.find import factorized_in, find_layers
 from lr_callback.forms import forms_of, in_form
 from lr_callback.latency import Bench, LayerInput, Progress, Timing, device_facts, timed
 from lr_callback.layers import FactorizedLayer, any_weight
-from lr_callback.observe import inputs_of_layers, observe_run
+from lr_callback.observe import observe_inputs
 from lr_callback.surgery import SurgeryReport, replace_layers, standing_in
 from lr_callback.table import listed
 from lr_callback.tuned import AS_BUILT, CHANNELS_LAST, TUNED, LayerForms, Tuning, is_faster
@@ -164,7 +164,7 @@ def _called(
     """
     run = partial(example.call, model.get_submodule(place))
     try:
-        seen = observe_run(model, run)
+        seen, inputs = observe_inputs(model, run)
     except Exception as error:  # whatever the model raises
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in example.tensors)
         raise ValueError(
@@ -176,7 +176,7 @@ def _called(
     if len(reasons) == len(layers):
         name, reason = next(iter(reasons.items()))
         raise ValueError(f"`example_input`: the run must call a factorized layer, found none; {name}: {reason}.")
-    return inputs_of_layers(model, run), reasons
+    return inputs, reasons
 
 
 def _timed_layers(

@@ -11,12 +11,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from lr_callback.factorization import Factorization
 from lr_callback.latency.files import Times
-from lr_callback.latency.inputs import LayerInput
+from lr_callback.latency.inputs import LayerInput, dtype_name
 from lr_callback.latency.timing import Stopwatch, Timing, timed, timed_beside
-from lr_callback.layer_types import build, layer_type
-from lr_callback.layers import FactorizedLayer, any_weight, dense_bias
+from lr_callback.layer_types import build_form, layer_type
+from lr_callback.layers import FactorizedLayer, any_weight, channels_last, dense_bias
 
 Form = tuple[str, int, int] | None
 """Folding, number of slices and rank of a factorized layer; None: the dense one."""
@@ -52,8 +51,9 @@ class Bench:
         kind, weight = layer_type(layer), any_weight(layer)
         assert kind is not None
         facts = [f"{name}={getattr(layer, name)}" for name in kind.attributes]
-        facts += [f"bias={dense_bias(layer) is not None}", str(weight.dtype).removeprefix("torch.")]
-        facts += ["channels_last"] if _is_channels_last(layer) else []
+        facts += [f"bias={dense_bias(layer) is not None}", dtype_name(weight.dtype)]
+        held = layer.factors if isinstance(layer, FactorizedLayer) else (weight,)
+        facts += ["channels_last"] if channels_last(held) is not None else []
         return f"{kind.__name__}({', '.join(facts)}) | {call}"
 
     def timing(self, layer: nn.Module, calls: Sequence[LayerInput], form: Form) -> Timing:
@@ -108,21 +108,11 @@ class Bench:
 def _built(layer: nn.Module, form: Form) -> nn.Module:
     with torch.inference_mode(False):
         if form is not None:
-            folding, count, rank = form
-            made: nn.Module = build(layer, Factorization(folding, count, rank, 0.0, 0, 0))
+            made: nn.Module = build_form(layer, *form)
         else:
-            made = _any_form(layer).dense_skeleton()
+            # A dense layer is made anew, too, without the user's hooks: any form of it knows how.
+            any_form = layer if isinstance(layer, FactorizedLayer) else build_form(layer, "kernel_in_encoder", 1, 1)
+            made = any_form.dense_skeleton()
     for parameter in made.parameters():
         parameter.requires_grad_(False).fill_(0.01)
     return made.eval()
-
-
-def _any_form(layer: nn.Module) -> FactorizedLayer:
-    if isinstance(layer, FactorizedLayer):
-        return layer
-    return build(layer, Factorization("kernel_in_encoder", 1, 1, 0.0, 0, 0))
-
-
-def _is_channels_last(layer: nn.Module) -> bool:
-    weight = any_weight(_any_form(layer).dense_skeleton())
-    return weight.stride() != torch.empty(weight.shape, device="meta").stride()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+from lr_callback.layers import CHANNELS_LAST
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class LayerInput:
     @classmethod
     def of(cls, inputs: Tensor) -> LayerInput:
         """Describe the input of a call that is being made."""
-        last, kind = _LAST.get(inputs.dim()), inputs.device.type
+        last, kind = CHANNELS_LAST.get(inputs.dim()), inputs.device.type
         is_last = last is not None and inputs.is_contiguous(memory_format=last) and not inputs.is_contiguous()
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         return cls(tuple(inputs.shape), inputs.dtype, is_last, autocast)
@@ -50,14 +50,15 @@ class LayerInput:
         if not self.dtype.is_floating_point:
             return (count % numbers).to(self.dtype).reshape(self.shape)
         values = torch.sin(count.float()).to(self.dtype).reshape(self.shape)
-        return values.contiguous(memory_format=_LAST[values.dim()]) if self.channels_last else values
+        return values.contiguous(memory_format=CHANNELS_LAST[values.dim()]) if self.channels_last else values
 
     def __str__(self) -> str:
         """Return it as text, by which it is known in files."""
-        parts = ["x".join(map(str, self.shape)), _name(self.dtype)]
+        parts = ["x".join(map(str, self.shape)), dtype_name(self.dtype)]
         parts += ["channels_last"] if self.channels_last else []
-        return " ".join([*parts, *([f"autocast {_name(self.autocast)}"] if self.autocast is not None else [])])
+        return " ".join([*parts, *([f"autocast {dtype_name(self.autocast)}"] if self.autocast is not None else [])])
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype, without torch's."""
     return str(dtype).removeprefix("torch.")

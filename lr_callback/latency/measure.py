@@ -56,11 +56,6 @@ class Latencies:
         """Nanoseconds of the whole model with all layers dense."""
         return self.rest + sum(layer.dense for layer in self.layers.values())
 
-    @property
-    def misfit(self) -> float:
-        """Largest relative difference of a time that was interpolated and then measured."""
-        return max((one.misfit for layer in self.layers.values() for one in layer.curves.values()), default=0.0)
-
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain data."""
         layers = {

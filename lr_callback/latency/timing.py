@@ -45,10 +45,12 @@ def timed(run: Callable[[], object], device: torch.device, seconds: float = 0.1)
         True
     """
     watch = Stopwatch(run, device)
-    blocks: list[float] = []
-    while len(blocks) < _LEAST_BLOCKS or not _is_enough(blocks, watch.calls, seconds):
-        blocks.append(watch.block())
-    return of_runs(blocks)
+
+    def block() -> tuple[float, float]:
+        taken = watch.block()
+        return taken, taken * watch.calls
+
+    return _repeated(block, seconds)
 
 
 def timed_beside(run: Callable[[], object], other: Stopwatch, device: torch.device, seconds: float = 0.1) -> Timing:
@@ -61,15 +63,25 @@ def timed_beside(run: Callable[[], object], other: Stopwatch, device: torch.devi
         seconds: see :func:`timed`, of both together.
     """
     watch = Stopwatch(run, device)
-    shares: list[float] = []
-    total = 0.0
-    while len(shares) < _LEAST_BLOCKS or (
-        len(shares) < _MOST_BLOCKS and total < 1e9 * seconds and _spread(shares) > _STEADY
-    ):
+
+    def turn() -> tuple[float, float]:
         own, beside = watch.block(), other.block()
-        shares.append(own / beside)
-        total += own * watch.calls + beside * other.calls
-    return of_runs([1e9 * share for share in shares])
+        return 1e9 * own / beside, own * watch.calls + beside * other.calls
+
+    return _repeated(turn, seconds)
+
+
+def _repeated(take: Callable[[], tuple[float, float]], seconds: float) -> Timing:
+    """Take values, each with the nanoseconds that it took, until they agree or the time is over."""
+    values: list[float] = []
+    total = 0.0
+    while len(values) < _LEAST_BLOCKS or (
+        len(values) < _MOST_BLOCKS and total < 1e9 * seconds and _spread(values) > _STEADY
+    ):
+        value, taken = take()
+        values.append(value)
+        total += taken
+    return of_runs(values)
 
 
 class Stopwatch:
@@ -96,10 +108,6 @@ class Stopwatch:
 def of_runs(runs: Sequence[float]) -> Timing:
     """Return the median and the spread of some runs, two at least."""
     return Timing(max(1, round(median(runs))), _spread(runs))
-
-
-def _is_enough(blocks: Sequence[float], calls: int, seconds: float) -> bool:
-    return len(blocks) >= _MOST_BLOCKS or sum(blocks) * calls >= 1e9 * seconds or _spread(blocks) <= _STEADY
 
 
 def _spread(blocks: Sequence[float]) -> float:

@@ -14,7 +14,7 @@ from lr_callback.costs import Call
 from lr_callback.folding import Geometry, decoder_axes
 from lr_callback.layers.base import FactorizedLayer, any_weight, dense_bias
 
-_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 """Dimensions of a weight -> the memory format with the channels last."""
 
 
@@ -153,7 +153,8 @@ class FactorizedConvolution(FactorizedLayer):
             **options,
         ).to_empty(device=weight.device)
         weights = like.factors if isinstance(like, FactorizedLayer) else (weight,)
-        return _laid_out(made, weights)
+        last = channels_last(weights)
+        return made if last is None else made.to(memory_format=last)
 
 
 def _gathered(
@@ -192,12 +193,10 @@ def _by_position(values: Tensor, groups: int, axes: int) -> Tensor:
     return grouped.permute(1, 0, 3, 2).flatten(1, 2)
 
 
-def _laid_out(made: nn.Module, like: Sequence[Tensor]) -> nn.Module:
-    """Give a module the memory format with the channels last, if one of the weights has it."""
-    last = _FORMATS.get(like[0].dim())
-    if last is None or not any(_is_laid_out(weight, last) for weight in like):
-        return made
-    return made.to(memory_format=last)
+def channels_last(weights: Sequence[Tensor]) -> torch.memory_format | None:
+    """Return the memory format with the channels last that one of the weights of a layer has; None: none has it."""
+    last = CHANNELS_LAST.get(weights[0].dim())
+    return last if last is not None and any(_is_laid_out(weight, last) for weight in weights) else None
 
 
 def _is_laid_out(weight: Tensor, last: torch.memory_format) -> bool:
