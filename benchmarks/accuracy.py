@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 import lr_callback as lrc
-from lr_callback.folding import FOLDINGS
-from lr_callback.observe import observe
+from lr_callback.mathematics.folding import FOLDINGS
+from lr_callback.model.observe import observe
 from lr_callback.recipes import CIFAR10Data
-from lr_callback.repair import recalibrate_batchnorm_
+from lr_callback.repair.recalibrate import recalibrate_batchnorm_
 
 METHODS: dict[str, lrc.Method] = {
     "ALDS, slice": lrc.ALDS(error="slice"),

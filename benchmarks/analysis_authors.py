@@ -23,7 +23,7 @@ from analysis import network, warm_up
 from environment import keep, markdown
 
 import lr_callback as lrc
-from lr_callback.candidates import Candidate, LayerCandidates
+from lr_callback.decisions.candidates import Candidate, LayerCandidates
 
 Record = dict[str, Any]
 

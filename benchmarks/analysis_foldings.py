@@ -24,8 +24,8 @@ from torch._C._profiler import _ExperimentalConfig
 from torch.profiler import ProfilerActivity, profile
 
 import lr_callback as lrc
-from lr_callback.costs import LayerCost
-from lr_callback.folding import FOLDINGS, Geometry, fold
+from lr_callback.decisions.costs import LayerCost
+from lr_callback.mathematics.folding import FOLDINGS, Geometry, fold
 
 NETWORK = "resnet50"
 FOUR = tuple(name for name in FOLDINGS if name != "depth_in_decoder")

@@ -24,7 +24,7 @@ from environment import keep, markdown
 from torch import nn
 
 import lr_callback as lrc
-from lr_callback.folding import Geometry
+from lr_callback.mathematics.folding import Geometry
 
 BLOCKS = 32
 LAYERS = {"q, k, v, o": (4096, 4096), "gate, up": (11008, 4096), "down": (4096, 11008)}

@@ -27,11 +27,11 @@ import torchvision
 from environment import keep, markdown
 from torch import nn
 
-from lr_callback.analysed import Analysis
-from lr_callback.analysis import analyze
-from lr_callback.find import find_layers
-from lr_callback.layer_types import layer_cost
-from lr_callback.processes import Processes
+from lr_callback.analysis.analyze import analyze
+from lr_callback.common.processes import Processes
+from lr_callback.decisions.analysed import Analysis
+from lr_callback.layers.layer_types import layer_cost
+from lr_callback.model.find import find_layers
 
 NETWORKS = ("resnet18", "resnet50")
 CLOCKS = ("seconds", "processor_seconds")

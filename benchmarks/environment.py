@@ -8,7 +8,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from lr_callback.study import environment as study
+from lr_callback.commands.study import environment as study
 
 RESULTS = Path(__file__).parent / "results"
 

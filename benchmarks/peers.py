@@ -41,9 +41,9 @@ from torch import nn
 from ways import OURS, WAYS, WITH_DATA, Subject, multiply_adds
 
 import lr_callback as lrc
-from lr_callback.analysis import survey
-from lr_callback.observe import observe
-from lr_callback.pricing import Prices
+from lr_callback.analysis.analyze import survey
+from lr_callback.model.observe import observe
+from lr_callback.model.pricing import Prices
 from lr_callback.recipes import CIFAR10Data
 
 RANDOM = ("resnet18", "vit_b_16")

@@ -32,11 +32,11 @@ from environment import RESULTS, keep, markdown
 from torch import Tensor, nn
 
 import lr_callback as lrc
-from lr_callback.analysed import Analysis
-from lr_callback.analysis import analyze
-from lr_callback.latency import Stopwatch
-from lr_callback.observe import Observation, observe
-from lr_callback.pricing import Prices
+from lr_callback.analysis.analyze import analyze
+from lr_callback.decisions.analysed import Analysis
+from lr_callback.model.observe import Observation, observe
+from lr_callback.model.pricing import Prices
+from lr_callback.units.latency import Stopwatch
 
 NETWORKS = ("resnet18", "resnet50", "vgg16", "vit_base_patch16_224")
 RATIOS = (0.5, 0.3, 0.2)

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
 import lr_callback as lrc
-from lr_callback.methods.alds import best_method
-from lr_callback.observe import observe
-from lr_callback.study.pruning import kept_layers
+from lr_callback.commands.study.pruning import kept_layers
+from lr_callback.decisions.methods.alds import best_method
+from lr_callback.model.observe import observe
 
 STEPS = 10
 """Halvings of a knob's range."""

@@ -15,7 +15,7 @@ from torch.optim import SGD
 from torch.utils.data import DataLoader, TensorDataset
 
 import lr_callback as lrc
-from lr_callback.repair import recalibrate_batchnorm_
+from lr_callback.repair.recalibrate import recalibrate_batchnorm_
 
 
 def network() -> nn.Sequential:

@@ -5,17 +5,28 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from lr_callback.allocation import Allocation as Allocation
-from lr_callback.analysed import Analysis as Analysis
-from lr_callback.analysis import allocate as allocate
-from lr_callback.analysis import analyze as analyze
-from lr_callback.checkpoint import restore_ as restore_
-from lr_callback.distillation import distillation_loss as distillation_loss
-from lr_callback.exporting import Exported as Exported
-from lr_callback.exporting import export as export
-from lr_callback.factorization import Factorization as Factorization
-from lr_callback.hook import prepare as prepare
-from lr_callback.importance import Importance as Importance
+from lr_callback.analysis.analyze import allocate as allocate
+from lr_callback.analysis.analyze import analyze as analyze
+from lr_callback.decisions.allocation import Allocation as Allocation
+from lr_callback.decisions.analysed import Analysis as Analysis
+from lr_callback.decisions.factorization import Factorization as Factorization
+from lr_callback.decisions.methods import ALDS as ALDS
+from lr_callback.decisions.methods import ALDSK as ALDSK
+from lr_callback.decisions.methods import PCA as PCA
+from lr_callback.decisions.methods import ALDSError as ALDSError
+from lr_callback.decisions.methods import ALDSSimple as ALDSSimple
+from lr_callback.decisions.methods import EnergyThreshold as EnergyThreshold
+from lr_callback.decisions.methods import LRank as LRank
+from lr_callback.decisions.methods import Method as Method
+from lr_callback.decisions.methods import SingularValueThreshold as SingularValueThreshold
+from lr_callback.decisions.methods import UniformRank as UniformRank
+from lr_callback.edits.surgery import SurgeryReport as SurgeryReport
+from lr_callback.edits.surgery import densify_ as densify_
+from lr_callback.edits.surgery import factorize_ as factorize_
+from lr_callback.files.checkpoint import restore_ as restore_
+from lr_callback.files.exporting import Exported as Exported
+from lr_callback.files.exporting import export as export
+from lr_callback.files.hook import prepare as prepare
 from lr_callback.layers import FactorizedConv1D as FactorizedConv1D
 from lr_callback.layers import FactorizedConv1d as FactorizedConv1d
 from lr_callback.layers import FactorizedConv2d as FactorizedConv2d
@@ -25,34 +36,23 @@ from lr_callback.layers import FactorizedConvTranspose2d as FactorizedConvTransp
 from lr_callback.layers import FactorizedConvTranspose3d as FactorizedConvTranspose3d
 from lr_callback.layers import FactorizedEmbedding as FactorizedEmbedding
 from lr_callback.layers import FactorizedLinear as FactorizedLinear
-from lr_callback.methods import ALDS as ALDS
-from lr_callback.methods import ALDSK as ALDSK
-from lr_callback.methods import PCA as PCA
-from lr_callback.methods import ALDSError as ALDSError
-from lr_callback.methods import ALDSSimple as ALDSSimple
-from lr_callback.methods import EnergyThreshold as EnergyThreshold
-from lr_callback.methods import LRank as LRank
-from lr_callback.methods import Method as Method
-from lr_callback.methods import SingularValueThreshold as SingularValueThreshold
-from lr_callback.methods import UniformRank as UniformRank
-from lr_callback.surgery import SurgeryReport as SurgeryReport
-from lr_callback.surgery import densify_ as densify_
-from lr_callback.surgery import factorize_ as factorize_
-from lr_callback.tuned import Tuning as Tuning
-from lr_callback.tuning import tune as tune
-from lr_callback.tuning import tune_ as tune_
+from lr_callback.mathematics.distillation import distillation_loss as distillation_loss
+from lr_callback.mathematics.importance import Importance as Importance
+from lr_callback.tuning.tune import tune as tune
+from lr_callback.tuning.tune import tune_ as tune_
+from lr_callback.tuning.tuned import Tuning as Tuning
 
 if TYPE_CHECKING:
+    from lr_callback.calibration.collect import collect_moments as collect_moments
+    from lr_callback.calibration.effects import measure_effects as measure_effects
+    from lr_callback.calibration.fisher import fisher_importance as fisher_importance
+    from lr_callback.calibration.gains import batchnorm_importance as batchnorm_importance
     from lr_callback.callback import LowRankCompression as LowRankCompression
-    from lr_callback.collect import collect_moments as collect_moments
-    from lr_callback.effects import measure_effects as measure_effects
-    from lr_callback.fisher import fisher_importance as fisher_importance
-    from lr_callback.gains import batchnorm_importance as batchnorm_importance
-    from lr_callback.loading import LowRankMixin as LowRankMixin
-    from lr_callback.loading import load_from_checkpoint as load_from_checkpoint
-    from lr_callback.refit import refit_ as refit_
-    from lr_callback.repair import correct_biases_ as correct_biases_
-    from lr_callback.repair import recalibrate_batchnorm_ as recalibrate_batchnorm_
+    from lr_callback.files.loading import LowRankMixin as LowRankMixin
+    from lr_callback.files.loading import load_from_checkpoint as load_from_checkpoint
+    from lr_callback.repair.recalibrate import correct_biases_ as correct_biases_
+    from lr_callback.repair.recalibrate import recalibrate_batchnorm_ as recalibrate_batchnorm_
+    from lr_callback.repair.refit import refit_ as refit_
 
 __version__ = "0.1.0"
 __all__ = [
@@ -105,16 +105,16 @@ __all__ = [
 ]
 
 _ON_FIRST_USE = {
-    "collect_moments": "lr_callback.collect",
-    "batchnorm_importance": "lr_callback.gains",
-    "fisher_importance": "lr_callback.fisher",
-    "measure_effects": "lr_callback.effects",
-    "refit_": "lr_callback.refit",
-    "correct_biases_": "lr_callback.repair",
-    "recalibrate_batchnorm_": "lr_callback.repair",
+    "collect_moments": "lr_callback.calibration.collect",
+    "batchnorm_importance": "lr_callback.calibration.gains",
+    "fisher_importance": "lr_callback.calibration.fisher",
+    "measure_effects": "lr_callback.calibration.effects",
+    "refit_": "lr_callback.repair.refit",
+    "correct_biases_": "lr_callback.repair.recalibrate",
+    "recalibrate_batchnorm_": "lr_callback.repair.recalibrate",
     "LowRankCompression": "lr_callback.callback",
-    "LowRankMixin": "lr_callback.loading",
-    "load_from_checkpoint": "lr_callback.loading",
+    "LowRankMixin": "lr_callback.files.loading",
+    "load_from_checkpoint": "lr_callback.files.loading",
 }
 
 

@@ -12,14 +12,17 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
-from lr_callback.events import check_flags
-from lr_callback.find import factorized_in
-from lr_callback.goals import Goal, one_goal, units_of
-from lr_callback.hook import hold_structure, install_hook, release_structure
+from lr_callback.common.interrupts import held
+from lr_callback.decisions.goals import Goal, one_goal, units_of
+from lr_callback.decisions.methods import Method
+from lr_callback.edits.projection import OptimizerState, check_optimizer_state
+from lr_callback.edits.surgery import SurgeryReport, keep_places
+from lr_callback.files.hook import hold_structure, install_hook, release_structure
 from lr_callback.host.accuracy import Accuracy
 from lr_callback.host.averaging import align_averages, held_averages
 from lr_callback.host.checkpointed import Checkpointed
 from lr_callback.host.cut import cut, start_of
+from lr_callback.host.events import check_flags
 from lr_callback.host.journal import log_multiply_adds, tell
 from lr_callback.host.monitors import warn_of_no_best
 from lr_callback.host.neighbours import check_alone, check_neighbours
@@ -30,12 +33,9 @@ from lr_callback.host.scope import Scope
 from lr_callback.host.snapshots import publish, write_part
 from lr_callback.host.strategies import check_same_weights, check_strategy, processes_of, same_on_all
 from lr_callback.host.trainer import check_optimizers, is_smoke_test, lacks
-from lr_callback.interrupts import held
-from lr_callback.methods import Method
-from lr_callback.own_cost import read_cost
-from lr_callback.projection import OptimizerState, check_optimizer_state
-from lr_callback.report import show
-from lr_callback.surgery import SurgeryReport, keep_places
+from lr_callback.model.find import factorized_in
+from lr_callback.observation.report import show
+from lr_callback.units.own_cost import read_cost
 
 
 class LowRankCompression(Checkpointed):
@@ -59,30 +59,32 @@ class LowRankCompression(Checkpointed):
             factors back and allocates anew.
         when: ``epochs``; or ``auto``: once, when the spectra of the layers have settled, the median stable rank being
             within 2 % of what it was in each of the last two epochs, at the latest at half of ``max_epochs``.
-        ramp: reach ``keep_ratio`` step by step over several ``epochs``, see :func:`lr_callback.events.cubic_ramp`.
+        ramp: reach ``keep_ratio`` step by step over several ``epochs``, see :func:`lr_callback.host.events.cubic_ramp`.
         method: how to choose ranks; None: ``ALDS("activation", "loss", power=4, shrinkage=0.5)``, which weighs errors
             by what comes into the layers and what they do to the outputs; where that cannot be measured ``ALDS()``,
             with a warning.
         cost: ``parameters``, ``bytes`` of the state dict's tensors, ``multiply_adds`` or ``latency`` as of the first
             training batch (for epoch 0 of the ``example_input_array``); or your own: a function, or the path to import
-            one by, that says what any module costs (:mod:`lr_callback.own_cost`).
+            one by, that says what any module costs (:mod:`lr_callback.units.own_cost`).
         include: patterns of layers; only these are factorized. By default all. A glob pattern of names (``layer1.*``),
-            a type (``type:Linear``), ``place:first`` or ``place:last`` (:mod:`lr_callback.patterns`).
+            a type (``type:Linear``), ``place:first`` or ``place:last`` (:mod:`lr_callback.model.patterns`).
         exclude: patterns of layers that stay dense.
         embeddings: whether ``nn.Embedding`` is factorized, too.
         overrides: pattern of layers -> what each becomes, whatever the others do: ``{"keep_ratio": 0.5}`` of itself,
-            ``{"rank": 32}`` (and ``num_slices``, ``folding``) or ``"dense"`` (:mod:`lr_callback.overrides`).
+            ``{"rank": 32}`` (and ``num_slices``, ``folding``) or ``"dense"`` (:mod:`lr_callback.model.overrides`).
         optimizer_state: what the optimizer knows of new factors: ``reset``, nothing; or ``project``, the momentum of
-            their dense weight through the chain rule, for SGD, Adam and AdamW (:mod:`lr_callback.projection`).
+            their dense weight through the chain rule, for SGD, Adam and AdamW (:mod:`lr_callback.edits.projection`).
         learning_rate_rewind: after each compression let learning rates and schedulers start again as the run began.
-        refit: refit the factors at each compression by least squares (:mod:`lr_callback.refit`), layer after layer on
-            the inputs that the compressed network gives them (``cut``), or at once on those of the network before it
-            (``dense``); ``auto``: as ``cut`` where the training can be run for it, else a warning; None: not at all.
+        refit: refit the factors at each compression by least squares (:mod:`lr_callback.repair.refit`), layer after
+            layer on the inputs that the compressed network gives them (``cut``), or at once on those of the network
+            before it (``dense``); ``auto``: as ``cut`` where the training can be run for it, else a warning; None: not
+            at all.
         correct_biases: let a layer's bias, or the mean of the BatchNorm that takes its outputs, make up for what these
-            are off on average, in a refit or without one (:func:`lr_callback.repair.correct_biases_`); if not, such an
-            error counts as any other.
+            are off on average, in a refit or without one (:func:`lr_callback.correct_biases_`); if
+            not, such an error counts as any other.
         rebase_batchnorm: after a refit let trained BatchNorm layers expect the variances of the refitted network
-            (:mod:`lr_callback.rebasing`): otherwise a network that is right in eval mode begins to train as another.
+            (:mod:`lr_callback.repair.rebasing`): otherwise a network that is right in eval mode begins to train as
+            another.
         recalibrate_batchnorm: measure the statistics of BatchNorm layers anew at each compression.
         calibration_batches: number of training batches, on each process, that these take, an error that is weighted by
             activations, and the objective ``loss``: from a copy of the training loader, with its augmentation.
@@ -159,8 +161,8 @@ class LowRankCompression(Checkpointed):
     def should_compress(self, trainer: Trainer, pl_module: LightningModule) -> Goal | None:
         """Return the fraction to keep if the model is to be compressed at the start of this epoch, else None.
 
-        Or another goal (:mod:`lr_callback.goals`), in the units of the callback's own. Override it for other moments.
-        By default the latest event that is due; under ``fast_dev_run`` the first.
+        Or another goal (:mod:`lr_callback.decisions.goals`), in the units of the callback's own. Override it for other
+        moments. By default the latest event that is due; under ``fast_dev_run`` the first.
         """
         return self.schedule.due(trainer, self._record)
 
@@ -240,7 +242,7 @@ class LowRankCompression(Checkpointed):
         Args:
             trainer: whose optimizers are edited.
             pl_module: whose layers are replaced.
-            keep_ratio: in (0, 1], or another goal (:mod:`lr_callback.goals`).
+            keep_ratio: in (0, 1], or another goal (:mod:`lr_callback.decisions.goals`).
 
         Raises:
             ValueError: If the budget cannot be met or a weight is not finite.

@@ -11,15 +11,15 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from torch import nn
 
-from lr_callback.allocation import Allocation
-from lr_callback.analysis import analyze
+from lr_callback.analysis.analyze import analyze
 from lr_callback.callback import LowRankCompression
-from lr_callback.export_command import export_command
-from lr_callback.methods import Method
-from lr_callback.report import comparison
-from lr_callback.stages import measure_stages
-from lr_callback.study.command import study_command
-from lr_callback.tune_command import tune_command
+from lr_callback.commands.export_command import export_command
+from lr_callback.commands.stages import measure_stages
+from lr_callback.commands.study.command import study_command
+from lr_callback.commands.tune_command import tune_command
+from lr_callback.decisions.allocation import Allocation
+from lr_callback.decisions.methods import Method
+from lr_callback.observation.report import comparison
 
 _DESCRIPTION = (
     "Train a model with low-rank compression on the way (fit), and evaluate checkpoints from before or after it. "

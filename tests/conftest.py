@@ -11,8 +11,8 @@ from hypothesis import settings
 from torch import Tensor, nn
 
 from lr_callback import Allocation, Factorization, factorize_
-from lr_callback.find import find_layers
-from lr_callback.parallel import Workers, workers
+from lr_callback.common.parallel import Workers, workers
+from lr_callback.model.find import find_layers
 
 # Tests run side by side: one thread each, in the processes that they start too, is faster than all threads each.
 os.environ["OMP_NUM_THREADS"] = "1"

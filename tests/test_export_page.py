@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from lr_callback.export_command import export_parser
-from lr_callback.formats import FORMATS
-from lr_callback.tune_command import tune_parser
+from lr_callback.commands.export_command import export_parser
+from lr_callback.commands.tune_command import tune_parser
+from lr_callback.files.formats import FORMATS
 
 for package in ("onnx", "onnxscript", "onnxruntime", "safetensors"):
     pytest.importorskip(package)

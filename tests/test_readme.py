@@ -13,7 +13,7 @@ from torch import nn
 
 import lr_callback as lrc
 from lr_callback.cli import CompressionCLI
-from lr_callback.find import find_layers
+from lr_callback.model.find import find_layers
 from lr_callback.recipes import DigitsData, ImageClassifier
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -101,7 +101,7 @@ def test_each_reason_for_leaving_a_layer_out_is_the_one_given():
 
 
 def test_files_that_it_names_exist():
-    for name in re.findall(r"`(\w+\.py)`", README):
+    for name in re.findall(r"`([\w/]+\.py)`", README):
         assert (ROOT / "lr_callback" / name).is_file(), name
     for name in re.findall(r"\]\((?!https?:)(.*?)\)", README):
         assert (ROOT / name).is_file(), name

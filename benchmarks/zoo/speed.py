@@ -29,7 +29,7 @@ from benchmarks.zoo.isolated import in_own_process
 from benchmarks.zoo.sweep import facts
 from benchmarks.zoo.torchvision_models import standard
 from benchmarks.zoo.treatment import forward_backward
-from lr_callback.analysis import analyze
+from lr_callback.analysis.analyze import analyze
 
 BATCH = 32
 _FEW = 4

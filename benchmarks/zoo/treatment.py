@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 import lr_callback as lrc
 from benchmarks.zoo.case import Case
-from lr_callback.analysed import Analysis
-from lr_callback.analysis import analyze
-from lr_callback.find import factorized_in, find_layers
+from lr_callback.analysis.analyze import analyze
+from lr_callback.decisions.analysed import Analysis
 from lr_callback.layers import FactorizedLayer
+from lr_callback.model.find import factorized_in, find_layers
 
 KEEP_RATIO = 0.5
 TOLERANCE = 1e-3

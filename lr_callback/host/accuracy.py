@@ -17,20 +17,20 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from lr_callback.allocation import Allocation
-from lr_callback.analysed import Analysis
-from lr_callback.build import build_layers, check_allocation
-from lr_callback.find import find_layers
-from lr_callback.goals import Goal, check_goal, drop_of
+from lr_callback.common.interrupts import live
+from lr_callback.common.parallel import workers
+from lr_callback.decisions.allocation import Allocation
+from lr_callback.decisions.analysed import Analysis
+from lr_callback.decisions.goals import Goal, check_goal, drop_of
+from lr_callback.edits.build import build_layers, check_allocation
+from lr_callback.edits.surgery import standing_in
 from lr_callback.host.calibration import isolated_rng
 from lr_callback.host.copies import copied_module
 from lr_callback.host.strategies import processes_of
 from lr_callback.host.validating import INSTEAD, check_validation, validate
-from lr_callback.importance import Importance
-from lr_callback.interrupts import live
-from lr_callback.parallel import workers
-from lr_callback.report import quiet, show
-from lr_callback.surgery import standing_in
+from lr_callback.mathematics.importance import Importance
+from lr_callback.model.find import find_layers
+from lr_callback.observation.report import quiet, show
 
 Repair = Callable[[ExitStack, Mapping[str, nn.Module], Mapping[str, nn.Module]], None]
 
@@ -88,7 +88,7 @@ class Accuracy:
             trainer: at the start of an epoch.
             pl_module: before the cut; it is as it was afterwards.
             analysis: of it.
-            goal: see :mod:`lr_callback.goals`.
+            goal: see :mod:`lr_callback.decisions.goals`.
             importance: what the analysis was made with.
             repair: called with what takes back what it does to the module, and the layers before and after.
             undo: given what takes back each try, for one whose very end is interrupted.

@@ -13,9 +13,9 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from lr_callback.averages import averaged_layers, moved, repaired
+from lr_callback.edits.averages import averaged_layers, moved, repaired
+from lr_callback.edits.surgery import replace_layers
 from lr_callback.host.packages import callbacks_of, is_a
-from lr_callback.surgery import replace_layers
 
 Value = TypeVar("Value")
 
@@ -95,7 +95,7 @@ def followers(
         averages: each a copy of the module or of one inside it.
         former: name of a layer of the module -> the one that stands there.
         made: name of a layer of the module -> the one that takes its place.
-        before: what the repair may have changed, as it was: :func:`lr_callback.averages.repaired`.
+        before: what the repair may have changed, as it was: :func:`lr_callback.edits.averages.repaired`.
 
     Raises:
         MisconfigurationException: If it cannot be told what an average is of.

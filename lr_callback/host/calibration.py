@@ -24,10 +24,10 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torchmetrics import Metric
 
+from lr_callback.common.untouched import as_written, untouched
 from lr_callback.host.copies import copied_loader
-from lr_callback.probe import Probe
-from lr_callback.report import progress_line
-from lr_callback.untouched import as_written, untouched
+from lr_callback.model.probe import Probe
+from lr_callback.observation.report import progress_line
 
 WAYS_OUT = "Set refit=None and recalibrate_batchnorm=False, and choose an error that needs no calibration"
 """What to do where calibration cannot be had."""

@@ -7,16 +7,16 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lr_callback.allocation import Allocation
-from lr_callback.costs import Unit
-from lr_callback.hook import release_structure
+from lr_callback.decisions.allocation import Allocation
+from lr_callback.decisions.costs import Unit
+from lr_callback.decisions.methods import Method
+from lr_callback.files.hook import release_structure
 from lr_callback.host.counting import Counting
 from lr_callback.host.distilling import Distilling
 from lr_callback.host.packages import CallbackBase
 from lr_callback.host.record import Record
 from lr_callback.host.resume import Resuming, note_groups
 from lr_callback.host.snapshots import write_snapshot
-from lr_callback.methods import Method
 
 
 class Checkpointed(CallbackBase):

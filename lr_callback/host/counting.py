@@ -8,15 +8,15 @@ from contextlib import contextmanager
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from lr_callback.costs import ACTIVATION_MEMORY, LATENCY, OBSERVED, Unit, check_cost
+from lr_callback.decisions.costs import ACTIVATION_MEMORY, LATENCY, OBSERVED, Unit, check_cost
+from lr_callback.decisions.methods import Method, best_method
 from lr_callback.host.strategies import processes_of
 from lr_callback.host.trainer import observe_example
-from lr_callback.latency import Progress, check_clock, device_facts
-from lr_callback.methods import Method, best_method
-from lr_callback.observe import Observation
-from lr_callback.pricing import Prices
-from lr_callback.probe import Probe
-from lr_callback.report import progress_line
+from lr_callback.model.observe import Observation
+from lr_callback.model.pricing import Prices
+from lr_callback.model.probe import Probe
+from lr_callback.observation.report import progress_line
+from lr_callback.units.latency import Progress, check_clock, device_facts
 
 
 class Counting:

@@ -15,22 +15,22 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
-from lr_callback.allocation import Allocation
-from lr_callback.averages import repaired
-from lr_callback.build import build_layers, check_allocation, weights_held
+from lr_callback.common.parallel import workers
+from lr_callback.decisions.allocation import Allocation
+from lr_callback.edits.averages import repaired
+from lr_callback.edits.build import build_layers, check_allocation, weights_held
+from lr_callback.edits.optimizers import moments_of, optimizers_in
+from lr_callback.edits.projection import OptimizerState
+from lr_callback.edits.rewind import check_schedules, rewind, schedules_of
+from lr_callback.edits.surgery import SurgeryReport, replace_layers
+from lr_callback.edits.unmoved import watch_first_step
 from lr_callback.host.averaging import followers
 from lr_callback.host.ddp import rebuild_wrapper
 from lr_callback.host.monitors import announce_reset, reset_monitors
 from lr_callback.host.neighbours import rename_in_finetuning, retire
 from lr_callback.host.strategies import processes_of
 from lr_callback.host.trainer import schedulers_of
-from lr_callback.importance import Importance
-from lr_callback.optimizers import moments_of, optimizers_in
-from lr_callback.parallel import workers
-from lr_callback.projection import OptimizerState
-from lr_callback.rewind import check_schedules, rewind, schedules_of
-from lr_callback.surgery import SurgeryReport, replace_layers
-from lr_callback.unmoved import watch_first_step
+from lr_callback.mathematics.importance import Importance
 
 Repair = Callable[[Mapping[str, nn.Module], Mapping[str, nn.Module]], None]
 
@@ -58,7 +58,7 @@ def cut(
         averages: of the module's weights, which follow.
         begin_anew: whether monitors forget the metrics of the model before.
         optimizer_state: what factors of dense layers start with, ``reset`` or ``project``.
-        start: to where learning rates and schedulers are rewound, see :mod:`lr_callback.rewind`.
+        start: to where learning rates and schedulers are rewound, see :mod:`lr_callback.edits.rewind`.
         importance: what the allocation was made with, if its error is weighted.
         repair: called with the layers that stand there and those that were made for their places, before anything
             else follows.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
 from torch.nn.parallel import DistributedDataParallel
 
-from lr_callback.processes import Processes
+from lr_callback.common.processes import Processes
 
 _STATIC_GRAPH_STARTED = "_pl_static_graph_delay_done"
 _BY_BUCKET = ("error_dict", "p_memory_dict", "q_memory_dict")

@@ -16,14 +16,14 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torchmetrics.aggregation import MeanMetric
 
-from lr_callback.checkpoint import adapt_structure
-from lr_callback.distillation import class_scores, distillation_loss
-from lr_callback.heard import Heard, Invocation
+from lr_callback.common.table import listed
+from lr_callback.common.untouched import as_written
+from lr_callback.common.written import is_number
+from lr_callback.files.checkpoint import adapt_structure
 from lr_callback.host.copies import copied_module
 from lr_callback.host.strategies import processes_of
-from lr_callback.table import listed
-from lr_callback.untouched import as_written
-from lr_callback.written import is_number
+from lr_callback.mathematics.distillation import class_scores, distillation_loss
+from lr_callback.model.heard import Heard, Invocation
 
 _LOGGED = "compression/distillation_loss"
 _STEP = "training_step"

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lr_callback.allocation import Allocation
-from lr_callback.metrics import compression_metrics
-from lr_callback.observe import Observation
-from lr_callback.pricing import dense_parameters
-from lr_callback.report import show
+from lr_callback.decisions.allocation import Allocation
+from lr_callback.model.observe import Observation
+from lr_callback.model.pricing import dense_parameters
+from lr_callback.observation.metrics import compression_metrics
+from lr_callback.observation.report import show
 
 
 def tell(

@@ -10,8 +10,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from lr_callback.edits.surgery import SurgeryReport
 from lr_callback.host.packages import callbacks_of, is_a
-from lr_callback.surgery import SurgeryReport
 
 
 def check_neighbours(trainer: Trainer, pl_module: LightningModule) -> None:

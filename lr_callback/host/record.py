@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from lr_callback.allocation import Allocation
-from lr_callback.observe import Observation
+from lr_callback.decisions.allocation import Allocation
+from lr_callback.model.observe import Observation
 
 Part = TypeVar("Part")
 VERSION = 2
@@ -36,7 +36,7 @@ class Record:
         applied: epochs of the events that have passed, ascending.
         allocation: of the latest compression.
         observation: of one batch.
-        start: where learning rates and schedulers began, as :mod:`lr_callback.rewind` notes them.
+        start: where learning rates and schedulers began, as :mod:`lr_callback.edits.rewind` notes them.
         snapshot_files: name of a snapshot -> its path.
         teacher: the weights of the network before the first compression, of which a run with distillation learns.
         stable_ranks: epoch -> layer name -> stable rank at its start, of the latest epochs of a run that waits for them

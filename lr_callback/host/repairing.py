@@ -13,25 +13,25 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
-from lr_callback.collect import collect_moments
-from lr_callback.effects import measure_effects
-from lr_callback.events import check_flags
-from lr_callback.fisher import fisher_importance
-from lr_callback.following import batchnorm_layers, held_by
-from lr_callback.gains import batchnorm_importance
+from lr_callback.calibration.collect import collect_moments
+from lr_callback.calibration.effects import measure_effects
+from lr_callback.calibration.fisher import fisher_importance
+from lr_callback.calibration.gains import batchnorm_importance
+from lr_callback.common.table import listed
+from lr_callback.common.untouched import putting_back, untouched
+from lr_callback.edits.optimizers import optimizers_in
+from lr_callback.edits.surgery import standing_in
 from lr_callback.host.calibration import WAYS_OUT, calibration_calls, isolated_rng
+from lr_callback.host.events import check_flags
 from lr_callback.host.scope import Scope
 from lr_callback.host.strategies import processes_of
-from lr_callback.importance import Importance, checked_importance
 from lr_callback.layers import dense_bias
-from lr_callback.optimizers import optimizers_in
-from lr_callback.probe import Probe
-from lr_callback.refit import Inputs, refit_
-from lr_callback.repair import correct_biases_, recalibrate_batchnorm_
-from lr_callback.report import Told, progress_line
-from lr_callback.surgery import standing_in
-from lr_callback.table import listed
-from lr_callback.untouched import putting_back, untouched
+from lr_callback.mathematics.importance import Importance, checked_importance
+from lr_callback.model.following import batchnorm_layers, held_by
+from lr_callback.model.probe import Probe
+from lr_callback.observation.report import Told, progress_line
+from lr_callback.repair.recalibrate import correct_biases_, recalibrate_batchnorm_
+from lr_callback.repair.refit import Inputs, refit_
 
 Refit = Literal["auto", "cut", "dense"]
 

@@ -13,8 +13,8 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 
+from lr_callback.edits.optimizers import names_of, rebind
 from lr_callback.host.trainer import schedulers_of
-from lr_callback.optimizers import names_of, rebind
 
 _GROUPS = "lr_callback_optimizer_names"
 

@@ -8,15 +8,15 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from lr_callback.events import check_flags, due, read_events
-from lr_callback.goals import Goal
+from lr_callback.analysis.settling import PATIENCE, has_settled, stable_ranks
+from lr_callback.decisions.goals import Goal
+from lr_callback.host.events import check_flags, due, read_events
 from lr_callback.host.journal import log_now
 from lr_callback.host.record import Record
 from lr_callback.host.scope import Scope
 from lr_callback.host.strategies import processes_of
 from lr_callback.host.trainer import beyond, is_smoke_test, warn_of_late_events
-from lr_callback.metrics import stable_rank_metric
-from lr_callback.settling import PATIENCE, has_settled, stable_ranks
+from lr_callback.observation.metrics import stable_rank_metric
 
 When = Literal["epochs", "auto"]
 _NAME = "compression/stable_rank"
@@ -26,11 +26,11 @@ class Schedule:
     """When a run compresses: at chosen epochs, or once the spectra of its layers have settled.
 
     Args:
-        keep_ratio: see :func:`lr_callback.events.read_events`.
+        keep_ratio: see :func:`lr_callback.host.events.read_events`.
         epochs: likewise.
         ramp: likewise.
-        when: ``epochs``, or ``auto``: see :func:`lr_callback.settling.has_settled`, and at the latest at half of
-            ``max_epochs``.
+        when: ``epochs``, or ``auto``: see :func:`lr_callback.analysis.settling.has_settled`, and at the latest at half
+            of ``max_epochs``.
 
     Attributes:
         events: epoch -> fraction to keep, or another goal; with ``auto`` the latest epoch, once there is a Trainer.

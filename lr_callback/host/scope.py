@@ -11,21 +11,21 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.optim import SparseAdam
 
-from lr_callback.analysed import Analysis
-from lr_callback.analysis import analyze, survey
-from lr_callback.costs import OBSERVED, amount
-from lr_callback.events import check_flags
-from lr_callback.find import find_layers
-from lr_callback.fisher import WITHOUT
-from lr_callback.goals import Goal, is_open
+from lr_callback.analysis.analyze import analyze, survey
+from lr_callback.calibration.fisher import WITHOUT
+from lr_callback.decisions.analysed import Analysis
+from lr_callback.decisions.costs import OBSERVED, amount
+from lr_callback.decisions.goals import Goal, is_open
+from lr_callback.decisions.methods import Method, best_method, check_method
+from lr_callback.edits.optimizers import optimizers_in, with_inner
+from lr_callback.host.events import check_flags
 from lr_callback.host.strategies import processes_of
-from lr_callback.importance import Importance
-from lr_callback.methods import Method, best_method, check_method
-from lr_callback.optimizers import optimizers_in, with_inner
-from lr_callback.overrides import check_timed, read_overrides
-from lr_callback.patterns import check_patterns
-from lr_callback.pricing import Prices
-from lr_callback.report import progress_line
+from lr_callback.mathematics.importance import Importance
+from lr_callback.model.find import find_layers
+from lr_callback.model.overrides import check_timed, read_overrides
+from lr_callback.model.patterns import check_patterns
+from lr_callback.model.pricing import Prices
+from lr_callback.observation.report import progress_line
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Scope:
 
         Args:
             pl_module: whose layers are priced; no weight is looked at.
-            goals: see :mod:`lr_callback.goals`.
+            goals: see :mod:`lr_callback.decisions.goals`.
             prices: the units of the budgets.
 
         Raises:

@@ -11,9 +11,9 @@ from typing import TypeVar
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 
-from lr_callback.hook import has_hook
-from lr_callback.processes import Processes, digest
-from lr_callback.table import listed
+from lr_callback.common.processes import Processes, digest
+from lr_callback.common.table import listed
+from lr_callback.files.hook import has_hook
 
 Value = TypeVar("Value")
 

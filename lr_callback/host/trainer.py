@@ -10,14 +10,14 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from lr_callback.allocation import Allocation
-from lr_callback.find import factorized_in
-from lr_callback.latency import Progress
-from lr_callback.methods import Method
-from lr_callback.observe import Observation, observe
-from lr_callback.optimizers import optimizers_in, with_inner
-from lr_callback.projection import OptimizerState, can_project
-from lr_callback.table import listed
+from lr_callback.common.table import listed
+from lr_callback.decisions.allocation import Allocation
+from lr_callback.decisions.methods import Method
+from lr_callback.edits.optimizers import optimizers_in, with_inner
+from lr_callback.edits.projection import OptimizerState, can_project
+from lr_callback.model.find import factorized_in
+from lr_callback.model.observe import Observation, observe
+from lr_callback.units.latency import Progress
 
 
 def is_smoke_test(trainer: Trainer) -> bool:
@@ -106,9 +106,9 @@ def observe_example(
     Args:
         trainer: of the run.
         pl_module: that is run.
-        timed_for: see :func:`lr_callback.observe.observe`.
+        timed_for: see :func:`lr_callback.model.observe.observe`.
         progress: told of each layer that is timed.
-        activations: see :func:`lr_callback.observe.observe`.
+        activations: see :func:`lr_callback.model.observe.observe`.
 
     Raises:
         MisconfigurationException: If the module has none.

@@ -16,10 +16,10 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 
+from lr_callback.common.untouched import as_written
 from lr_callback.host.copies import copied_loader
 from lr_callback.host.packages import PACKAGES
 from lr_callback.host.strategies import processes_of
-from lr_callback.untouched import as_written
 
 INSTEAD = "ask for a `keep_ratio` or a `max_error` in its place"
 """What to do where a network's accuracy cannot be measured in a run."""

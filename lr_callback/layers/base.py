@@ -1,6 +1,7 @@
 """Base: what all factorized layers have in common, and what the rest of the package asks about each type.
 
-A new layer type is a subclass of :class:`FactorizedLayer` and one row in the table of :mod:`lr_callback.layer_types`.
+A new layer type is a subclass of :class:`FactorizedLayer` and one row in the table of
+:mod:`lr_callback.layers.layer_types`.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lr_callback.costs import Call, Works
-from lr_callback.folding import Geometry, compose, swap_channels, swapped_shape
+from lr_callback.decisions.costs import Call, Works
+from lr_callback.mathematics.folding import Geometry, compose, swap_channels, swapped_shape
 
 Part = Literal["dense", "encoder", "decoder"]
 """A layer's dense weight, or one of its factors."""
@@ -123,7 +124,7 @@ class FactorizedLayer(nn.Module, ABC):
 
     @classmethod
     def relaid(cls, part: Part, weight: Tensor, groups: int) -> Tensor:
-        """Bring a weight from this type's order of axes to that of :mod:`lr_callback.folding`, or back."""
+        """Bring a weight from this type's order of axes to that of :mod:`lr_callback.mathematics.folding`, or back."""
         return swap_channels(weight, groups) if part in cls.swapped else weight
 
     @classmethod
@@ -138,18 +139,18 @@ class FactorizedLayer(nn.Module, ABC):
 
     @property
     def ordered_factors(self) -> tuple[Tensor, Tensor]:
-        """The weights of encoder and decoder in the order of :mod:`lr_callback.folding`; differentiable."""
+        """The weights of encoder and decoder in the order of :mod:`lr_callback.mathematics.folding`; differentiable."""
         return self.in_own_order(*self.factors)
 
     def in_own_order(self, encoder: Tensor, decoder: Tensor) -> tuple[Tensor, Tensor]:
-        """Bring factors from the order of :mod:`lr_callback.folding` to that of this type, or back."""
+        """Bring factors from the order of :mod:`lr_callback.mathematics.folding` to that of this type, or back."""
         groups = self.geometry(self).groups
         of_encoder = self.relaid("encoder", encoder, groups * self.num_slices)
         return of_encoder, self.relaid("decoder", decoder, groups)
 
     @torch.no_grad()
     def set_factors(self, encoder: Tensor, decoder: Tensor) -> None:
-        """Set the values of the factors, given in the order of :mod:`lr_callback.folding`."""
+        """Set the values of the factors, given in the order of :mod:`lr_callback.mathematics.folding`."""
         for factor, value in zip(self.factors, self.in_own_order(encoder, decoder), strict=True):
             factor.copy_(value)
 
@@ -161,7 +162,7 @@ class FactorizedLayer(nn.Module, ABC):
 
     @property
     def ordered_weight(self) -> Tensor:
-        """The product of the factors in the order of :mod:`lr_callback.folding`; differentiable, made at each use."""
+        """The product of the factors, ordered as in :mod:`~lr_callback.mathematics.folding`; differentiable."""
         return compose(*self.ordered_factors, self.num_slices, self.geometry(self).groups)
 
     @property

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from lr_callback.costs import Call
-from lr_callback.folding import Geometry, decoder_axes
+from lr_callback.decisions.costs import Call
 from lr_callback.layers.base import FactorizedLayer, any_weight, dense_bias
+from lr_callback.mathematics.folding import Geometry, decoder_axes
 
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 """Dimensions of a weight -> the memory format with the channels last."""

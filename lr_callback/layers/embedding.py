@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lr_callback.folding import Geometry
 from lr_callback.layers.base import FactorizedLayer, any_weight, weight_of
+from lr_callback.mathematics.folding import Geometry
 
 
 class FactorizedEmbedding(FactorizedLayer):

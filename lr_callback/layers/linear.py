@@ -7,8 +7,8 @@ from importlib import import_module
 import torch
 from torch import Tensor, nn
 
-from lr_callback.folding import Geometry
 from lr_callback.layers.base import FactorizedLayer, any_weight, dense_bias
+from lr_callback.mathematics.folding import Geometry
 
 
 class SlicedLinear(nn.Module):

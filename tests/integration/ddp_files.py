@@ -32,8 +32,8 @@ from torch.optim import SGD
 
 import lr_callback as lrc
 from lr_callback import LowRankCompression
-from lr_callback.find import find_layers
 from lr_callback.layers import FactorizedLayer
+from lr_callback.model.find import find_layers
 
 
 class Broken(Exception):

@@ -19,7 +19,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 import lr_callback as lrc
 from lr_callback.cli import main
-from lr_callback.find import factorized_in
+from lr_callback.model.find import factorized_in
 
 PLAIN = {"method": lrc.ALDS(), "refit": None}
 SEEN = []

@@ -261,11 +261,11 @@ def failing(function, error, at):
 
 FAILURES = {
     "decomposition in the analysis": ("torch.linalg.eigvalsh", torch.linalg.LinAlgError("no"), 3),
-    "decomposition of a layer": ("lr_callback.build.truncate", torch.linalg.LinAlgError("no"), 1),
-    "memory for a layer": ("lr_callback.build.skeleton", torch.OutOfMemoryError("no"), 1),
-    "memory for its refit": ("lr_callback.refit.walks", MemoryError("no"), 1),
-    "edit of the optimizer": ("lr_callback.optimizers._replace", RuntimeError("no"), 1),
-    "report": ("lr_callback.surgery._report", RuntimeError("no"), 1),
+    "decomposition of a layer": ("lr_callback.edits.build.truncate", torch.linalg.LinAlgError("no"), 1),
+    "memory for a layer": ("lr_callback.edits.build.skeleton", torch.OutOfMemoryError("no"), 1),
+    "memory for its refit": ("lr_callback.repair.refit.walks", MemoryError("no"), 1),
+    "edit of the optimizer": ("lr_callback.edits.optimizers._replace", RuntimeError("no"), 1),
+    "report": ("lr_callback.edits.surgery._report", RuntimeError("no"), 1),
     "metrics": ("lr_callback.host.journal.compression_metrics", RuntimeError("no"), 1),
     "table": ("lr_callback.host.journal.show", BrokenPipeError("no"), 1),
     "snapshot on a full disk": (

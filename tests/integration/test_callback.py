@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lr_callback as lrc
 from lr_callback import ALDS, LowRankCompression
-from lr_callback.costs import COUNTED
+from lr_callback.decisions.costs import COUNTED
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LAYERS = ["network.0", "network.3", "network.8", "network.10"]

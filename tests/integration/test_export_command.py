@@ -14,10 +14,10 @@ from torch import nn
 
 import lr_callback as lrc
 from lr_callback.cli import main
-from lr_callback.example import Example, largest_difference
-from lr_callback.formats import FORMATS
+from lr_callback.common.example import Example, largest_difference
+from lr_callback.files.formats import FORMATS
+from lr_callback.files.safetensors_file import read_with_notes
 from lr_callback.recipes import CifarResNet, DigitsData, ImageClassifier
-from lr_callback.safetensors_file import read_with_notes
 
 pytest.importorskip("sklearn")
 for package in ("onnx", "onnxscript", "onnxruntime", "safetensors"):

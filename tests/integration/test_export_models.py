@@ -10,8 +10,8 @@ from torch import nn
 from torchvision.models import resnet18
 
 import lr_callback as lrc
-from lr_callback.example import Example, largest_difference
-from lr_callback.formats import FORMATS
+from lr_callback.common.example import Example, largest_difference
+from lr_callback.files.formats import FORMATS
 
 for package in ("onnx", "onnxscript", "onnxruntime", "safetensors"):
     pytest.importorskip(package)

@@ -5,10 +5,10 @@ import torch
 from lightning.pytorch import Trainer
 
 import lr_callback as lrc
-from lr_callback.analysis import analyze
+from lr_callback.analysis.analyze import analyze
 from lr_callback.cli import main
-from lr_callback.observe import observe
-from lr_callback.pricing import Prices
+from lr_callback.model.observe import observe
+from lr_callback.model.pricing import Prices
 
 
 @pytest.fixture

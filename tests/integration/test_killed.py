@@ -92,7 +92,7 @@ PLACES = {
     "the file takes its name": ("fsspec.implementations.local.shutil.move", lambda _, path: third(path)),
     "a snapshot takes its name": ("pathlib.Path.replace", call(3)),
     "in the analysis": ("lr_callback.host.scope.analyze", call(2)),
-    "layers are swapped": ("lr_callback.surgery._report", call(2)),
+    "layers are swapped": ("lr_callback.edits.surgery._report", call(2)),
 }
 """Where a process is killed: a function, and at which of its calls."""
 

@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lr_callback as lrc
-from lr_callback.latency import device_facts
-from lr_callback.latency.files import folder
+from lr_callback.units.latency import device_facts
+from lr_callback.units.latency.files import folder
 
 pytestmark = [
     pytest.mark.usefixtures("own_cache"),

@@ -14,7 +14,7 @@ from torch.optim import SGD, Adam
 import lr_callback as lrc
 from lr_callback import ALDS, LowRankCompression
 from lr_callback.layers import FactorizedLayer
-from lr_callback.observe import observe
+from lr_callback.model.observe import observe
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

@@ -11,9 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerBlockV2
 
 import lr_callback as lrc
-from lr_callback.find import find_layers
-from lr_callback.observe import Observation, observe
-from lr_callback.safetensors_file import read_safetensors
+from lr_callback.files.safetensors_file import read_safetensors
+from lr_callback.model.find import find_layers
+from lr_callback.model.observe import Observation, observe
 
 
 def counted(model, *inputs, **named):

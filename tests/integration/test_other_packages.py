@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import lr_callback as lrc
-from lr_callback.find import find_layers
+from lr_callback.model.find import find_layers
 
 
 def package(name):

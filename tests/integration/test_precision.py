@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lr_callback as lrc
-from lr_callback.costs import COUNTED
+from lr_callback.decisions.costs import COUNTED
 
 
 class TwoParts(pl.LightningModule):

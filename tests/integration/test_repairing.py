@@ -18,7 +18,7 @@ from torchmetrics import MeanMetric
 
 import lr_callback as lrc
 from lr_callback.host.calibration import calibration_calls
-from lr_callback.lockstep import this_walk
+from lr_callback.repair.lockstep import this_walk
 
 pytestmark = pytest.mark.filterwarnings("ignore:The calibration batches are few")
 

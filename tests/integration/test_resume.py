@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import lr_callback as lrc
 from lr_callback import LowRankCompression
-from lr_callback.hook import install_hook
+from lr_callback.files.hook import install_hook
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

@@ -9,7 +9,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.optim import SGD
 
 from lr_callback import LowRankCompression
-from lr_callback.settling import has_settled, stable_ranks
+from lr_callback.analysis.settling import has_settled, stable_ranks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -14,10 +14,10 @@ from lightning.pytorch import LightningDataModule, Trainer
 
 import lr_callback as lrc
 from lr_callback.cli import main
-from lr_callback.methods import ALDSK, LRank
-from lr_callback.study.command import study_command
-from lr_callback.study.plan import CONTROL, Plan, Run, Treatment
-from lr_callback.study.runs import Laboratory
+from lr_callback.commands.study.command import study_command
+from lr_callback.commands.study.plan import CONTROL, Plan, Run, Treatment
+from lr_callback.commands.study.runs import Laboratory
+from lr_callback.decisions.methods import ALDSK, LRank
 
 pytest.importorskip("sklearn")
 pytestmark = [

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import lr_callback as lrc
-from lr_callback.example import largest_difference
+from lr_callback.common.example import largest_difference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

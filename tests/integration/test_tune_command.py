@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 import lr_callback as lrc
 from lr_callback import Factorization, Tuning
 from lr_callback.cli import main
-from lr_callback.latency import Timing
+from lr_callback.units.latency import Timing
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -88,7 +88,7 @@ def refusal(command, capsys, monkeypatch):
     def measured(*_, **__):
         raise AssertionError("measured before it was refused")
 
-    monkeypatch.setattr("lr_callback.tuning.Bench", measured)
+    monkeypatch.setattr("lr_callback.tuning.tune.Bench", measured)
 
     def run(*arguments):
         with pytest.raises(SystemExit) as stopped:
@@ -131,8 +131,8 @@ def timed_as(monkeypatch):
         def form_time(bench, layer, calls, form):
             return Timing(forms[structures[form and form[1:]]], 0.01)
 
-        monkeypatch.setattr("lr_callback.latency.Bench.timing", form_time)
-        monkeypatch.setattr("lr_callback.tuning.timed", lambda *_: Timing(left.pop(0), 0.01))
+        monkeypatch.setattr("lr_callback.units.latency.Bench.timing", form_time)
+        monkeypatch.setattr("lr_callback.tuning.tune.timed", lambda *_: Timing(left.pop(0), 0.01))
 
     return give
 
@@ -276,7 +276,7 @@ def test_a_folder_that_takes_no_file_is_refused(saved, refusal, monkeypatch):
     def full(**_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("lr_callback.tune_command.TemporaryDirectory", full)
+    monkeypatch.setattr("lr_callback.commands.tune_command.TemporaryDirectory", full)
     text = refusal("--checkpoint", checkpoint, *MODEL, "--output", "tuned.ckpt")
     assert "Permission denied" in text
 

@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 
 import lr_callback as lrc
 from lr_callback.cli import main
-from lr_callback.observe import observe
+from lr_callback.model.observe import observe
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from torch.fx.experimental.optimization import fuse
 from torch.nn.functional import linear
 
 import lr_callback as lrc
-from lr_callback.example import largest_difference
+from lr_callback.common.example import largest_difference
 
 
 class Turned(nn.Module):

@@ -12,7 +12,7 @@ from torch.optim import SGD, Adadelta, Adam, Optimizer, RMSprop, lr_scheduler
 
 import lr_callback as lrc
 from lr_callback import LowRankCompression
-from lr_callback.optimizers import with_inner
+from lr_callback.edits.optimizers import with_inner
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -6,11 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lr_callback.activations import ActivationCost
-from lr_callback.layer_types import build_form
-from lr_callback.observe import observe
-from lr_callback.own_cost import OwnCost
-from lr_callback.weightless import Forms, weightless
+from lr_callback.layers.layer_types import build_form
+from lr_callback.layers.weightless import Forms, weightless
+from lr_callback.model.observe import observe
+from lr_callback.units.activations import ActivationCost
+from lr_callback.units.own_cost import OwnCost
 from tests.laws.test_layer_types import cases, law
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lr_callback as lrc
-from lr_callback.candidates import Candidate, LayerCandidates
-from lr_callback.costs import CountedCost
-from lr_callback.errors import ERRORS
-from lr_callback.folding import FOLDINGS, Geometry, fold, slice_counts, unfold_decoder, unfold_encoder
-from lr_callback.layer_types import build
-from lr_callback.methods import cost_of
-from lr_callback.parallel import workers
-from lr_callback.spectrum import truncate
+from lr_callback.common.parallel import workers
+from lr_callback.decisions.candidates import Candidate, LayerCandidates
+from lr_callback.decisions.costs import CountedCost
+from lr_callback.decisions.methods import cost_of
+from lr_callback.layers.layer_types import build
+from lr_callback.mathematics.errors import ERRORS
+from lr_callback.mathematics.folding import FOLDINGS, Geometry, fold, slice_counts, unfold_decoder, unfold_encoder
+from lr_callback.mathematics.spectrum import truncate
 
 METHODS = [
     lrc.ALDS,

@@ -7,10 +7,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lr_callback.errors import ERRORS, relative_errors
-from lr_callback.folding import FOLDINGS, Geometry, compose, fold, slice_counts, unfold_decoder, unfold_encoder
-from lr_callback.parallel import workers
-from lr_callback.spectrum import truncate
+from lr_callback.common.parallel import workers
+from lr_callback.mathematics.errors import ERRORS, relative_errors
+from lr_callback.mathematics.folding import (
+    FOLDINGS,
+    Geometry,
+    compose,
+    fold,
+    slice_counts,
+    unfold_decoder,
+    unfold_encoder,
+)
+from lr_callback.mathematics.spectrum import truncate
 
 RESOLUTION = 1e-6  # a root of an eigenvalue in float64 resolves about 1e-7 of the largest
 

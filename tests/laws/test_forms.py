@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lr_callback as lrc
-from lr_callback.folding import FOLDINGS
-from lr_callback.forms import forms_of, in_form
-from lr_callback.layer_types import build, layer_type
+from lr_callback.layers.layer_types import build, layer_type
+from lr_callback.mathematics.folding import FOLDINGS
+from lr_callback.tuning.forms import forms_of, in_form
 
 TOLERANCE = 1e-10
 PLAIN, TRANSPOSED = (nn.Conv1d, nn.Conv2d, nn.Conv3d), (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

@@ -12,10 +12,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import lr_callback as lrc
-from lr_callback.errors import ERRORS, relative_errors
-from lr_callback.folding import FOLDINGS, fold
-from lr_callback.layer_types import dense_weight, layer_cost, layer_type
-from lr_callback.parallel import workers
+from lr_callback.common.parallel import workers
+from lr_callback.layers.layer_types import dense_weight, layer_cost, layer_type
+from lr_callback.mathematics.errors import ERRORS, relative_errors
+from lr_callback.mathematics.folding import FOLDINGS, fold
 
 TOLERANCE = 1e-10
 RESOLUTION = 1e-6  # a root of an eigenvalue in float64 resolves about 1e-7 of the largest

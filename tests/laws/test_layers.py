@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import lr_callback as lrc
-from lr_callback.costs import COUNTED, Call, CountedCost
-from lr_callback.folding import FOLDINGS, Geometry, slice_counts
+from lr_callback.decisions.costs import COUNTED, Call, CountedCost
+from lr_callback.mathematics.folding import FOLDINGS, Geometry, slice_counts
 
 TOLERANCE = 1e-10
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")

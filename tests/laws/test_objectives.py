@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lr_callback as lrc
-from lr_callback.candidates import Candidate, Frontier, LayerCandidates
-from lr_callback.knapsack import smallest_sum
-from lr_callback.methods import cost_of
-from lr_callback.minimax import minimax
+from lr_callback.decisions.candidates import Candidate, Frontier, LayerCandidates
+from lr_callback.decisions.knapsack import smallest_sum
+from lr_callback.decisions.methods import cost_of
+from lr_callback.decisions.minimax import minimax
 
 Frontiers = dict[str, Frontier]
 # Few values, so that sums often coincide; many; and weighted ones, far above 1.

@@ -13,9 +13,9 @@ import torchvision
 from torch import nn
 
 import lr_callback as lrc
-from lr_callback.errors import relative_errors
-from lr_callback.folding import fold
-from lr_callback.parallel import workers
+from lr_callback.common.parallel import workers
+from lr_callback.mathematics.errors import relative_errors
+from lr_callback.mathematics.folding import fold
 from lr_callback.recipes import CifarResNet
 
 RUNS = [(name, ratio) for name in ("resnet18", "resnet50") for ratio in (0.1, 0.2, 0.3, 0.5)]

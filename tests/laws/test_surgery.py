@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lr_callback as lrc
-from lr_callback import build
-from lr_callback.folding import FOLDINGS
+from lr_callback.edits import build
 from lr_callback.layers import FactorizedLayer
+from lr_callback.mathematics.folding import FOLDINGS
 
 law = settings(max_examples=20, deadline=None)
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]

@@ -7,13 +7,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lr_callback as lrc
-from lr_callback.collect import collect_moments
-from lr_callback.costs import CountedCost
-from lr_callback.folding import FOLDINGS, fold
-from lr_callback.importance import Importance
-from lr_callback.layer_types import dense_weight, layer_type
-from lr_callback.methods import ALDS
-from lr_callback.parallel import workers
+from lr_callback.calibration.collect import collect_moments
+from lr_callback.common.parallel import workers
+from lr_callback.decisions.costs import CountedCost
+from lr_callback.decisions.methods import ALDS
+from lr_callback.layers.layer_types import dense_weight, layer_type
+from lr_callback.mathematics.folding import FOLDINGS, fold
+from lr_callback.mathematics.importance import Importance
 
 pytestmark = pytest.mark.filterwarnings("ignore:The calibration batches are few")
 law = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import lr_callback as lrc
-from lr_callback.costs import CountedCost
-from lr_callback.folding import FOLDINGS
+from lr_callback.decisions.costs import CountedCost
+from lr_callback.mathematics.folding import FOLDINGS
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 DEPTHWISE = "a depthwise convolution: no rank costs less than the dense layer"

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import lr_callback as lrc
-from lr_callback.observe import observe
+from lr_callback.model.observe import observe
 
 OFF = "an embedding; set `embeddings=True` to factorize it"
 

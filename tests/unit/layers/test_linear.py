@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import lr_callback as lrc
-from lr_callback.layer_types import LAYER_TYPES
+from lr_callback.layers.layer_types import LAYER_TYPES
 
 
 def test_a_conv1d_of_transformers_is_factorized_and_made_dense_again():

@@ -1,0 +1,1 @@
+"""From a model to what each of its layers can become."""

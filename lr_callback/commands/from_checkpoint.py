@@ -1,0 +1,185 @@
+"""From a checkpoint: the model of a run, its weights, and a call of it, as far as files and a command line say them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+from lightning.pytorch import LightningDataModule, LightningModule
+from torch import Tensor, nn
+
+from lr_callback.commands.stages import call_of_step
+from lr_callback.common.example import Example
+from lr_callback.decisions.allocation import Allocation
+from lr_callback.files.source import load
+
+_HYPERPARAMETERS = "hyper_parameters"
+_CLASS = "_class_path"
+"""What LightningCLI adds to the hyperparameters of a module that saves them."""
+
+
+def add_checkpoint(parser: ArgumentParser) -> None:
+    """Add the argument for the checkpoint.
+
+    Args:
+        parser: of a command that begins with one.
+    """
+    parser.add_argument("--checkpoint", type=str, required=True, help="a checkpoint of Lightning, or a state dict")
+
+
+def add_model(parser: ArgumentParser) -> None:
+    """Add the arguments by which the model, its data and its input are found.
+
+    Args:
+        parser: of a command that begins with a checkpoint.
+    """
+    add = parser.add_argument
+    add("--config", type=str | None, help="the run's configuration; by default the config.yaml above the checkpoint")
+    parser.add_subclass_arguments(nn.Module, "model", required=False, help="by default that of the run")
+    parser.add_subclass_arguments(LightningDataModule, "data", required=False, help="by default that of the run")
+    add("--input_shape", type=str | None, help="of an input of random numbers, as 1,3,32,32, instead of the data's")
+
+
+def parsed(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
+    """Read a command line, what it leaves out from the files of the run; make model and data.
+
+    Args:
+        parser: with the arguments of :func:`add_checkpoint` and :func:`add_model`.
+        arguments: the command line.
+
+    Raises:
+        FileNotFoundError: If a file does not exist.
+        ValueError: If the checkpoint cannot be read.
+    """
+    seen = _peek(arguments)
+    if seen.checkpoint is not None:
+        parser.set_defaults(_of_the_run(Path(seen.checkpoint), seen.config, seen.model))
+    chosen: Namespace = parser.instantiate_classes(parser.parse_args(list(arguments)))
+    return chosen
+
+
+def _peek(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the arguments that say where the others have their defaults."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("--checkpoint", "--config", "--model"):
+        parser.add_argument(name)
+    return parser.parse_known_args(list(arguments))[0]
+
+
+def _of_the_run(checkpoint: Path, config: str | None, model: str | None) -> dict[str, Any]:
+    """Return how the run made its model and its data, as far as its files say so."""
+    written = _config(checkpoint, config)
+    found = _described(written.get("model"), model) if config is not None else None
+    found = found or _hyperparameters(checkpoint, model) or _described(written.get("model"), model)
+    parts = {"model": found, "data": _described(written.get("data"), None)}
+    return {name: part for name, part in parts.items() if part is not None}
+
+
+def _config(checkpoint: Path, config: str | None) -> Mapping[str, Any]:
+    """Read the run's configuration, which LightningCLI writes into the folder that holds that of the checkpoints."""
+    if config is not None and not Path(config).is_file():
+        raise FileNotFoundError(f"--config {config}: no such file.")
+    nearby = (folder / "config.yaml" for folder in checkpoint.resolve().parents[:3])
+    for path in [Path(config)] if config is not None else [path for path in nearby if path.is_file()]:
+        written = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if isinstance(written, Mapping):
+            return written
+    return {}
+
+
+def _described(part: object, model: str | None) -> dict[str, Any] | None:
+    """Return a part of a configuration as class and arguments; None if it is none, or of another class than asked."""
+    if not isinstance(part, Mapping):
+        return None
+    if "class_path" in part:
+        return dict(part) if model is None or part["class_path"].endswith(model) else None
+    return None if model is None else {"class_path": model, "init_args": dict(part)}
+
+
+def _hyperparameters(checkpoint: Path, model: str | None) -> dict[str, Any] | None:
+    """Return class and arguments from what a LightningModule saved; None if it saved nothing, or not which it was."""
+    loaded = weights_in(checkpoint)
+    if model is not None and not _is_lightning(model):
+        return None  # a network inside of what has saved them
+    saved = loaded.get(_HYPERPARAMETERS) or {}
+    arguments = {name: value for name, value in saved.items() if not name.startswith("_")}
+    class_path = model or saved.get(_CLASS)
+    return None if class_path is None or not saved else {"class_path": class_path, "init_args": arguments}
+
+
+def _is_lightning(class_path: str) -> bool:
+    module, _, name = class_path.rpartition(".")
+    found = getattr(import_module(module), name, None) if module else None
+    return isinstance(found, type) and issubclass(found, LightningModule)
+
+
+def weights_in(checkpoint: Path) -> Mapping[str, Any]:
+    """Return the dict of a file with weights.
+
+    Raises:
+        ValueError: If it is an allocation.
+    """
+    loaded = load(checkpoint)
+    if isinstance(loaded, Allocation):
+        raise ValueError(f"--checkpoint {checkpoint}: must be a file with weights, found an allocation.")
+    return loaded
+
+
+def check_model(chosen: Namespace) -> None:
+    """Refuse a command line that names no model, where no file does either.
+
+    Raises:
+        ValueError: If so.
+    """
+    if chosen.model is None:
+        raise ValueError(
+            "--model must name a model, for example --model lr_callback.recipes.CifarResNet: "
+            f"{Path(chosen.checkpoint).name} does not say how its model is made, and there is no configuration of its "
+            "run in the folders above; got none. Or give the configuration: --config config.yaml."
+        )
+
+
+def check_other_file(output: Path, checkpoint: Path, option: str = "--output") -> None:
+    """Refuse to write over what is read: of a training checkpoint more than the weights would be lost.
+
+    Raises:
+        ValueError: If both are one file.
+    """
+    if output.exists() and checkpoint.exists() and output.samefile(checkpoint):
+        raise ValueError(
+            f"{option} must be another file than the checkpoint, found that {output} is --checkpoint {checkpoint}; "
+            "give another name. Nothing was written."
+        )
+
+
+def call_of(chosen: Namespace) -> tuple[nn.Module, Example]:
+    """Return the module that is called, and how, by the command line, the model's example or the run's data.
+
+    Raises:
+        ValueError: If none of these says so.
+    """
+    if chosen.input_shape is not None:
+        return chosen.model, Example((_random(chosen.input_shape),))
+    example = getattr(chosen.model, "example_input_array", None)
+    if example is not None:
+        return chosen.model, Example.of(example)
+    if not isinstance(chosen.model, LightningModule):
+        raise ValueError(
+            f"--input_shape must say what {type(chosen.model).__name__} is called with, for example "
+            "--input_shape 1,3,32,32; got none."
+        )
+    return call_of_step(chosen.model, chosen.data)
+
+
+def _random(shape: str) -> Tensor:
+    """Return random numbers, the same ones each time."""
+    sizes = [size.strip() for size in shape.strip("[]()").split(",")]
+    if not all(size.isdigit() for size in sizes):
+        raise ValueError(f"--input_shape must be whole numbers, for example 1,3,32,32, got {shape}.")
+    return torch.randn([int(size) for size in sizes], generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,181 @@
+"""Stages: measure a run's snapshots side by side, with the model's own test or validation loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
+
+from lr_callback.common.example import Example
+from lr_callback.files.checkpoint import restore_
+from lr_callback.model.probe import Probe
+from lr_callback.observation.report import Stage, quiet
+
+TITLES = {"dense": "dense, before", "cut": "right after", "final": "at the end"}
+"""Snapshot -> what a person calls that moment."""
+
+
+class FirstBatch(Callback):
+    """Watch the calls of each evaluation's first batch.
+
+    Args:
+        model: whose calls are watched.
+
+    Attributes:
+        probe: that has seen them.
+    """
+
+    def __init__(self, model: LightningModule) -> None:
+        self.probe = Probe(model)
+
+    def _start(self) -> None:
+        if not self.probe.seen:
+            self.probe.start()
+
+    def on_test_batch_start(self, *_: object) -> None:
+        """Start, at the first batch."""
+        self._start()
+
+    def on_test_batch_end(self, *_: object) -> None:
+        """Stop."""
+        self.probe.stop()
+
+    def on_validation_batch_start(self, *_: object) -> None:
+        """Start, at the first batch."""
+        self._start()
+
+    def on_validation_batch_end(self, *_: object) -> None:
+        """Stop."""
+        self.probe.stop()
+
+
+def measure_stages(
+    trainer: Trainer, model: LightningModule, datamodule: LightningDataModule | None, files: Mapping[str, str]
+) -> list[Stage]:
+    """Load each snapshot into the model, evaluate and time it, on the run's device.
+
+    The model's test loop is run where it and its data have one, else the validation loop; without either a stage has
+    no metrics and no times.
+
+    Args:
+        trainer: of the run; its loggers and callbacks are left out of this.
+        model: has the last snapshot's structure and weights afterwards.
+        datamodule: of the run; None: the model has its own loaders.
+        files: name of a snapshot, a key of :data:`TITLES` -> its file; existing ones in the order of the run.
+
+    Returns:
+        One stage for each file, in the order of :data:`TITLES`.
+    """
+    device, watch = model.device, FirstBatch(model)
+    with quiet():
+        evaluator = _evaluator(trainer, watch)
+        stages = [
+            _measure(evaluator, watch, model, datamodule, TITLES[name], files[name]) for name in TITLES if name in files
+        ]
+    model.to(device)
+    return stages
+
+
+def call_of_step(model: LightningModule, datamodule: LightningDataModule | None) -> tuple[nn.Module, Example]:
+    """Return what a module's step calls on the first batch of its test or validation data, on the CPU, and how.
+
+    Args:
+        model: is in no Trainer afterwards.
+        datamodule: of the run; None: the model has its own loaders.
+
+    Raises:
+        ValueError: If there is no such step, or no data for it, or it calls several modules one after the other.
+    """
+    watch = FirstBatch(model)
+    with quiet():
+        trainer = Trainer(
+            accelerator="cpu",
+            devices=1,
+            callbacks=[watch],
+            limit_test_batches=1,
+            limit_val_batches=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        run = evaluation_of(trainer, model, datamodule)
+        if run is not None:
+            run(model, datamodule=datamodule, verbose=False)
+    model.trainer = None
+    calls = watch.probe.calls
+    modules = dict(reversed(calls))  # the first call of each
+    if len(modules) != 1:
+        raise ValueError(
+            f"{type(model).__name__}: its test or validation step must call one module, to tell what is run and "
+            f"with which input, found {len(modules)}; give the network by --model and the shape of its input by "
+            "--input_shape."
+        )
+    return next(iter(modules.items()))
+
+
+def _evaluator(trainer: Trainer, watch: FirstBatch) -> Trainer:
+    """Return a Trainer that evaluates as the run did, and writes nothing."""
+    return type(trainer)(
+        accelerator=trainer.strategy.root_device.type,  # by name: an object would lose the run's autocast
+        devices=1,
+        precision=trainer.precision,
+        limit_test_batches=trainer.limit_test_batches,
+        limit_val_batches=trainer.limit_val_batches,
+        callbacks=[watch],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def _measure(
+    evaluator: Trainer,
+    watch: FirstBatch,
+    model: LightningModule,
+    datamodule: LightningDataModule | None,
+    title: str,
+    file: str,
+) -> Stage:
+    watch.probe = Probe(model)
+    metrics = _evaluate(evaluator, model, datamodule, file)
+    model.to(evaluator.strategy.root_device)  # a Trainer moves the model to the CPU when it is done
+    return Stage(
+        name=title,
+        metrics=metrics,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        multiply_adds=watch.probe.observe().multiply_adds(model),
+        file_bytes=Path(file).stat().st_size,
+        milliseconds=watch.probe.milliseconds() if watch.probe.seen else 0.0,
+    )
+
+
+def _evaluate(
+    evaluator: Trainer, model: LightningModule, datamodule: LightningDataModule | None, file: str
+) -> dict[str, float]:
+    """Load a snapshot and return what the model's evaluation logs; nothing where it has none."""
+    run = evaluation_of(evaluator, model, datamodule)
+    if run is None:
+        restore_(model, file)
+        return {}
+    results = run(model, datamodule=datamodule, ckpt_path=file, verbose=False)
+    return {name: float(value) for one in results for name, value in one.items()}
+
+
+def evaluation_of(
+    evaluator: Trainer, model: LightningModule, datamodule: LightningDataModule | None
+) -> Callable[..., Sequence[Mapping[str, float]]] | None:
+    """Return the test loop where there are a step and data for it, else the validation loop, else None."""
+    sources = [one for one in (model, datamodule) if one is not None]
+    loops = {
+        ("test_step", "test_dataloader"): evaluator.test,
+        ("validation_step", "val_dataloader"): evaluator.validate,
+    }
+    for (step, loader), run in loops.items():
+        if is_overridden(step, model) and any(is_overridden(loader, source) for source in sources):
+            return run
+    return None

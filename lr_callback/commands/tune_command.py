@@ -1,0 +1,190 @@
+"""Tune command: from a checkpoint on the disk to a table of times, and the weights in the forms that are fastest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser, Namespace
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from lr_callback.commands.from_checkpoint import (
+    add_checkpoint,
+    add_model,
+    call_of,
+    check_model,
+    check_other_file,
+    parsed,
+    weights_in,
+)
+from lr_callback.common.example import Example
+from lr_callback.files.checkpoint import restore_
+from lr_callback.files.exporting import export
+from lr_callback.files.formats import FORMATS, check_format
+from lr_callback.tuning.tune import tune, tune_
+from lr_callback.tuning.tuned import Tuning
+
+_KEPT = (
+    "epoch",
+    "global_step",
+    "pytorch-lightning_version",
+    "hparams_name",
+    "hparams_type",
+    "hyper_parameters",
+    "datamodule_hparams_name",
+    "datamodule_hyper_parameters",
+)
+"""Entries of a checkpoint that are of the module and not of its training: the new weights are not trained on."""
+_SAFETENSORS = "safetensors"
+
+
+def tune_command(arguments: Sequence[str]) -> str:
+    """Measure the forms of a checkpoint's layers, and write the weights in those that are fastest.
+
+    Args:
+        arguments: of ``lr-callback tune``; see its ``--help``.
+
+    Returns:
+        The table, and what was written.
+    """
+    parser = tune_parser()
+    try:
+        return _tune(parsed(parser, arguments))
+    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
+        parser.error(str(error))
+
+
+def tune_parser() -> ArgumentParser:
+    """Return the parser of ``lr-callback tune``."""
+    description = "Measure which form of each factorized layer is fastest here, and write the weights so."
+    parser = ArgumentParser(prog="lr-callback tune", description=description)
+    add = parser.add_argument
+    add_checkpoint(parser)
+    add("--output", type=str | None, help="a file for the weights, .ckpt, .pt or .safetensors; by default none")
+    add("--json", type=str | None, help="a file for the times")
+    add("--batch_size", type=int | None, help="rows of the input; by default as many as it has")
+    add("--device", type=str, default="cpu", help="where it is to be fast, as cpu or cuda:0")
+    add_model(parser)
+    return parser
+
+
+def _tune(chosen: Namespace) -> str:
+    checkpoint = Path(chosen.checkpoint)
+    # All that can be refused is refused before anything is measured.
+    check_model(chosen)
+    files = {name: Path(chosen[name]) for name in ("output", "json") if chosen[name] is not None}
+    for name, path in files.items():
+        _check_file(f"--{name}", path, checkpoint)
+    device = _device(chosen.device)
+    restore_(chosen.model, checkpoint)
+    called, example = call_of(chosen)
+    example = _on(device, _of_rows(example, chosen.batch_size))
+    tuning = tune(chosen.model.to(device), example.named or example.arguments, called=called)
+    told = [str(tuning)]
+    if "json" in files:
+        tuning.to_json(files["json"])
+        told.append(f"times: {files['json']}")
+    if "output" in files:
+        tune_(chosen.model, tuning)
+        _write(files["output"], chosen.model.cpu(), checkpoint)
+        told.append(_written(files["output"], tuning))
+    return "\n".join(told)
+
+
+def _check_file(option: str, path: Path, checkpoint: Path) -> None:
+    """Refuse a file that cannot be written.
+
+    Raises:
+        ValueError: If it is a folder, the checkpoint, or of another format.
+        OSError: If its folder is missing, or does not take a file.
+    """
+    if path.is_dir():
+        raise ValueError(f"{option} must name a file, found the folder {path}. Nothing was written.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{option} {path}: its folder must exist, found none; make it first.")
+    check_other_file(path, checkpoint, option)
+    with TemporaryDirectory(dir=path.parent):  # raises what writing would raise
+        pass
+    if option == "--output":
+        _check_suffix(path)
+
+
+def _check_suffix(path: Path) -> None:
+    others = {row.suffix: name for name, row in FORMATS.items() if name != _SAFETENSORS}
+    if path.suffix in others:
+        raise ValueError(
+            f"--output {path.name}: must be a file of weights, as .ckpt, .pt or .safetensors, found the suffix of "
+            f"{others[path.suffix]}; write the weights, and then that with: lr-callback export. Nothing was written."
+        )
+    if path.suffix == FORMATS[_SAFETENSORS].suffix:
+        check_format(_SAFETENSORS, path)  # the package that it needs
+
+
+def _device(name: str) -> torch.device:
+    """Return a device that is there.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises several for one that is missing
+        raise ValueError(
+            f"--device must be one that is here, as cpu or cuda, got {name}: {str(error).splitlines()[0]}"
+        ) from error
+    return device
+
+
+def _of_rows(example: Example, rows: int | None) -> Example:
+    """Return the example with so many rows; None: as it is.
+
+    Raises:
+        ValueError: If it is no number of rows, or the example has none.
+    """
+    if rows is None:
+        return example
+    if rows < 1:
+        raise ValueError(f"--batch_size must be at least 1, got {rows}.")
+    if not example.rows:
+        shapes = [tuple(tensor.shape) for tensor in example.tensors]
+        raise ValueError(
+            "--batch_size: all tensors of the input must have the same number of rows, at least one, on their first "
+            f"axis, found the shapes {shapes}; leave --batch_size out."
+        )
+    return example.with_rows(rows)
+
+
+def _on(device: torch.device, example: Example) -> Example:
+    def moved(leaf: object) -> object:
+        return leaf.to(device) if isinstance(leaf, Tensor) else leaf
+
+    return Example(*tree_map(moved, (example.arguments, example.named)))
+
+
+def _write(path: Path, model: nn.Module, checkpoint: Path) -> None:
+    """Write the weights, whole or not at all; what else says how the module is made goes along."""
+    if path.suffix == FORMATS[_SAFETENSORS].suffix:
+        export(model, path, format=_SAFETENSORS)
+        return
+    state: Mapping[str, Any] = model.state_dict()
+    if isinstance(model, LightningModule):
+        loaded = weights_in(checkpoint)
+        state = {**{name: loaded[name] for name in _KEPT if name in loaded}, "state_dict": state}
+    with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        part = Path(folder) / path.name
+        torch.save(state, part)
+        part.replace(path)
+
+
+def _written(path: Path, tuning: Tuning) -> str:
+    how = "in the chosen forms" if tuning.changed else "as they were built"
+    laid_out = ""
+    if tuning.channels_last_is_faster:
+        laid_out = "\na file keeps no memory format; after reading it: model.to(memory_format=torch.channels_last)"
+    return f"weights {how}: {path}\nread it with: lr_callback.restore_(model, {str(path)!r}){laid_out}"

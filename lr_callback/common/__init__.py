@@ -1,0 +1,1 @@
+"""What knows nothing of networks: tasks, processes, files, tables, and a model left as it was."""

@@ -1,0 +1,1 @@
+"""Numbers only: costs, candidates, budgets, and the allocation that is chosen among them."""

@@ -1,0 +1,1 @@
+"""A model's structure and weights in files, read and written."""

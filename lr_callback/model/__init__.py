@@ -1,0 +1,1 @@
+"""A model is looked at and run, and nothing of it is changed."""

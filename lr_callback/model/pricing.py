@@ -1,0 +1,245 @@
+"""Pricing: what the layers of a model cost in a unit, and the model with all of them dense."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeVar
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from lr_callback.decisions.costs import ACTIVATION_MEMORY, LATENCY, OBSERVED, LayerCost, Unit, check_cost
+from lr_callback.decisions.methods import Method
+from lr_callback.layers.layer_types import layer_cost, layer_type, saved_cost
+from lr_callback.mathematics.folding import Geometry
+from lr_callback.model.find import Found, check_weight, find_layers, replaceable_in
+from lr_callback.model.observe import Observation
+from lr_callback.units.activations import ActivationCost, Activations
+from lr_callback.units.latency import Latencies, LayerTimes, MeasuredCost
+from lr_callback.units.own_cost import OwnCost
+
+Part = TypeVar("Part")
+
+
+class _Rate(ABC):
+    """How models and layers are priced in one unit."""
+
+    @abstractmethod
+    def of_model(self, model: nn.Module) -> int:
+        """Return what a model costs with all layers dense."""
+
+    @abstractmethod
+    def of_layer(self, name: str, layer: nn.Module) -> LayerCost:
+        """Return what a layer costs, dense and factorized."""
+
+
+@dataclass(frozen=True)
+class _Held(_Rate):
+    in_bytes: bool
+
+    def of_model(self, model: nn.Module) -> int:
+        return dense_bytes(model) if self.in_bytes else dense_parameters(model)
+
+    def of_layer(self, name: str, layer: nn.Module) -> LayerCost:
+        return layer_cost(layer, in_bytes=self.in_bytes)
+
+
+@dataclass(frozen=True)
+class _MultiplyAdds(_Rate):
+    observation: Observation
+
+    def of_model(self, model: nn.Module) -> int:
+        return self.observation.dense_multiply_adds
+
+    def of_layer(self, name: str, layer: nn.Module) -> LayerCost:
+        return layer_cost(layer, self.observation.calls.get(name, ()))
+
+
+@dataclass(frozen=True)
+class _Latency(_Rate):
+    timed: Latencies
+
+    def of_model(self, model: nn.Module) -> int:
+        return self.timed.dense
+
+    def of_layer(self, name: str, layer: nn.Module) -> LayerCost:
+        counted = layer_cost(layer)
+        return MeasuredCost(counted.geometry, self.timed.layers.get(name, LayerTimes(0)), counted)
+
+
+@dataclass(frozen=True)
+class _ActivationMemory(_Rate):
+    kept: Activations
+
+    def of_model(self, model: nn.Module) -> int:
+        return self.kept.dense
+
+    def of_layer(self, name: str, layer: nn.Module) -> LayerCost:
+        return ActivationCost.of(layer, self.kept.calls.get(name, ()))
+
+
+@dataclass(frozen=True)
+class _Own(_Rate):
+    own: OwnCost
+
+    def of_model(self, model: nn.Module) -> int:
+        return self.own.of_model(model, find_layers(model).layers)
+
+    def of_layer(self, name: str, layer: nn.Module) -> LayerCost:
+        return self.own.of_layer(layer, name)
+
+
+@dataclass(frozen=True)
+class Prices:
+    """What is paid for, in one unit.
+
+    Args:
+        asked: one of :data:`~lr_callback.decisions.costs.COSTS`, or a function that says what any module costs.
+        observation: of one run of the model, for the units that are observed.
+
+    Raises:
+        ValueError: If there is no such unit, or it takes an observation and there is none, or one without it.
+    """
+
+    asked: Unit = "parameters"
+    observation: Observation | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be counted."""
+        _ = self._rate
+
+    @property
+    def unit(self) -> str:
+        """Name of the unit; of a function the path that it is imported by."""
+        return self.asked if isinstance(self.asked, str) else _own(self.asked).name
+
+    def of_model(self, model: nn.Module) -> int:
+        """Return what a model costs with all layers dense."""
+        return self._rate.of_model(model)
+
+    def of_layer(self, name: str, layer: nn.Module) -> LayerCost:
+        """Return what a layer costs, dense and factorized."""
+        return self._rate.of_layer(name, layer)
+
+    def why_not(self, name: str) -> str | None:
+        """Return why nothing is saved at a layer, however it is factorized; None if it can be."""
+        return self.observation.why_not(name) if self.unit in OBSERVED and self.observation is not None else None
+
+    @cached_property
+    def _rate(self) -> _Rate:
+        if not isinstance(self.asked, str):
+            return _Own(_own(self.asked))
+        check_cost(self.asked)
+        if self.asked not in OBSERVED:
+            return _Held(in_bytes=self.asked == "bytes")
+        seen = self.observation
+        if seen is None:
+            raise ValueError(f"cost={self.asked!r} is counted on a run of the model, and there is none: observe one.")
+        if self.asked == LATENCY:
+            return _Latency(_counted(seen.latencies, "cost='latency' is measured in", "timed: time it"))
+        if self.asked == ACTIVATION_MEMORY:
+            how = "observed in training: do so with `activations=True`"
+            return _ActivationMemory(_counted(seen.activations, f"cost={self.asked!r} is counted on", how))
+        return _MultiplyAdds(seen)
+
+
+def _counted(part: Part | None, what: str, how: str) -> Part:
+    """Return a part of an observation.
+
+    Raises:
+        ValueError: If it is not there.
+    """
+    if part is None:
+        raise ValueError(f"{what} a run of the model, and this one was not {how}.")
+    return part
+
+
+def _own(asked: Unit) -> OwnCost:
+    assert not isinstance(asked, str)
+    return asked if isinstance(asked, OwnCost) else OwnCost(asked)
+
+
+def dense_parameters(model: nn.Module) -> int:
+    """Return the number of parameters of a model with all layers dense; a shared parameter counts once.
+
+    Raises:
+        ValueError: If a parameter is not initialised yet (a lazy layer).
+    """
+    own = sum(parameter.numel() for parameter in _initialised(model))
+    return own + sum(saved_cost(layer) for layer in replaceable_in(model).values())
+
+
+def dense_bytes(model: nn.Module) -> int:
+    """Return the bytes of a model's parameters and persistent buffers, with all layers dense; a shared one counts once.
+
+    These are what a state dict holds; a file of it is larger by its header. Each entry counts by its dtype, those of a
+    sparse tensor all of them.
+
+    Raises:
+        ValueError: If a parameter is not initialised yet (a lazy layer).
+
+    Example::
+
+        >>> dense_bytes(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)))  # with a count of batches, 8 bytes
+        424
+    """
+    buffers = {
+        id(value): value
+        for module in model.modules()
+        for name, value in module._buffers.items()
+        if value is not None and name not in module._non_persistent_buffers_set
+    }
+    own = sum(value.numel() * value.element_size() for value in [*_initialised(model), *buffers.values()])
+    return own + sum(saved_cost(layer, in_bytes=True) for layer in replaceable_in(model).values())
+
+
+def _initialised(model: nn.Module) -> list[nn.Parameter]:
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        if is_lazy(value):
+            raise ValueError(f"{name}: it is not initialised yet and cannot be counted; run one batch first.")
+    return list(model.parameters())
+
+
+def dense_again(model: nn.Module, skipped: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
+    """Return the dense weight's shape of each layer that is left out, factorized, and can be replaced."""
+    layers = replaceable_in(model)
+    return {name: layer_cost(layer).geometry.weight_shape for name, layer in layers.items() if name in skipped}
+
+
+def leave_out_unused(found: Found, observation: Observation | None) -> None:
+    """Move the layers that a run neither called nor read to the skipped ones; without a run, none."""
+    if observation is None:
+        return
+    for name in list(found.layers):
+        if not observation.calls.get(name) and not observation.reads.get(name):
+            found.skipped[name] = "not used on the example input: neither called, nor its weight read"
+            del found.layers[name]
+
+
+def layer_costs(found: Found, prices: Prices, skip_zero: bool = True, embeddings: bool = False) -> dict[str, LayerCost]:
+    """Return the cost of each layer; move those without one, without error or not asked for to the skipped ones."""
+    costs: dict[str, LayerCost] = {}
+    for name, layer in found.layers.items():
+        kind = layer_type(layer)
+        if kind is not None and kind.only_if_asked is not None and not embeddings:
+            found.skipped[name] = kind.only_if_asked
+            continue
+        zero = check_weight(name, layer)
+        reason = prices.why_not(name) or (zero if skip_zero else None)
+        if reason is not None:
+            found.skipped[name] = reason
+            continue
+        costs[name] = prices.of_layer(name, layer)
+    return costs
+
+
+def no_gain(geometry: Geometry, method: Method) -> str:
+    """Return why a layer is skipped that has no candidate."""
+    if not method.slice_counts(geometry):
+        return f"none of the numbers of slices that are allowed divides its {geometry.weight_shape[1]} input channels"
+    depthwise = geometry.groups == geometry.in_channels > 1
+    what = "a depthwise convolution" if depthwise else "too small"
+    return f"{what}: no rank costs less than the dense layer"

@@ -1,0 +1,1 @@
+"""What a person, a logger or a metric sees of a compression."""

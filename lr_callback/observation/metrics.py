@@ -1,0 +1,117 @@
+"""Metrics of a compression, as torchmetrics.
+
+Their values are those of one model, the same on every process of a distributed run: states are averaged, never summed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric, MetricCollection
+from torchmetrics.aggregation import MeanMetric
+
+from lr_callback.decisions.allocation import Allocation
+
+
+class KeptCost(Metric):
+    """Fraction of a dense model's cost that is kept, in (0, 1].
+
+    Example::
+
+        >>> metric = KeptCost()
+        >>> metric.update(kept=30, dense=120)
+        >>> metric.compute()
+        tensor(0.2500)
+    """
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+    kept: Tensor
+    dense: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("kept", torch.tensor(0.0), dist_reduce_fx="mean")
+        self.add_state("dense", torch.tensor(0.0), dist_reduce_fx="mean")
+
+    def update(self, kept: int, dense: int) -> None:
+        """Set the two costs.
+
+        Args:
+            kept: cost of the model as it is, at least 0.
+            dense: cost of the dense model, in the same unit, above 0.
+
+        Raises:
+            ValueError: If a cost is out of range.
+        """
+        if dense <= 0 or kept < 0:
+            raise ValueError(f"KeptCost: `dense` must be above 0 and `kept` at least 0, got {dense} and {kept}.")
+        self.kept = torch.full_like(self.kept, kept)
+        self.dense = torch.full_like(self.dense, dense)
+
+    def compute(self) -> Tensor:
+        """Return kept over dense."""
+        return self.kept / self.dense
+
+
+def compression_metrics(
+    allocation: Allocation,
+    parameters: tuple[int, int],
+    multiply_adds: tuple[int, int] | None,
+    seconds: float,
+) -> MetricCollection:
+    """Return the metrics of one compression, filled.
+
+    Args:
+        allocation: what was carried out.
+        parameters: of the model as it is and of the dense one.
+        multiply_adds: likewise; None while they are not known.
+        seconds: that analysis and surgery took.
+
+    Example::
+
+        >>> allocation = Allocation({}, {}, {}, cost=5, dense_cost=10, budget=5, keep_ratio=0.5)
+        >>> values = compression_metrics(allocation, (5, 10), None, seconds=1.5).compute()
+        >>> values["compression/kept_parameters"], values["compression/seconds"]
+        (tensor(0.5000), tensor(1.5000))
+    """
+    numbers = {
+        "worst_error": allocation.worst_error,
+        "mean_error": allocation.mean_error,
+        "layers_factorized": float(len(allocation.factorized)),
+        "seconds": seconds,
+    }
+    metrics: dict[str, Metric] = {name: _mean_of(value) for name, value in numbers.items()}
+    metrics["kept_parameters"] = _kept(parameters)
+    if multiply_adds is not None:
+        metrics["kept_multiply_adds"] = _kept(multiply_adds)
+    # The states of these metrics differ in meaning where they agree in value, and must not be shared.
+    return MetricCollection({f"compression/{name}": one for name, one in metrics.items()}, compute_groups=False)
+
+
+def stable_rank_metric(ranks: Iterable[float]) -> Metric:
+    """Return the mean of the stable ranks of layers, filled.
+
+    Example::
+
+        >>> stable_rank_metric([2.0, 4.0]).compute()
+        tensor(3.)
+    """
+    metric = MeanMetric()
+    metric.update(torch.tensor(list(ranks) or [0.0]))
+    return metric
+
+
+def _mean_of(value: float) -> Metric:
+    metric = MeanMetric()
+    metric.update(value)
+    return metric
+
+
+def _kept(costs: tuple[int, int]) -> Metric:
+    metric = KeptCost()
+    metric.update(*costs)
+    return metric

@@ -1,0 +1,1 @@
+"""What is done about a cut without training: a refit, biases, BatchNorm statistics."""

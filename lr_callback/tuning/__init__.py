@@ -1,0 +1,1 @@
+"""The fastest of the forms that compute the same, measured and chosen."""

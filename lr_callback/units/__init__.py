@@ -1,0 +1,1 @@
+"""Units of cost that have to be measured, or that the user brings."""

@@ -1,0 +1,24 @@
+"""Latency: what a model's layers take on this device, dense and factorized, measured."""
+
+from lr_callback.units.latency.bench import Bench
+from lr_callback.units.latency.curves import Curve, LayerTimes, MeasuredCost
+from lr_callback.units.latency.files import device_facts
+from lr_callback.units.latency.inputs import LayerInput
+from lr_callback.units.latency.measure import Latencies, Progress, check_clock, measure
+from lr_callback.units.latency.timing import Stopwatch, Timing, timed
+
+__all__ = [
+    "Bench",
+    "Curve",
+    "Latencies",
+    "LayerInput",
+    "LayerTimes",
+    "MeasuredCost",
+    "Progress",
+    "Stopwatch",
+    "Timing",
+    "check_clock",
+    "device_facts",
+    "measure",
+    "timed",
+]

@@ -1,0 +1,238 @@
+"""Measure: the times of all layers of a model, and of what is not in them.
+
+Layers are measured one by one, each with the inputs that it has in a run of the model, in eval mode; the whole model in
+the same way. What the whole takes beyond its layers is the rest, which no factorization changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lr_callback.common.written import check_fields
+from lr_callback.decisions.methods import Method
+from lr_callback.layers import any_weight
+from lr_callback.layers.layer_types import layer_cost
+from lr_callback.units.latency.bench import Bench, form_of
+from lr_callback.units.latency.curves import Curve, Key, LayerTimes, measured_curve
+from lr_callback.units.latency.files import Times, device_facts
+from lr_callback.units.latency.inputs import LayerInput
+from lr_callback.units.latency.timing import Stopwatch, Timing, of_runs, timed
+
+SPREAD_SAID, SPREAD_REFUSED = 0.15, 2.0
+"""Spread of repeated runs that is warned of, and that is too much to decide by."""
+
+_LEAST_ROUNDS, _MOST_ROUNDS, _SECONDS = 5, 50, 1.0
+
+Progress = Callable[[int, int, str], None]
+"""Called before each layer with the number done, the number of all, and its name."""
+
+
+@dataclass(frozen=True)
+class Latencies:
+    """What a model takes on a device.
+
+    Args:
+        rest: nanoseconds of what is not in its layers.
+        layers: name -> times.
+        spread: of repeated runs, see :class:`Timing`; the mean over all that was measured, weighted by time.
+        device: what the times are of.
+    """
+
+    rest: int
+    layers: Mapping[str, LayerTimes]
+    spread: float
+    device: Mapping[str, Any]
+
+    @property
+    def dense(self) -> int:
+        """Nanoseconds of the whole model with all layers dense."""
+        return self.rest + sum(layer.dense for layer in self.layers.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        layers = {
+            name: [of.dense, [[*key, one.step, one.misfit, list(one.times.items())] for key, one in of.curves.items()]]
+            for name, of in self.layers.items()
+        }
+        return {"rest": self.rest, "layers": layers, "spread": self.spread, "device": dict(self.device)}
+
+    @classmethod
+    def from_dict(cls, written: Mapping[str, Any]) -> Latencies:
+        """Read what :meth:`to_dict` wrote.
+
+        Raises:
+            ValueError: If a part is missing.
+        """
+        parts = check_fields(
+            written, {"rest": int, "layers": dict, "spread": (int, float), "device": dict}, "Latencies"
+        )
+        return cls(**{**parts, "layers": {name: _read_layer(*of) for name, of in parts["layers"].items()}})
+
+
+def _read_layer(dense: int, curves: Sequence[Any]) -> LayerTimes:
+    read = {(folding, count): Curve(step, dict(times), misfit) for folding, count, step, misfit, times in curves}
+    return LayerTimes(dense, read)
+
+
+def measure(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    inputs: Mapping[str, Sequence[LayerInput]],
+    run: Callable[[], object],
+    method: Method,
+    progress: Progress | None = None,
+) -> Latencies:
+    """Measure the layers of a model, and the model.
+
+    Args:
+        model: as it stands.
+        layers: name -> its layers, dense or factorized; all on one device.
+        inputs: name -> of its calls in a run.
+        run: calls the model.
+        method: whose foldings and numbers of slices are measured.
+        progress: told of each layer.
+
+    Raises:
+        ValueError: If there is a file of times of another device in the place of this one's.
+        RuntimeError: If repeated runs differ so much that nothing can be told from them.
+    """
+    bench = Bench(any_weight(next(iter(layers.values()))).device)
+    found: dict[str, LayerTimes] = {}
+    try:
+        with torch.no_grad():
+            for done, (name, layer) in enumerate(layers.items()):
+                if progress is not None:
+                    progress(done, len(layers), name)
+                found[name] = _times(bench, layer, inputs.get(name, ()), method)
+            whole, share = _model(bench, model, layers, inputs, run)
+            before = sum(_standing(bench, layer, inputs.get(name, ())) for name, layer in layers.items())
+    finally:
+        bench.known.save()
+    _check_spread(bench.spread)
+    own = min(1.0, share) * whole
+    scaled = {name: of.scaled(own / max(1, before)) for name, of in found.items()}
+    return Latencies(round(whole - own), scaled, bench.spread, device_facts(bench.device))
+
+
+def check_clock(device: torch.device) -> None:
+    """Refuse to measure on a device where that is no use, before anything waits for it.
+
+    Raises:
+        ValueError: If there is a file of times of another device in the place of this one's.
+        RuntimeError: If repeated runs of one product differ so much that nothing can be told from them.
+    """
+    Times(device)
+    numbers = torch.ones(256, 256, device=device)
+    _check_spread(timed(lambda: numbers @ numbers, device).spread)
+
+
+def _times(bench: Bench, layer: nn.Module, calls: Sequence[LayerInput], method: Method) -> LayerTimes:
+    """Return what a layer takes in all of its calls, dense and in each form that a method may choose."""
+    dense = sum(bench.time(layer, call, None) for call in calls)
+    cost = layer_cost(layer)
+    curves: dict[Key, Curve] = {}
+    for folding in cost.distinct_foldings(method.foldings):
+        for count in method.slice_counts(cost.geometry):
+            found = _curve(bench, layer, calls, (folding, count), dense, method.rank_multiple)
+            if found is not None:
+                curves[folding, count] = found
+    return LayerTimes(dense, curves)
+
+
+def _curve(
+    bench: Bench, layer: nn.Module, calls: Sequence[LayerInput], key: Key, dense: int, rank_multiple: int
+) -> Curve | None:
+    # A form with as many parameters as the dense layer has as much to read and, two calls being slower than one, more
+    # to do: it is not faster.
+    last = layer_cost(layer).last_rank(*key)
+    if last < 1:
+        return None
+
+    def time(rank: int) -> int:
+        return sum(bench.time(layer, call, (*key, rank)) for call in calls)
+
+    return measured_curve(time, last, dense, key[1] * layer_cost(layer).geometry.groups, rank_multiple)
+
+
+def _standing(bench: Bench, layer: nn.Module, calls: Sequence[LayerInput]) -> int:
+    return sum(bench.time(layer, call, form_of(layer)) for call in calls)
+
+
+def _model(
+    bench: Bench,
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    inputs: Mapping[str, Sequence[LayerInput]],
+    run: Callable[[], object],
+) -> tuple[int, float]:
+    """Return the nanoseconds of the model, and which share of that its layers take as they stand.
+
+    Known from an earlier run, if that was of a model of the same class whose parts have the same names and settings,
+    and whose layers were called alike.
+    """
+    counts = Counter((bench.name(layer, call), name, call) for name, layer in layers.items() for call in inputs[name])
+    forms = [f"{text} as {form_of(layers[name])}: {count}" for (text, name, _), count in counts.items()]
+    described = "\n".join([*forms, type(model).__module__, type(model).__qualname__, repr(model)])
+    signature = f"model {hashlib.sha256(described.encode()).hexdigest()}"
+    whole, share = (bench.known.get(signature, form) for form in ("whole", "share of the layers"))
+    if whole is None or share is None:
+        whole, share = _in_turns(bench, layers, counts, run)
+        bench.known.put(signature, "whole", whole)
+        bench.known.put(signature, "share of the layers", share)
+    bench.note(Timing(whole.nanoseconds, share.spread))
+    return whole.nanoseconds, share.nanoseconds / 1e9
+
+
+def _in_turns(
+    bench: Bench,
+    layers: Mapping[str, nn.Module],
+    counts: Mapping[tuple[str, str, LayerInput], int],
+    run: Callable[[], object],
+) -> tuple[Timing, Timing]:
+    """Time the model in turns with its layers: a machine that others use is slower at times.
+
+    Returns:
+        The nanoseconds of the model, and the share of its layers in it, in billionths.
+    """
+    watches: dict[str, tuple[Stopwatch, int]] = {}
+    for (text, name, call), count in counts.items():
+        form = form_of(layers[name])
+        watch, before = watches.get(f"{text} as {form}") or (bench.stopwatch(layers[name], call, form), 0)
+        watches[f"{text} as {form}"] = watch, before + count
+
+    def all_layers() -> float:
+        return sum(watch.block() * count for watch, count in watches.values())
+
+    model = Stopwatch(run, bench.device)
+    rounds: list[tuple[float, float]] = []
+    while len(rounds) < _LEAST_ROUNDS or (len(rounds) < _MOST_ROUNDS and sum(map(sum, rounds)) < 1e9 * _SECONDS):
+        rounds.append((model.block(), all_layers()))
+    return of_runs([whole for whole, _ in rounds]), of_runs([1e9 * own / whole for whole, own in rounds])
+
+
+def _check_spread(spread: float) -> None:
+    """Warn of runs that differ, and refuse such that differ too much.
+
+    Raises:
+        RuntimeError: If they do.
+    """
+    text = f"repeated runs differ by {spread:.0%} of their median (quartiles, the mean over all that was measured)"
+    if spread > SPREAD_REFUSED:
+        raise RuntimeError(
+            f"Latency: the clock is too noisy to choose by: {text}. Measure while nothing else runs on this machine, "
+            "or keep multiply-adds instead."
+        )
+    if spread > SPREAD_SAID:
+        warnings.warn(
+            f"Latency: {text}; times and what is chosen by them are as uncertain. Measure while nothing else runs on "
+            "this machine.",
+            stacklevel=2,
+        )

@@ -1,0 +1,275 @@
+"""Budgets in several units at once: all are kept, the gap is true, and contradictions are told of."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import lr_callback as lrc
+from lr_callback.analysis.analyze import analyze, survey
+from lr_callback.decisions.budgets import ContradictoryError, cost_in, solve_budgets
+from lr_callback.decisions.candidates import Candidate, LayerCandidates, frontier
+from lr_callback.model.observe import observe
+from lr_callback.model.pricing import Prices
+
+UNITS = ("parameters", "multiply_adds", "bytes")
+
+
+@st.composite
+def problems(draw, most_layers=3):
+    """Draw layers with costs in several units that rise with the rank, but not alike, and budgets."""
+    layers, units = {}, UNITS[: draw(st.integers(2, 3))]
+    for name in "abc"[: draw(st.integers(1, most_layers))]:
+        candidates = []
+        for slices in (1, 2)[: draw(st.integers(1, 2))]:
+            last = draw(st.integers(1, 3))
+            errors = sorted(draw(st.lists(st.floats(0.05, 0.95), min_size=last, max_size=last)), reverse=True)
+            steps = {unit: draw(st.lists(st.integers(1, 9), min_size=last, max_size=last)) for unit in units}
+            costs = {unit: torch.tensor([0, *itertools.accumulate(one)]) for unit, one in steps.items()}
+            first, *others = units
+            made = Candidate(
+                "kernel_in_encoder", slices, 9, torch.tensor([1.0, *errors], dtype=torch.float64), costs[first]
+            )
+            candidates.append(replace(made, others={unit: costs[unit] for unit in others}))
+        layers[name] = LayerCandidates(30, tuple(candidates), others=dict.fromkeys(units[1:], 30))
+    budgets = {unit: draw(st.integers(1, 30 * len(layers))) for unit in units}
+    return layers, budgets
+
+
+def every_choice(layers):
+    """Return every combination of choices."""
+    options = [
+        [None, *((one, rank) for one in layer.candidates for rank in range(1, one.last + 1))]
+        for layer in layers.values()
+    ]
+    return [dict(zip(layers, found, strict=True)) for found in itertools.product(*options)]
+
+
+def spent(layers, choices, units):
+    return {
+        unit: sum(cost_in(unit, layers[name], choice, position == 0) for name, choice in choices.items())
+        for position, unit in enumerate(units)
+    }
+
+
+def keeps(layers, choices, budgets):
+    return all(cost <= budgets[unit] for unit, cost in spent(layers, choices, budgets).items())
+
+
+def errors(choices):
+    return [0.0 if choice is None else float(choice[0].errors[choice[1]]) for choice in choices.values()]
+
+
+OBJECTIVES = {
+    "minimax": (lrc.ALDS(), max),
+    "squares": (lrc.ALDS(objective="sum"), lambda found: sum(one**2 for one in found)),
+    "fourth powers": (lrc.ALDS(objective="sum", power=4), lambda found: sum(one**4 for one in found)),
+}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@given(problem=problems())
+@settings(max_examples=60, deadline=None)
+def test_all_budgets_are_kept_and_no_choice_is_better_than_the_gap_says(objective, problem):
+    (layers, budgets), (method, measure) = problem, OBJECTIVES[objective]
+    fitting = [choices for choices in every_choice(layers) if keeps(layers, choices, budgets)]
+    if not fitting:
+        with pytest.raises(ContradictoryError):
+            solve_budgets(method, layers, budgets)
+        return
+    best = min(measure(errors(choices)) for choices in fitting)
+    try:
+        found = solve_budgets(method, layers, budgets)
+    except ContradictoryError as error:
+        assert "no allocation was found" in str(error), "it must not say that there is none"
+        return
+    assert keeps(layers, found.choices, budgets)
+    value = measure(errors(found.choices))
+    assert found.value == pytest.approx(value)
+    assert value * (1 - found.gap) <= best * (1 + 1e-9) and best <= value * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("method", [lrc.ALDSK(), lrc.LRank(), lrc.UniformRank(), lrc.ALDSError()], ids=str)
+def test_every_rule_keeps_all_budgets(method):
+    model, example = network(), torch.randn(2, 8, 9, 9)
+    allocation = lrc.allocate(
+        model, budget={"parameters": 0.6, "multiply_adds": 0.5}, method=method, example_input=example
+    )
+    assert allocation.cost <= allocation.budget
+    assert allocation.others["multiply_adds"].cost <= allocation.others["multiply_adds"].budget
+    assert allocation.cost > 0.4 * allocation.dense_cost, "it spends what it may"
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(8, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, stride=2), nn.Flatten(), nn.Linear(512, 40)
+    )
+
+
+@pytest.mark.parametrize("budget", [(0.5, 0.5), (0.3, 0.9), (0.9, 0.3), (0.4, 0.45)])
+@pytest.mark.parametrize("method", [lrc.ALDS(), lrc.ALDS("frobenius", "sum", power=4)], ids=["minimax", "sum"])
+def test_what_is_built_costs_what_is_told_in_each_unit(budget, method):
+    model, example = network(), torch.randn(2, 8, 9, 9)
+    asked = dict(zip(("parameters", "multiply_adds"), budget, strict=True))
+    allocation = lrc.allocate(model, budget=asked, method=method, example_input=example)
+    before = observe(model, example)
+    lrc.factorize_(model, allocation)
+    other = allocation.others["multiply_adds"]
+    assert sum(parameter.numel() for parameter in model.parameters()) == allocation.cost <= allocation.budget
+    assert before.multiply_adds(model) == observe(model, example).multiply_adds(model) == other.cost <= other.budget
+    assert other.budget <= budget[1] * other.dense_cost
+    assert allocation.gap < 0.2
+    assert lrc.Allocation.from_json(allocation.to_json()) == allocation
+    assert f"({other.cost / other.dense_cost:.1%} kept, {budget[1]:.1%} asked)" in allocation.summary()
+
+
+def test_one_budget_is_a_keep_ratio_of_its_unit():
+    model = network()
+    found, wanted = lrc.allocate(model, budget={"bytes": 0.5}), lrc.allocate(model, 0.5, cost="bytes")
+    assert found == wanted and found.others == {}
+
+
+def test_a_second_budget_that_binds_nothing_changes_nothing():
+    model, example = network(), torch.randn(2, 8, 9, 9)
+    alone = lrc.allocate(model, 0.3)
+    both = lrc.allocate(model, budget={"parameters": 0.3, "multiply_adds": 1.0}, example_input=example)
+    assert both.layers == alone.layers and both.gap == 0
+
+
+def test_overridden_layers_count_in_each_unit():
+    model, example = network(), torch.randn(2, 8, 9, 9)
+    budget = {"parameters": 0.5, "multiply_adds": 0.5}
+    allocation = lrc.allocate(model, budget=budget, overrides={"2": {"rank": 3}}, example_input=example)
+    assert allocation.layers["2"].rank == 3
+    before = observe(model, example)
+    lrc.factorize_(model, allocation)
+    assert before.multiply_adds(model) == allocation.others["multiply_adds"].cost
+    assert sum(parameter.numel() for parameter in model.parameters()) == allocation.cost
+
+
+@pytest.mark.parametrize("look", [analyze, survey])
+@pytest.mark.parametrize(
+    ("budget", "text"),
+    [
+        (
+            {"parameters": 0.9, "multiply_adds": 0.01},
+            r"`budget`: 0\.9 of parameters, 0\.01 of multiply-adds: no allocation",
+        ),
+        ({"parameters": 0.001, "multiply_adds": 0.9}, "the budget must be at least"),
+        ({"parameters": 0.5}, r"`budget` must be in the units that were analysed, \['parameters', 'multiply_adds'\]"),
+        (0.5, "`budget` must be in the units that were analysed"),
+    ],
+)
+def test_budgets_that_cannot_be_met_are_refused_with_weights_and_without(look, budget, text):
+    model = network()
+    seen = observe(model, torch.randn(2, 8, 9, 9))
+    analysis = look(model, prices=[Prices("parameters"), Prices("multiply_adds", seen)])
+    with pytest.raises(ValueError, match=text):
+        analysis.allocate(budget)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"budget": {}}, "`budget` must map units to fractions to keep, such as"),
+        (
+            {"budget": {"watts": 0.5}},
+            "`budget` must map units .* parameters, multiply_adds, bytes, latency, activation_memory; got",
+        ),
+        ({"budget": 0.5}, "`budget` must map units"),
+        ({"budget": {"bytes": 0}}, r"`budget`: the fraction of bytes to keep must be a number in \(0, 1\], got 0"),
+        ({"budget": {"bytes": True}}, r"the fraction of bytes to keep must be a number in \(0, 1\], got True"),
+        ({"budget": {"bytes": 0.5}, "cost": "bytes"}, "`cost` is the unit of `keep_ratio`; a `budget` names its own"),
+        (
+            {"budget": {"bytes": 0.5}, "keep_ratio": 0.5},
+            "Only one of .* can be asked for, got `keep_ratio` and `budget`",
+        ),
+        ({"max_error": 0.5, "keep_ratio": 0.5}, "Only one of .* can be asked for, got `keep_ratio` and `max_error`"),
+        ({"max_error": 0}, r"`max_error` must be a number in \(0, 1\], the largest relative error of a layer, got 0"),
+        ({"max_error": "small"}, r"`max_error` must be a number in \(0, 1\], .* got 'small'"),
+    ],
+)
+def test_goals_that_are_none_are_refused_by_function_and_callback(options, text):
+    with pytest.raises(ValueError, match=text):
+        lrc.allocate(network(), **options)
+    with pytest.raises(ValueError, match=text):
+        lrc.LowRankCompression(**options)
+
+
+@pytest.mark.parametrize("method", [lrc.ALDS(), lrc.ALDS("frobenius", "sum"), lrc.ALDS(rank_multiple=4), lrc.ALDSK()])
+@pytest.mark.parametrize("error", [0.05, 0.3, 0.7, 1.0])
+def test_the_smallest_model_within_an_error_is_taken(method, error):
+    model = network()
+    allocation = lrc.allocate(model, max_error=error, method=method)
+    assert allocation.worst_error <= error and allocation.max_error == error
+    assert allocation.budget == allocation.cost and allocation.keep_ratio == allocation.cost / allocation.dense_cost
+    for name, layer in analyze(model, method).layers.items():
+        edge, choice = frontier(layer, method.rank_multiple), allocation.layers[name]
+        cheapest = min(cost for cost, own in zip(edge.costs, edge.errors, strict=True) if own <= error)
+        assert cheapest == (layer.dense_cost if choice is None else choice.cost)
+    assert lrc.Allocation.from_json(allocation.to_json()) == allocation
+    assert f"error {allocation.worst_error:.3f}, at most {error:g} asked" in allocation.summary()
+
+
+def test_a_smaller_error_never_gives_a_smaller_model():
+    model = network()
+    costs = [lrc.allocate(model, max_error=error).cost for error in (1.0, 0.6, 0.4, 0.2, 0.1, 0.01)]
+    assert costs == sorted(costs) and costs[0] < costs[-1]
+
+
+def test_the_order_of_the_units_is_free_once_they_were_analysed():
+    model = network()
+    seen = observe(model, torch.randn(2, 8, 9, 9))
+    analysis = analyze(model, prices=[Prices("parameters"), Prices("multiply_adds", seen)])
+    one, other = ({"parameters": 0.5, "multiply_adds": 0.4}, {"multiply_adds": 0.4, "parameters": 0.5})
+    assert analysis.allocate(one) == analysis.allocate(other)
+    assert analysis.smallest_in("parameters") == analysis.smallest_cost == analyze(model).smallest_cost
+    alone = analyze(model, prices=Prices("multiply_adds", seen))
+    assert analysis.smallest_in("multiply_adds") == alone.smallest_cost
+
+
+def test_what_gains_in_one_unit_alone_may_be_chosen():
+    """An embedding looks up: it multiplies nothing, and its factors do."""
+
+    class Text(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.table, self.body = nn.Embedding(300, 32), nn.Linear(32, 32)
+
+        def forward(self, tokens):
+            return self.body(self.body(self.body(self.table(tokens)))).relu()
+
+    model, tokens = Text(), torch.randint(300, (4, 9))
+    budget = {"parameters": 0.3, "multiply_adds": 1.0}
+    allocation = lrc.allocate(model, budget=budget, embeddings=True, example_input=tokens)
+    assert allocation.layers["table"] is not None and allocation.cost <= 0.3 * allocation.dense_cost
+    before = observe(model, tokens)
+    lrc.factorize_(model, allocation)
+    assert before.multiply_adds(model) == allocation.others["multiply_adds"].cost <= before.dense_multiply_adds
+
+
+def test_a_budget_that_is_used_up_by_what_is_fixed_is_kept_if_it_can_be():
+    model = network()
+    pins = {"*": {"rank": 2}}
+    allocation = lrc.allocate(model, 0.99, overrides=pins)
+    ratio = allocation.cost / allocation.dense_cost
+    found = lrc.allocate(model, budget={"parameters": ratio, "bytes": 1.0}, overrides=pins)
+    assert found.layers == allocation.layers and found.gap == 0
+    whole = lrc.allocate(model, budget={"parameters": 1.0, "bytes": 1.0}, overrides={"*": {"keep_ratio": 1.0}})
+    assert whole.cost == whole.dense_cost and not whole.factorized
+    with pytest.raises(ValueError, match="the budget must be at least"):
+        lrc.allocate(model, budget={"parameters": ratio * 0.99, "bytes": 1.0}, overrides=pins)
+
+
+def test_an_overridden_layer_may_err_by_more_than_is_asked_of_the_others_and_the_summary_says_so():
+    allocation = lrc.allocate(network(), max_error=0.2, overrides={"4": {"rank": 1}})
+    assert allocation.layers["4"].relative_error > 0.2
+    others = [one.relative_error for name, one in allocation.factorized.items() if name != "4"]
+    assert others and max(others) <= 0.2
+    assert "at most 0.2 asked besides overrides" in allocation.summary()
