@@ -16,7 +16,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
 import lr_callback as lrc
-from lr_callback import LowRankCompression, build
+from lr_callback import LowRankCompression
+from lr_callback.edits import build
 from lr_callback.host import cut
 
 

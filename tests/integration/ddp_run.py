@@ -50,7 +50,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DistributedSampler
 
 import lr_callback as lrc
-from lr_callback import LowRankCompression, averages, build, projection
+from lr_callback import LowRankCompression
+from lr_callback.edits import averages, build, projection
 from lr_callback.layers import FactorizedLayer
 
 

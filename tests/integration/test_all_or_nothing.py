@@ -30,10 +30,12 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*there is no last checkpoint available"),
 ]
 PACKAGE = Path(lr_callback.__file__).parent
-NAMES = ("build", "callback", "optimizers", "rewind", "surgery", "unmoved")
+EDITS = ("build", "optimizers", "rewind", "surgery", "unmoved")
 OF_THE_HOST = ("averaging", "cut", "ddp", "journal", "monitors", "neighbours", "snapshots")
-EDITING = {str(PACKAGE / f"{name}.py") for name in (*NAMES, *(f"host/{name}" for name in OF_THE_HOST))}
+NAMES = ("callback", *(f"edits/{name}" for name in EDITS), *(f"host/{name}" for name in OF_THE_HOST))
+EDITING = {str(PACKAGE / f"{name}.py") for name in NAMES}
 """The files whose lines change something, or stand around those that do."""
+assert all(Path(file).is_file() for file in EDITING)
 SEARCHING = {str(PACKAGE / "host" / f"{name}.py") for name in ("accuracy", "copies", "validating")}
 """Those that try networks, which is to change nothing."""
 EVENTS, EPOCHS = [1, 2], 4

@@ -4,13 +4,13 @@ from math import sqrt
 
 import pytest
 import torch
-from tests.unit.test_processes import on_ranks
 from torch import nn
 
 import lr_callback as lrc
 from lr_callback.calibration.collect import collect_moments
 from lr_callback.calibration.effects import measure_effects
 from lr_callback.mathematics.importance import Importance
+from tests.unit.common.test_processes import on_ranks
 
 
 def network():

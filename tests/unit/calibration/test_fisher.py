@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from tests.unit.test_processes import on_ranks
 from torch import nn
 from torch.nn import functional as F
 
 import lr_callback as lrc
 from lr_callback.calibration.fisher import fisher_importance
 from lr_callback.layers.layer_types import dense_weight
+from tests.unit.common.test_processes import on_ranks
 
 
 def network(groups=1):

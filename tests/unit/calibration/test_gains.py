@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tests.unit.test_processes import on_ranks
 from torch import nn
 
 import lr_callback as lrc
 from lr_callback.calibration.gains import batchnorm_importance
+from tests.unit.common.test_processes import on_ranks
 
 
 def shaken(model):

@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.unit.test_repair import same, state
 from torch import nn
 
 import lr_callback as lrc
@@ -15,6 +14,7 @@ from lr_callback.common.processes import Processes
 from lr_callback.edits.surgery import standing_in
 from lr_callback.recipes import CifarResNet
 from lr_callback.repair.rebasing import rebasing
+from tests.unit.repair.test_recalibrate import same, state
 
 KINDS = {
     "1d": (nn.BatchNorm1d, ()),

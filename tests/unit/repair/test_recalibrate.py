@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from tests.unit.test_processes import on_ranks
 from torch import nn
 
 import lr_callback as lrc
 from lr_callback.calibration.collect import collect_moments
 from lr_callback.repair.recalibrate import correct_biases_, recalibrate_batchnorm_
+from tests.unit.common.test_processes import on_ranks
 
 
 def network():
