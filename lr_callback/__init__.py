@@ -43,6 +43,7 @@ from lr_callback.tuning.tune import tune_ as tune_
 from lr_callback.tuning.tuned import Tuning as Tuning
 
 if TYPE_CHECKING:
+    from lr_callback import metrics as metrics
     from lr_callback.calibration.collect import collect_moments as collect_moments
     from lr_callback.calibration.effects import measure_effects as measure_effects
     from lr_callback.calibration.fisher import fisher_importance as fisher_importance
@@ -96,6 +97,7 @@ __all__ = [
     "fisher_importance",
     "load_from_checkpoint",
     "measure_effects",
+    "metrics",
     "prepare",
     "recalibrate_batchnorm_",
     "refit_",
@@ -125,4 +127,6 @@ def __getattr__(name: str) -> object:
         if name == "LowRankCompression":
             import_module("lr_callback.host.packages").serve_imported_packages()
         return found
+    if name == "metrics":
+        return import_module("lr_callback.metrics")
     raise AttributeError(f"module 'lr_callback' has no attribute {name!r}")

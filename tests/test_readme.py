@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import re
-from pathlib import Path
 
 import pytest
 import yaml
@@ -15,13 +14,9 @@ import lr_callback as lrc
 from lr_callback.cli import CompressionCLI
 from lr_callback.model.find import find_layers
 from lr_callback.recipes import DigitsData, ImageClassifier
+from tests.pages import ROOT, blocks, run_python
 
-ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
 
 
 def test_it_is_short_and_says_low_rank_first():
@@ -32,9 +27,7 @@ def test_it_is_short_and_says_low_rank_first():
 
 def test_python_blocks_run_from_top_to_bottom(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    code = "\n".join(blocks("python"))
-    names: dict[str, object] = {"__name__": "readme"}
-    exec(compile(code, "README.md", "exec"), names)
+    names = run_python("README.md")
     shown = capsys.readouterr().out
     allocation, restored, trained = names["allocation"], names["fresh"], names["model"]
     assert str(allocation) in shown
@@ -44,7 +37,7 @@ def test_python_blocks_run_from_top_to_bottom(tmp_path, monkeypatch, capsys):
 
 
 def test_the_two_commands_are_those_that_ci_runs():
-    shown = [block.strip() for block in blocks("bash")]
+    shown = [block.strip() for block in blocks("README.md", "bash")]
     assert shown == [
         "pip install -e '.[examples]' && lr-callback fit --config configs/digits.yaml",
         "pip install -e '.[dev]' && pytest",
@@ -55,7 +48,7 @@ def test_the_two_commands_are_those_that_ci_runs():
 
 # Lightning 2.6 calls what newer versions of jsonargparse deprecate.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("block", blocks("yaml"))
+@pytest.mark.parametrize("block", blocks("README.md", "yaml"))
 def test_yaml_blocks_are_valid(block, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["lr-callback"])
     file = tmp_path / "config.yaml"

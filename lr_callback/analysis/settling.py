@@ -8,57 +8,20 @@ products with the weight, no decomposition.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import inf, isfinite, nan
+from math import inf, isfinite
 from statistics import median
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lr_callback.layers.layer_types import dense_weight, layer_type
 from lr_callback.mathematics.folding import fold
-from lr_callback.mathematics.lanczos import Lanczos
+from lr_callback.mathematics.ranks import stable_rank
 from lr_callback.model.find import find_layers
 
 PATIENCE = 2
 TOLERANCE = 0.02
-_STEPS = 64  # of the recurrence; up to this size all singular values are computed
-
-
-def stable_rank(matrices: Tensor) -> float:
-    """Return ``||W||_F^2 / ||W||_2^2`` of a matrix, at least 1, or of one with blocks on its diagonal.
-
-    Args:
-        matrices: ``(blocks, m, n)``, of any dtype.
-
-    Returns:
-        NaN if an entry is not finite, and 0 of a matrix of zeros.
-
-    Source: Rudelson, Vershynin, "Sampling from large matrices", J. ACM 54(4), 2007, where it is the numerical rank.
-
-    Example::
-
-        >>> round(stable_rank(torch.eye(5)[None]), 6), round(stable_rank(torch.diag(torch.tensor([2.0, 1.0]))[None]), 6)
-        (5.0, 1.25)
-    """
-    working = matrices.detach().to(torch.promote_types(matrices.dtype, torch.float32))
-    total = float(working.square().sum())
-    if not isfinite(total):
-        return nan
-    return total / float(_largest_squared(working).max()) if total else 0.0
-
-
-def _largest_squared(matrices: Tensor) -> Tensor:
-    """Return the largest squared singular value of each matrix."""
-    smaller = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
-    blocks, size, _ = smaller.shape
-    if size <= _STEPS:
-        largest: Tensor = torch.linalg.svdvals(smaller)[:, 0].square()
-        return largest
-    limits = torch.full((blocks, 1), torch.inf, dtype=torch.float64, device=smaller.device)
-    lanczos = Lanczos(size, limits, smaller)
-    for _ in range(_STEPS):
-        lanczos.advance(lanczos.vectors @ smaller @ smaller.mT)
-    return lanczos.largest(torch.ones_like(limits, dtype=torch.bool))
+_STEPS = 64  # what has settled is told from what has not long before the last digits have
 
 
 @torch.no_grad()
@@ -86,7 +49,8 @@ def stable_ranks(
         kind = layer_type(layer)
         assert kind is not None
         if embeddings or kind.only_if_asked is None:
-            found[name] = stable_rank(fold(dense_weight(layer), "kernel_in_encoder", 1, kind.geometry(layer).groups))
+            matrices = fold(dense_weight(layer), "kernel_in_encoder", 1, kind.geometry(layer).groups)
+            found[name] = float(stable_rank(matrices, _STEPS))
     return found
 
 

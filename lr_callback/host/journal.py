@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lr_callback.decisions.allocation import Allocation
 from lr_callback.model.observe import Observation
-from lr_callback.model.pricing import dense_parameters
+from lr_callback.model.pricing import dense_parameters, held_parameters
 from lr_callback.observation.metrics import compression_metrics
 from lr_callback.observation.report import show
 
@@ -31,7 +31,7 @@ def tell(
         seconds: that it took.
         show_table: whether to print.
     """
-    parameters = (sum(parameter.numel() for parameter in pl_module.parameters()), dense_parameters(pl_module))
+    parameters = (held_parameters(pl_module), dense_parameters(pl_module))
     metrics = compression_metrics(allocation, parameters, _multiply_adds(pl_module, observation), seconds)
     metrics.to(pl_module.device)
     for name, metric in metrics.items():

@@ -53,13 +53,18 @@ def layer_type(layer: nn.Module) -> type[FactorizedLayer] | None:
     return next((row for row in _FACTORIZED if row is kind), None) or LAYER_TYPES.get(full_name(kind))
 
 
-def dense_weight(layer: nn.Module) -> Tensor:
-    """Return the dense weight ``(F, C / g, *kernel)`` of a dense or factorized layer, detached."""
+def ordered_weight(layer: nn.Module) -> Tensor:
+    """Return the dense weight ``(F, C / g, *kernel)`` of a dense or factorized layer; differentiable."""
     kind = layer_type(layer)
     assert kind is not None
     if isinstance(layer, FactorizedLayer):
-        return layer.ordered_weight.detach()
-    return kind.relaid("dense", weight_of(layer).detach(), kind.geometry(layer).groups)
+        return layer.ordered_weight
+    return kind.relaid("dense", weight_of(layer), kind.geometry(layer).groups)
+
+
+def dense_weight(layer: nn.Module) -> Tensor:
+    """Return the dense weight ``(F, C / g, *kernel)`` of a dense or factorized layer, detached."""
+    return ordered_weight(layer).detach()
 
 
 def build(layer: nn.Module, choice: Factorization) -> FactorizedLayer:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 class SecondMoments(Metric):
@@ -20,12 +25,14 @@ class SecondMoments(Metric):
         size: ``s``, entries of a row.
         groups: ``g``.
         diagonal: keep the mean squares ``E[x^2]`` alone.
-        sync_on_compute: whether `compute` adds up the processes of a distributed run, which all must call it then.
+        kwargs: of :class:`torchmetrics.Metric`; with ``sync_on_compute``, as by default, `compute` adds up the
+            processes of a distributed run, which all must call it then.
 
     Memory: ``8 * g * s^2`` bytes, or ``8 * g * s``.
 
     Example::
 
+        >>> from lr_callback.metrics import SecondMoments
         >>> metric = SecondMoments(size=2)
         >>> metric.update(torch.tensor([[[1.0, 2.0], [3.0, 0.0]]]))
         >>> metric.compute()
@@ -40,8 +47,8 @@ class SecondMoments(Metric):
     sums: Tensor
     count: Tensor
 
-    def __init__(self, size: int, groups: int = 1, diagonal: bool = False, sync_on_compute: bool = True) -> None:
-        super().__init__(sync_on_compute=sync_on_compute)
+    def __init__(self, size: int, groups: int = 1, diagonal: bool = False, **kwargs: object) -> None:
+        super().__init__(**kwargs)
         shape = (groups, size) if diagonal else (groups, size, size)
         self.add_state("total", torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("sums", torch.zeros((groups, size), dtype=torch.float64), dist_reduce_fx="sum")
@@ -85,6 +92,8 @@ class SecondMoments(Metric):
     def _add(self, products: Tensor, sums: Tensor, middle: Tensor, count: int) -> None:
         """Add products about a middle ``m``, with ``sum x x^T = sum (x - m)(x - m)^T + s m^T + m (s - n m)^T``."""
         rest = sums - count * middle
+        if self.total.is_inference() and not torch.is_inference_mode_enabled():  # reset or begun in inference mode
+            self.total, self.sums, self.count = self.total.clone(), self.sums.clone(), self.count.clone()
         self.total += products
         for left, right in ((sums, middle), (middle, rest)):
             if self.diagonal:
@@ -97,6 +106,25 @@ class SecondMoments(Metric):
     def compute(self) -> Tensor:
         """Return the moments ``(g, s, s)``, or ``(g, s)``, float64; zero before the first row."""
         return self.total / self.count.clamp(min=1)
+
+    def plot(self, val: Tensor | None = None, ax: Axes | None = None) -> tuple[Figure | None, Axes]:
+        """Plot the mean square of each entry of a row with matplotlib, groups as lines.
+
+        Args:
+            val: of ``compute`` or ``forward``; None: what ``compute`` gives now.
+            ax: where to draw; None: in a figure of its own.
+
+        Raises:
+            ModuleNotFoundError: If matplotlib is not installed.
+        """
+        moments = (self.compute() if val is None else val).reshape(self.total.shape)
+        squares = moments if self.diagonal else moments.diagonal(dim1=1, dim2=2)
+        plotted = self._plot(list(squares.T if len(squares) > 1 else squares[0]), ax)
+        figure, axes = cast("tuple[Figure | None, Axes]", plotted)
+        axes.set_xlabel("entry of a row")
+        axes.set_ylabel("mean square")
+        axes.set_xticks(range(0, squares.shape[1], -(-squares.shape[1] // 10)))
+        return figure, axes
 
 
 def summed(parts: Sequence[SecondMoments]) -> SecondMoments:

@@ -162,14 +162,22 @@ def _own(asked: Unit) -> OwnCost:
     return asked if isinstance(asked, OwnCost) else OwnCost(asked)
 
 
+def held_parameters(model: nn.Module) -> int:
+    """Return the number of parameters of a model as it is; a shared parameter counts once.
+
+    Raises:
+        ValueError: If a parameter is not initialised yet (a lazy layer).
+    """
+    return sum(parameter.numel() for parameter in _initialised(model))
+
+
 def dense_parameters(model: nn.Module) -> int:
     """Return the number of parameters of a model with all layers dense; a shared parameter counts once.
 
     Raises:
         ValueError: If a parameter is not initialised yet (a lazy layer).
     """
-    own = sum(parameter.numel() for parameter in _initialised(model))
-    return own + sum(saved_cost(layer) for layer in replaceable_in(model).values())
+    return held_parameters(model) + sum(saved_cost(layer) for layer in replaceable_in(model).values())
 
 
 def dense_bytes(model: nn.Module) -> int:

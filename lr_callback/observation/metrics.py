@@ -1,60 +1,17 @@
-"""Metrics of a compression, as torchmetrics.
+"""What a run logs of a compression, as torchmetrics.
 
-Their values are those of one model, the same on every process of a distributed run: states are averaged, never summed.
+Their values are those of one model, the same on every process of a distributed run: all are fractions or means.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
-from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.aggregation import MeanMetric
 
 from lr_callback.decisions.allocation import Allocation
-
-
-class KeptCost(Metric):
-    """Fraction of a dense model's cost that is kept, in (0, 1].
-
-    Example::
-
-        >>> metric = KeptCost()
-        >>> metric.update(kept=30, dense=120)
-        >>> metric.compute()
-        tensor(0.2500)
-    """
-
-    is_differentiable = False
-    higher_is_better = False
-    full_state_update = False
-    kept: Tensor
-    dense: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("kept", torch.tensor(0.0), dist_reduce_fx="mean")
-        self.add_state("dense", torch.tensor(0.0), dist_reduce_fx="mean")
-
-    def update(self, kept: int, dense: int) -> None:
-        """Set the two costs.
-
-        Args:
-            kept: cost of the model as it is, at least 0.
-            dense: cost of the dense model, in the same unit, above 0.
-
-        Raises:
-            ValueError: If a cost is out of range.
-        """
-        if dense <= 0 or kept < 0:
-            raise ValueError(f"KeptCost: `dense` must be above 0 and `kept` at least 0, got {dense} and {kept}.")
-        self.kept = torch.full_like(self.kept, kept)
-        self.dense = torch.full_like(self.dense, dense)
-
-    def compute(self) -> Tensor:
-        """Return kept over dense."""
-        return self.kept / self.dense
+from lr_callback.metrics import KeptCost, StableRank
 
 
 def compression_metrics(
@@ -100,8 +57,9 @@ def stable_rank_metric(ranks: Iterable[float]) -> Metric:
         >>> stable_rank_metric([2.0, 4.0]).compute()
         tensor(3.)
     """
-    metric = MeanMetric()
-    metric.update(torch.tensor(list(ranks) or [0.0]))
+    metric = StableRank()
+    for rank in list(ranks) or [0.0]:
+        metric.update(rank)
     return metric
 
 

@@ -1,58 +1,15 @@
 """The metrics of a compression: values of one model, however they are merged, reset or moved."""
 
 import pytest
-import torch
 
 from lr_callback import Allocation, Factorization
-from lr_callback.observation.metrics import KeptCost, compression_metrics
+from lr_callback.observation.metrics import compression_metrics, stable_rank_metric
 
 
 def allocation(*errors, dense=1):
     layers = {f"layer{i}": Factorization("kernel_in_encoder", 1, 2, error, 10, 40) for i, error in enumerate(errors)}
     layers |= {f"dense{i}": None for i in range(dense)}
     return Allocation(layers, {}, {}, cost=30, dense_cost=100, budget=30, keep_ratio=0.3)
-
-
-@pytest.mark.parametrize(
-    ("kept", "dense"), [(30, 120), (0, 7), (7, 7), (80_902, 269_722), (5_190_533_121, 9_000_000_007)]
-)
-def test_kept_cost_is_kept_over_dense(kept, dense):
-    metric = KeptCost()
-    metric.update(kept, dense)
-    assert float(metric.compute()) == pytest.approx(kept / dense, rel=1e-6)
-
-
-def test_kept_cost_is_that_of_the_latest_update():
-    metric = KeptCost()
-    metric.update(100, 100)
-    metric.update(25, 100)
-    assert float(metric.compute()) == 0.25
-    assert float(metric(40, 50)) == pytest.approx(0.8)
-
-
-@pytest.mark.parametrize(("kept", "dense"), [(1, 0), (1, -5), (-1, 5)])
-def test_costs_out_of_range_are_refused(kept, dense):
-    with pytest.raises(ValueError, match=rf"`dense` must be above 0 and `kept` at least 0, got {dense} and {kept}"):
-        KeptCost().update(kept, dense)
-
-
-def test_states_of_equal_processes_are_averaged_not_summed():
-    one, other = KeptCost(), KeptCost()
-    for metric in (one, other):
-        metric.update(30, 120)
-    one.merge_state(other)
-    assert (float(one.kept), float(one.dense)) == (30.0, 120.0)
-    assert set(one._reductions) == {"kept", "dense"}
-    for state, reduction in one._reductions.items():
-        gathered = torch.stack([getattr(one, state)] * 4)
-        assert torch.equal(reduction(gathered), getattr(one, state))
-
-
-def test_reset_forgets_the_costs():
-    metric = KeptCost()
-    metric.update(30, 120)
-    metric.reset()
-    assert (float(metric.kept), float(metric.dense)) == (0.0, 0.0)
 
 
 def test_metrics_of_a_compression():
@@ -94,3 +51,9 @@ def test_metrics_that_agree_once_do_not_share_their_state():
 def test_cloned_metrics_keep_their_values():
     metrics = compression_metrics(allocation(0.25), (1, 4), (1, 8), seconds=2.0)
     assert metrics.clone().compute() == metrics.compute()
+
+
+def test_stable_ranks_that_are_known_are_averaged():
+    metric = stable_rank_metric({"a": 2.0, "b": 5.0}.values())
+    assert float(metric.compute()) == 3.5
+    assert float(stable_rank_metric([]).compute()) == 0.0
