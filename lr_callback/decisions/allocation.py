@@ -135,7 +135,7 @@ class Allocation:
         ratio = None if self.max_error is not None else self.keep_ratio
         spent = [_spent(self.unit, own, ratio), *(_spent(unit, one, None) for unit, one in self.others.items())]
         return (
-            f"{len(self.factorized)} of {len(self.layers)} layers factorized: {', '.join(spent)}, "
+            f"{len(self.factorized):,} of {len(self.layers):,} layers factorized: {', '.join(spent)}, "
             f"worst {self.error} error {self.worst_error:.3f}{asked}{gap}"
         )
 

@@ -79,8 +79,8 @@ def _left_out(left: Sequence[Factorization | None]) -> str:
         return ""
     dense = left.count(None)
     text = (
-        f"... and {len(left):,} smaller layers: {len(left) - dense:,} factorized, {dense:,} dense; "
-        "`to_json()` of the allocation has them all"
+        f"... and {len(left):,} more layers (the largest are shown): {len(left) - dense:,} factorized, "
+        f"{dense:,} dense; `to_json()` of the allocation has them all"
     )
     return f"\n{wrap(text)}"
 

@@ -74,7 +74,7 @@ def test_ten_thousand_layers_are_cut_to_the_largest_and_the_worst_in_order_with_
     names = [line.split()[0] for line in lines[1 : MOST_ROWS + 1]]
     assert names == ["layers.0", *(f"layers.{index}" for index in range(10_001 - MOST_ROWS, 10_000))]
     told = " ".join(shown.split())
-    assert "... and 9,940 smaller layers: 2,485 factorized, 7,455 dense; `to_json()` of the allocation has" in told
+    assert "... and 9,940 more layers (the largest are shown): 2,485 factorized, 7,455 dense; `to_json()` of" in told
     assert "skipped 10,000 layers (layers.0, layers.1, " in told
 
 
