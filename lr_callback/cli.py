@@ -19,7 +19,7 @@ from lr_callback.commands.study.command import study_command
 from lr_callback.commands.tune_command import tune_command
 from lr_callback.decisions.allocation import Allocation
 from lr_callback.decisions.methods import Method
-from lr_callback.observation.report import comparison
+from lr_callback.observation.report import comparison, write
 
 _DESCRIPTION = (
     "Train a model with low-rank compression on the way (fit), and evaluate checkpoints from before or after it. "
@@ -67,16 +67,11 @@ class CompressionCLI(LightningCLI):
         for callback in _compressions(self.trainer):
             if "final" in callback.snapshot_files and self.trainer.is_global_zero:
                 stages = measure_stages(self.trainer, self.model, self.datamodule, callback.snapshot_files)
-                _write(f"\n{comparison(stages)}")
+                write(f"\n{comparison(stages)}")
 
 
 def _compressions(trainer: Trainer) -> list[LowRankCompression]:
     return [one for one in getattr(trainer, "callbacks", []) if isinstance(one, LowRankCompression)]
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()  # of what takes long, each line is to be seen at once
 
 
 def analyze_command(arguments: Sequence[str]) -> None:
@@ -106,9 +101,9 @@ def analyze_command(arguments: Sequence[str]) -> None:
         allocation: Allocation = found.allocate(chosen.keep_ratio)
     except (TypeError, ValueError) as error:
         parser.error(str(error))
-    _write(str(allocation))
+    write(str(allocation))
     low, high = found.reachable
-    _write(f"reachable: keep_ratio from {low:.4f} to {high:.0f}, of {found.dense_cost:,} {found.unit}")
+    write(f"reachable: keep_ratio from {low:.4f} to {high:.0f}, of {found.dense_cost:,} {found.unit}")
     if chosen.json is not None:
         allocation.to_json(chosen.json)
 
@@ -126,13 +121,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         analyze_command(listed[1:])
         return
     if listed[:1] == ["study"]:
-        study_command(listed[1:], _write)
+        study_command(listed[1:], write)
         return
     if listed[:1] == ["export"]:
-        _write(str(export_command(listed[1:])))
+        write(str(export_command(listed[1:])))
         return
     if listed[:1] == ["tune"]:
-        _write(tune_command(listed[1:]))
+        write(tune_command(listed[1:]))
         return
     CompressionCLI(
         args=None if arguments is None else listed,

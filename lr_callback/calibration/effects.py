@@ -13,7 +13,7 @@ all: what was measured to be best for residual networks, whose layers are cut to
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from math import fsum, sqrt
 from typing import TypeVar
@@ -40,6 +40,7 @@ from lr_callback.mathematics.importance import Importance, checked_importance
 from lr_callback.model.find import find_layers
 from lr_callback.model.pricing import Prices, layer_costs
 from lr_callback.model.running import runner, watching
+from lr_callback.units.latency import Progress
 
 Batch = TypeVar("Batch")
 
@@ -63,6 +64,7 @@ def measure_effects(
     embeddings: bool = False,
     gentle: bool = False,
     processes: Processes | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Importance]:
     """Measure what the error of each layer does to the outputs of a model, for ``objective="loss"``.
 
@@ -79,6 +81,7 @@ def measure_effects(
         embeddings: whether ``nn.Embedding`` layers are measured, too.
         gentle: do not warn of layers that are not called.
         processes: of a distributed run, each with batches of its own; all get the effects on all batches.
+        progress: told of each layer that is decomposed, and that is run on a batch.
 
     Returns:
         The importance with the weights of the layers that were measured, which are the roots of their effects for an
@@ -108,8 +111,10 @@ def measure_effects(
     layers = {name: found.layers[name] for name in costs}
 
     def measure() -> _Measured:
-        made = _stand_ins(layers, costs, method, known, share)
-        return _measure(model, batches, runner(model, forward), layers, made)
+        rounds = 1 + (max(1, len(batches)) if isinstance(batches, Sized) else 1)
+        told = [_round(progress, number, rounds) for number in range(rounds)]
+        made = _stand_ins(layers, costs, method, known, share, told[0])
+        return _measure(model, batches, runner(model, forward), layers, made, told[1:])
 
     whole = _merged(processes.gather(measure, long=True))
     weights = _weights(whole, method.power)
@@ -118,6 +123,16 @@ def measure_effects(
     measured = {name: replace(known.get(name, Importance()), weight=weight) for name, weight in weights.items()}
     exact = {name: Importance() for name in costs if name not in whole.errors}
     return {**exact, **known, **measured}
+
+
+def _round(progress: Progress | None, number: int, rounds: int) -> Progress:
+    """Return what is told of the layers in one of several rounds through all of them."""
+
+    def tell(done: int, total: int, name: str) -> None:
+        if progress is not None:
+            progress(number * total + done, rounds * total, name)
+
+    return tell
 
 
 def _check_share(share: object) -> None:
@@ -150,6 +165,7 @@ def _stand_ins(
     method: Method,
     importance: Mapping[str, Importance],
     share: float,
+    progress: Progress,
 ) -> _StandIns:
     """Build the form of each layer whose effect is measured; layers that have none are left out.
 
@@ -160,7 +176,8 @@ def _stand_ins(
     alone.max_slices = 1
     made: _StandIns = {}
     with workers() as crew:
-        for name, layer in layers.items():
+        for done, (name, layer) in enumerate(layers.items()):
+            progress(done, len(layers), name)
             known = importance.get(name)
             candidates = alone.candidates(dense_weight(layer), costs[name], crew, known)
             choice = _about(candidates, share)
@@ -206,19 +223,22 @@ def _measure(
     run: Callable[[Batch], object],
     layers: Mapping[str, nn.Module],
     made: _StandIns,
+    told: Sequence[Progress],
 ) -> _Measured:
     """Run every batch through the model as it is, and once more for each layer that it calls."""
     names = {layers[name]: name for name in made}
     measured = _Measured({}, {}, {name: error for name, (_, error) in made.items()})
     called: list[nn.Module] = []
     with untouched(model), as_written():
-        for batch in batches:
+        for index, batch in enumerate(batches):
+            progress = told[min(index, len(told) - 1)]
             called.clear()
             with watching(names, lambda layer, inputs, outputs: called.append(layer)):
                 wanted = _again(run, batch)
             add(measured.dense, wanted, "")
-            for layer in dict.fromkeys(called):
+            for done, layer in enumerate(dict.fromkeys(called)):
                 name = names[layer]
+                progress(done, len(layers), name)
                 with standing_in(model, {layer: made[name][0]}):
                     found = changes(name, wanted, _again(run, batch))
                 add(measured.changes.setdefault(name, {}), found, f" with {name} cut")

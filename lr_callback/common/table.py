@@ -20,6 +20,17 @@ def readable(name: str) -> str:
     return name.replace("_orig_mod.", "")
 
 
+def printable(text: str) -> str:
+    r"""Return the text in printable ASCII, anything else as Python escapes it: one column a character, anywhere.
+
+    Example::
+
+        >>> printable("conv1"), printable("gr\xf6\xdfe\x1b")
+        ('conv1', 'gr\\xf6\\xdfe\\x1b')
+    """
+    return text.encode("unicode_escape").decode("ascii")
+
+
 def align(header: Sequence[str], rows: Sequence[Sequence[str]], right: frozenset[int] = frozenset()) -> str:
     """Return rows under a header as aligned text, two blanks between columns.
 
@@ -74,5 +85,5 @@ def listed(names: Sequence[str], most: int = 3) -> str:
 
 
 def wrap(text: str) -> str:
-    """Return the text in lines of at most :data:`WIDTH` characters, the later ones indented."""
-    return textwrap.fill(text, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    """Return the text in lines of at most :data:`WIDTH` characters, the later ones indented; no word is longer."""
+    return textwrap.fill(text, WIDTH, subsequent_indent="  ", break_on_hyphens=False)

@@ -9,21 +9,14 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from lr_callback.common.table import WIDTH, align, readable, shorten, wrap
+from lr_callback.common.table import printable, wrap
 from lr_callback.common.written import Kind, check_fields, describe, is_plain, read_json
 from lr_callback.decisions.costs import COSTS, amount, is_unit
 from lr_callback.decisions.factorization import Factorization, Spending, read_layer, read_shape, read_spending
+from lr_callback.decisions.printed import reasons_of, table_of
 
 VERSION = 1
 """Version of the written form; a file of a newer version is refused."""
-
-_KERNEL = {
-    "kernel_in_encoder": "encoder",
-    "depth_in_decoder": "decoder d",
-    "height_in_decoder": "decoder h",
-    "width_in_decoder": "decoder w",
-    "kernel_in_decoder": "decoder",
-}
 
 
 @dataclass(frozen=True)
@@ -46,6 +39,7 @@ class Allocation:
         weights: layer name -> what its error was multiplied with among the others; empty: all count the same.
         others: unit -> what is spent in it, where there were budgets in several units.
         max_error: that no layer errs by more than, where that was asked for; the budget is then what it takes.
+        overridden: names of the layers that an override is for, whatever the others are.
     """
 
     layers: Mapping[str, Factorization | None]
@@ -62,6 +56,7 @@ class Allocation:
     weights: Mapping[str, float] = field(default_factory=dict)
     others: Mapping[str, Spending] = field(default_factory=dict)
     max_error: float | None = None
+    overridden: tuple[str, ...] = ()
 
     @property
     def worst_error(self) -> float:
@@ -82,7 +77,7 @@ class Allocation:
         """Return the allocation as dicts, lists, strings and numbers (``torch.load(weights_only=True)`` takes it)."""
         written = asdict(self)
         written["shapes"] = {name: list(shape) for name, shape in self.shapes.items()}
-        return {"version": VERSION, **written}
+        return {"version": VERSION, **written, "overridden": list(self.overridden)}
 
     @classmethod
     def from_dict(cls, written: Mapping[str, Any]) -> Allocation:
@@ -114,27 +109,22 @@ class Allocation:
         return _read(read_json(source, "Allocation"))
 
     def __str__(self) -> str:
-        """Return the table of all layers, the skipped ones by reason, and the totals, at most 80 characters wide."""
-        header = ["layer", "shape", "kernel", "slices", "rank", "error", "kept"]
-        rows = [self._row(name, layer) for name, layer in self.layers.items()]
-        others = sum(2 + max(len(row[column]) for row in [header, *rows]) for column in range(1, len(header)))
-        rows = [[shorten(row[0], max(12, WIDTH - others)), *row[1:]] for row in rows]
-        table = align(header, rows, right=frozenset({3, 4, 5, 6}))
-        return "\n".join([table, *map(wrap, self._skipped_lines()), wrap(self.summary())])
+        """Return the table of the layers, why some are dense, overridden or skipped, and the totals, in 80 columns."""
+        own = dict.fromkeys(self.overridden, "they are what `overrides` says, whatever the budget")
+        reasons = [
+            *reasons_of("dense", self._dense_by_choice()),
+            *reasons_of("overridden", own),
+            *reasons_of("skipped", self.skipped),
+        ]
+        return "\n".join([table_of(self.layers, self.shapes), *reasons, wrap(printable(self.summary()))])
 
-    def _row(self, name: str, layer: Factorization | None) -> list[str]:
-        shape = "x".join(map(str, self.shapes[name]))
-        if layer is None:
-            return [readable(name), shape, "dense", "", "", "", "100.0%"]
-        kept = f"{layer.cost / layer.dense_cost:.1%}"
-        ranks = [str(layer.num_slices), str(layer.rank), f"{layer.relative_error:.3f}"]
-        return [readable(name), shape, _KERNEL[layer.folding], *ranks, kept]
-
-    def _skipped_lines(self) -> list[str]:
-        reasons: dict[str, list[str]] = {}
-        for name, reason in self.skipped.items():
-            reasons.setdefault(reason, []).append(readable(name))
-        return [f"skipped {', '.join(names)}: {reason}" for reason, names in reasons.items()]
+    def _dense_by_choice(self) -> dict[str, str]:
+        """Return why layers stay dense that could be smaller."""
+        elsewhere = {*self.overridden, *self.skipped}
+        names = [name for name, layer in self.layers.items() if layer is None and name not in elsewhere]
+        if self.max_error is not None:
+            return dict.fromkeys(names, f"all smaller forms err by more than {self.max_error:g}")
+        return dict.fromkeys(names, "within the budget")
 
     def summary(self) -> str:
         """Return one line: the cost before and after, the budget, the worst error, and a gap if there is one."""
@@ -145,7 +135,7 @@ class Allocation:
         ratio = None if self.max_error is not None else self.keep_ratio
         spent = [_spent(self.unit, own, ratio), *(_spent(unit, one, None) for unit, one in self.others.items())]
         return (
-            f"{len(self.factorized)} of {len(self.layers)} layers factorized: {', '.join(spent)}, "
+            f"{len(self.factorized):,} of {len(self.layers):,} layers factorized: {', '.join(spent)}, "
             f"worst {self.error} error {self.worst_error:.3f}{asked}{gap}"
         )
 
@@ -173,8 +163,9 @@ _FIELDS: dict[str, Kind] = {
     "weights": dict,
     "others": dict,
     "max_error": (int, float, type(None)),
+    "overridden": list,
 }
-_LATER: dict[str, Any] = {"gap": 0.0, "weights": {}, "others": {}, "max_error": None}
+_LATER: dict[str, Any] = {"gap": 0.0, "weights": {}, "others": {}, "max_error": None, "overridden": []}
 """Fields that files of the same version may lack, and what they are then."""
 
 
@@ -205,7 +196,19 @@ def _read(written: object) -> Allocation:
     others = {unit: read_spending(unit, one) for unit, one in parts["others"].items()}
     if parts["unit"] in others:
         raise ValueError(f"Allocation: `others` must be of other units than `unit`, found {parts['unit']!r}.")
-    return Allocation(**{**parts, "layers": layers, "shapes": shapes, "others": others})
+    own = {"layers": layers, "shapes": shapes, "others": others, "overridden": _read_overridden(parts)}
+    return Allocation(**{**parts, **own})
+
+
+def _read_overridden(parts: Mapping[str, Any]) -> tuple[str, ...]:
+    """Check the names of the layers that overrides are for."""
+    names = parts["overridden"]
+    if not all(isinstance(name, str) and name in parts["layers"] for name in names):
+        raise ValueError(
+            f"Allocation: `overridden` must be names of its layers, got {describe(names)}; the file is damaged or "
+            "foreign."
+        )
+    return tuple(names)
 
 
 def _check_ranges(parts: Mapping[str, Any]) -> None:

@@ -22,6 +22,7 @@ from lr_callback.mathematics.importance import Importance, checked_importance, w
 from lr_callback.mathematics.spectrum import split, truncate
 from lr_callback.mathematics.weighting import diagonal_blocks, weighted_truncate
 from lr_callback.model.find import find_layers
+from lr_callback.units.latency import Progress
 
 _HOOKS = (
     "_forward_hooks",
@@ -93,6 +94,7 @@ def build_layers(
     crew: Workers,
     processes: Processes | None = None,
     importance: Mapping[str, Importance] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, nn.Module]:
     """Return the new form of each layer that is not yet as the allocation asks.
 
@@ -103,6 +105,7 @@ def build_layers(
         processes: each decomposes a part of the layers, and all get the same factors, bit for bit; None: this one
             alone. Where bits differ between processes (the sign of a singular vector may), so would all that follows.
         importance: of the layers, where the allocation's error is weighted by it.
+        progress: told of each layer.
 
     Raises:
         ValueError: If factors are not finite, or the importance is missing or not wanted.
@@ -117,12 +120,13 @@ def build_layers(
     def rebuild() -> dict[str, nn.Module]:
         if processes.rank == 0:
             warn_of_attached({name: weights_held(targets[name]) for name in pending})
-        return {
-            name: _rebuild(
-                name, targets[name], chosen[name], crew if owner == processes.rank else None, known.get(name), shrinkage
-            )
-            for name, owner in owners.items()
-        }
+        made: dict[str, nn.Module] = {}
+        for done, (name, owner) in enumerate(owners.items()):
+            if progress is not None:
+                progress(done, len(owners), name)
+            own = crew if owner == processes.rank else None
+            made[name] = _rebuild(name, targets[name], chosen[name], own, known.get(name), shrinkage)
+        return made
 
     made = processes.agree(rebuild, long=True)
     for name, layer in made.items():

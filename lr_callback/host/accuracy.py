@@ -30,7 +30,9 @@ from lr_callback.host.strategies import processes_of
 from lr_callback.host.validating import INSTEAD, check_validation, validate
 from lr_callback.mathematics.importance import Importance
 from lr_callback.model.find import find_layers
+from lr_callback.observation.progress import progress_line
 from lr_callback.observation.report import quiet, show
+from lr_callback.units.latency import Progress
 
 Repair = Callable[[ExitStack, Mapping[str, nn.Module], Mapping[str, nn.Module]], None]
 
@@ -102,7 +104,12 @@ class Accuracy:
         check_validation(trainer)
         drop = drop_of(check_goal(goal))
         assert drop is not None
-        tries = _Tries(trainer, pl_module, importance, repair, undo)
+        # The lines of the tries say as much as plain lines of progress.
+        with progress_line(trainer, "search", "try", plain=not self._show_tries) as progress:
+            tries = _Tries(trainer, pl_module, importance, repair, undo, progress)
+            return self._search(trainer, analysis, tries, drop)
+
+    def _search(self, trainer: Trainer, analysis: Analysis, tries: _Tries, drop: float) -> Allocation:
         logged = tries.measure(None)
         name = self._metric(logged)
         least = logged[name] - drop - _ROUNDING * max(1.0, abs(logged[name]))
@@ -196,6 +203,7 @@ class _Tries:
         importance: see :meth:`Accuracy.allocate`.
         repair: likewise.
         undo: likewise.
+        progress: told of each.
     """
 
     def __init__(
@@ -205,12 +213,16 @@ class _Tries:
         importance: Mapping[str, Importance] | None,
         repair: Repair,
         undo: ExitStack,
+        progress: Progress | None,
     ) -> None:
         self._trainer, self._module, self._importance = trainer, pl_module, importance
-        self._repair, self._undo = repair, undo
+        self._repair, self._undo, self._progress, self._done = repair, undo, progress, 0
 
     def measure(self, allocation: Allocation | None) -> dict[str, float]:
         """Return what the validation logs after a cut; None: of the network as it is."""
+        if self._progress is not None:
+            self._progress(self._done, 2 + HALVINGS, "")
+        self._done += 1
         with quiet(), warnings.catch_warnings(), isolated_rng():
             warnings.simplefilter("ignore")  # the cut itself warns, and so do the validations of the run
             made = self._copy() if allocation is None else self._cut_copy(allocation)

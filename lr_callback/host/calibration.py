@@ -27,7 +27,7 @@ from torchmetrics import Metric
 from lr_callback.common.untouched import as_written, untouched
 from lr_callback.host.copies import copied_loader
 from lr_callback.model.probe import Probe
-from lr_callback.observation.report import progress_line
+from lr_callback.observation.progress import progress_line
 
 WAYS_OUT = "Set refit=None and recalibrate_batchnorm=False, and choose an error that needs no calibration"
 """What to do where calibration cannot be had."""
@@ -52,7 +52,7 @@ def calibration_calls(trainer: Trainer, pl_module: LightningModule, count: int) 
     _check(trainer, pl_module)
     calls: list[Probe] = []
     with isolated_rng(), untouched(pl_module), _silent(pl_module), _kept_notes(pl_module), ExitStack() as stack:
-        progress = stack.enter_context(progress_line(trainer.progress_bar_callback, "calibration", "batch"))
+        progress = stack.enter_context(progress_line(trainer, "calibration", "batch"))
         _seed(trainer)
         for batch, index, _ in iter(_loader(trainer, stack)):
             if index >= count:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -15,7 +15,7 @@ from lr_callback.host.trainer import observe_example
 from lr_callback.model.observe import Observation
 from lr_callback.model.pricing import Prices
 from lr_callback.model.probe import Probe
-from lr_callback.observation.report import progress_line
+from lr_callback.observation.progress import progress_line
 from lr_callback.units.latency import Progress, check_clock, device_facts
 
 
@@ -86,10 +86,8 @@ class Counting:
             self.observation = None
             rank_zero_warn("LowRankCompression: the checkpoint has no times of this device, they are measured again.")
 
-    @contextmanager
-    def _progress(self, trainer: Trainer) -> Iterator[Progress | None]:
-        with progress_line(trainer.progress_bar_callback if self._timed_for else None, "latency") as progress:
-            yield progress
+    def _progress(self, trainer: Trainer) -> AbstractContextManager[Progress | None]:
+        return nullcontext() if self._timed_for is None else progress_line(trainer, "latency")
 
     def watch(self, pl_module: LightningModule) -> None:
         """Watch a batch that begins, if none was seen: how the network is called is not known before."""

@@ -31,6 +31,7 @@ from lr_callback.host.neighbours import rename_in_finetuning, retire
 from lr_callback.host.strategies import processes_of
 from lr_callback.host.trainer import schedulers_of
 from lr_callback.mathematics.importance import Importance
+from lr_callback.observation.progress import progress_line
 
 Repair = Callable[[Mapping[str, nn.Module], Mapping[str, nn.Module]], None]
 
@@ -73,9 +74,9 @@ def cut(
             was changed.
     """
     processes = processes_of(trainer)
-    with workers() as crew:
+    with workers() as crew, progress_line(trainer, "decomposition") as progress:
         targets = processes.agree(lambda: check_allocation(pl_module, allocation))
-        made = build_layers(targets, allocation, crew, processes, importance)
+        made = build_layers(targets, allocation, crew, processes, importance, progress)
     before = repaired(pl_module, targets)
     if repair is not None:
         repair(targets, made)

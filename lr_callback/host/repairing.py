@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
@@ -29,7 +28,7 @@ from lr_callback.layers import dense_bias
 from lr_callback.mathematics.importance import Importance, checked_importance
 from lr_callback.model.following import batchnorm_layers, held_by
 from lr_callback.model.probe import Probe
-from lr_callback.observation.report import Told, progress_line
+from lr_callback.observation.progress import Told, progress_line
 from lr_callback.repair.recalibrate import correct_biases_, recalibrate_batchnorm_
 from lr_callback.repair.refit import Inputs, refit_
 
@@ -168,26 +167,25 @@ class Repairing:
         if not calls or not made:
             return
         processes = processes_of(trainer)
-        bar = trainer.progress_bar_callback
         # A layer's bias is that of the layer that stands there, too.
         biases = [bias for layer in made.values() if (bias := dense_bias(layer)) is not None]
         undo.callback(putting_back([*biases, *held_by(batchnorm_layers(pl_module))]))
         replaced = {name: targets[name] for name in made}
         options: dict[str, Any] = {"forward": Probe.repeat, "processes": processes}
         with isolated_rng(), standing_in(pl_module, {targets[name]: layer for name, layer in made.items()}):
-            is_refitted = self.refit is not None and self._refit(pl_module, replaced, calls, bar, options)
+            is_refitted = self.refit is not None and self._refit(trainer, pl_module, replaced, calls, options)
             if self.correct_biases and not is_refitted and importance is not None:
                 correct_biases_(pl_module, replaced, importance, calls, **options)
             if self.recalibrate_batchnorm:
-                with progress_line(bar, "BatchNorm", "batch") as progress:
+                with progress_line(trainer, "BatchNorm", "batch") as progress:
                     recalibrate_batchnorm_(pl_module, Told(calls, progress), **options)
 
     def _refit(
         self,
+        trainer: Trainer,
         pl_module: LightningModule,
         replaced: Mapping[str, nn.Module],
         calls: list[Probe],
-        bar: ProgressBar | None,
         options: Mapping[str, Any],
     ) -> bool:
         """Refit layers, and return whether that was done: what was left open may fail, with a warning."""
@@ -200,7 +198,7 @@ class Repairing:
             "rebase": self.rebase_batchnorm,
         }
         try:
-            with progress_line(bar, "refit") as progress:
+            with progress_line(trainer, "refit") as progress:
                 left = refit_(pl_module, replaced, calls, progress=progress, **own, **options)
         except Exception as error:
             if not gentle:
@@ -261,9 +259,8 @@ def importance_of(
     """
     method, known = scope.method, None
     options: dict[str, Any] = {"include": scope.include, "exclude": scope.exclude, "processes": processes_of(trainer)}
-    bar = trainer.progress_bar_callback
     if method.error in _MEASURED:
-        with progress_line(bar, "importance", "batch") as progress:
+        with progress_line(trainer, "importance", "batch") as progress:
             own = {"forward": Probe.repeat, **({"gentle": gentle} if method.error == "activation" else {}), **options}
             known = _MEASURED[method.error](pl_module, Told(calls, progress), **own)
     if known is not None and not biases:
@@ -274,5 +271,5 @@ def importance_of(
     if not method.needs_effects:
         return known
     options |= {"forward": Probe.repeat, "embeddings": scope.embeddings, "gentle": gentle}
-    with progress_line(bar, "effects", "batch") as progress:
-        return measure_effects(pl_module, Told(calls[:EFFECTS], progress), method, known, **options)
+    with progress_line(trainer, "effects") as progress:
+        return measure_effects(pl_module, calls[:EFFECTS], method, known, progress=progress, **options)

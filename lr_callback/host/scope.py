@@ -13,6 +13,7 @@ from torch.optim import SparseAdam
 
 from lr_callback.analysis.analyze import analyze, survey
 from lr_callback.calibration.fisher import WITHOUT
+from lr_callback.common.table import wrap
 from lr_callback.decisions.analysed import Analysis
 from lr_callback.decisions.costs import OBSERVED, amount
 from lr_callback.decisions.goals import Goal, is_open
@@ -25,7 +26,7 @@ from lr_callback.model.find import find_layers
 from lr_callback.model.overrides import check_timed, read_overrides
 from lr_callback.model.patterns import check_patterns
 from lr_callback.model.pricing import Prices
-from lr_callback.observation.report import progress_line
+from lr_callback.observation.progress import progress_line
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class Scope:
             f"{100 * found.smallest_in(unit) / dense:.1f} % of {amount(unit, dense)}"
             for unit, dense in {found.unit: found.dense_cost, **found.others}.items()
         ]
-        return f"Low-rank compression can go down to {', '.join(ranges)}"
+        return wrap(f"Low-rank compression can go down to {', '.join(ranges)}")
 
     def check_optimizers(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse optimizers that would stop a compression, before the training.
@@ -155,7 +156,7 @@ class Scope:
         importance: Mapping[str, Importance] | None = None,
     ) -> Analysis:
         """Analyse the module as it stands, shared out over the processes of the run; show the progress in its bar."""
-        with progress_line(trainer.progress_bar_callback) as progress:
+        with progress_line(trainer) as progress:
             options = {"progress": progress, "processes": processes_of(trainer), **self._layers}
             return analyze(pl_module, self.method, prices=prices, importance=importance, **options)
 

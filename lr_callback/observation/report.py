@@ -1,22 +1,23 @@
-"""Report: what a person sees while a model is compressed, and at the end of a run."""
+"""Report: what a person sees when a model is compressed, and at the end of a run.
+
+What cannot be shown ends nothing: it is said once, as a warning, and the training goes on.
+"""
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
-from lightning_utilities.core.rank_zero import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
-from lr_callback.common.table import align
-from lr_callback.units.latency import Progress
-
-Item = TypeVar("Item")
+from lr_callback.common.table import WIDTH, align, printable, shorten
 
 _LOGGERS = ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric")
 
@@ -26,8 +27,20 @@ def is_disabled(bar: object) -> bool:
     return bool(getattr(bar, "is_disabled", False))
 
 
-class _RichProgress(Protocol):
-    """What is used of Rich's progress display; Rich is an optional package."""
+class _RichConsole(Protocol):
+    """What is used of Rich's console; Rich is an optional package."""
+
+    is_terminal: bool
+    is_jupyter: bool
+
+    def print(self, text: str, *, markup: bool, emoji: bool, highlight: bool, soft_wrap: bool) -> None:
+        """Print a text above what moves."""
+
+
+class RichProgress(Protocol):
+    """What is used of Rich's progress display."""
+
+    console: _RichConsole
 
     def add_task(self, description: str, *, total: float) -> int:
         """Add a line."""
@@ -35,75 +48,63 @@ class _RichProgress(Protocol):
     def update(self, task: int, **changes: object) -> None:
         """Change a line."""
 
+    def refresh(self) -> None:
+        """Draw."""
 
-@contextmanager
-def progress_line(bar: object | None, what: str = "analysis", unit: str = "layer") -> Iterator[Progress | None]:
-    """Show the progress of a part of a compression in the style of a Lightning progress bar, for as long as it takes.
 
-    Args:
-        bar: the Trainer's bar, Rich or tqdm; without one, or with a disabled one, nothing is shown.
-        what: is done.
-        unit: of what is counted.
+def started_rich(bar: ProgressBar) -> RichProgress | None:
+    """Return the Rich display of a bar, if it has one that is on the screen: there is none before the training."""
+    progress: RichProgress | None = getattr(bar, "progress", None)
+    return progress if getattr(getattr(progress, "live", None), "is_started", False) else None
+
+
+def attempt(act: Callable[[], object]) -> bool:
+    """Do what shows something, and return whether that could be done; if not, warn.
+
+    An interrupt is not held up.
     """
-    if bar is None or is_disabled(bar):
-        yield None
-        return
-    rich = getattr(bar, "progress", None)
-    title = f"Low-rank {what}"
-    with _tqdm_line(title, unit) if rich is None else _rich_line(rich, title) as progress:
-        yield progress
-
-
-@contextmanager
-def _rich_line(rich: _RichProgress, title: str) -> Iterator[Progress]:
-    task = rich.add_task(title, total=1)  # the number of layers is not known yet
     try:
-        yield lambda done, total, name: rich.update(task, completed=done, total=total)
-    finally:
-        rich.update(task, visible=False)
-
-
-@contextmanager
-def _tqdm_line(title: str, unit: str) -> Iterator[Progress]:
-    with Tqdm(desc=title, leave=False, file=sys.stdout, unit=unit) as line:
-
-        def advance(done: int, total: int, name: str) -> None:
-            line.total, line.n = total, done
-            line.set_postfix_str(name)  # draws the line: a layer may take long, and must not wait for the next one
-
-        yield advance
-
-
-class Told(list[Item]):
-    """Items, and a progress that is told of each one when they are gone through.
-
-    Example::
-
-        >>> list(Told("ab", lambda done, total, name: print(f"{done} of {total}")))
-        0 of 2
-        1 of 2
-        ['a', 'b']
-    """
-
-    def __init__(self, items: Iterable[Item], progress: Progress | None) -> None:
-        super().__init__(items)
-        self._progress = progress
-
-    def __iter__(self) -> Iterator[Item]:
-        """Go through the items."""
-        for done, item in enumerate(super().__iter__()):
-            if self._progress is not None:
-                self._progress(done, len(self), "")
-            yield item
+        act()
+    except Exception as error:
+        rank_zero_warn(
+            f"LowRankCompression: a text or a line of progress could not be shown ({type(error).__name__}: {error}). "
+            "Compression and training go on, and `allocation` of the callback has the table. Look where the output of "
+            "this program goes."
+        )
+        return False
+    return True
 
 
 def show(trainer: Trainer, text: str) -> None:
     """Print above the Trainer's progress bar, or where there is none, as a message; on rank zero."""
     bar = trainer.progress_bar_callback
     if bar is None or is_disabled(bar):
-        rank_zero_info(text)
+        attempt(lambda: rank_zero_info(text))
     elif trainer.is_global_zero:
-        bar.print(text)
+        attempt(lambda: _print(bar, text))
+
+
+def _print(bar: ProgressBar, text: str) -> None:
+    rich = started_rich(bar)
+    if rich is not None:
+        # A name may look like markup; and lines too long for the terminal are for the terminal to continue.
+        rich.console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
+    elif any(kind.__name__ == "TQDMProgressBar" for kind in type(bar).__mro__):
+        Tqdm.write(encodable(text))  # the bar itself prints nothing while it has no line: before the training
+    else:
+        bar.print(encodable(text))
+
+
+def encodable(text: str) -> str:
+    r"""Return the text with what the standard output has no characters for escaped, as ``\xf6``."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def write(text: str) -> None:
+    """Write a line of a command's output: at once, since of what takes long each one is waited for."""
+    sys.stdout.write(encodable(text) + "\n")
+    sys.stdout.flush()
 
 
 @contextmanager
@@ -155,22 +156,41 @@ def comparison(stages: Sequence[Stage]) -> str:
         bytes on disk   1,000    300 (30.0%)
         ms a batch       2.00   1.00 (50.0%)
     """
-    first = stages[0]
-    metrics = [
-        [name, *(f"{stage.metrics[name]:.4f}" if name in stage.metrics else "-" for stage in stages)]
-        for name in first.metrics
-    ]
-    counts = [
-        ["parameters", *_counted([stage.parameters for stage in stages])],
-        ["multiply-adds", *_counted([stage.multiply_adds for stage in stages])],
-        ["bytes on disk", *_counted([stage.file_bytes for stage in stages])],
+    rows = _compared(stages, ",")
+    wide = max(map(len, _table(stages, rows).splitlines()))
+    if wide > WIDTH:
+        rows = _compared(stages, ".4g")
+    room = WIDTH - max(map(len, _table(stages, [["", *cells] for _, *cells in rows]).splitlines()))
+    return _table(stages, [[shorten(name, max(_SHORTEST_NAME, room)), *cells] for name, *cells in rows])
+
+
+_SHORTEST_NAME = len("bytes on disk")
+
+
+def _table(stages: Sequence[Stage], rows: Sequence[Sequence[str]]) -> str:
+    header = ["", *(stage.name for stage in stages)]
+    return align(header, rows, right=frozenset(range(1, len(header))))
+
+
+def _compared(stages: Sequence[Stage], form: str) -> list[list[str]]:
+    """Return a row for each metric that any stage has, and for each count."""
+    names = dict.fromkeys(name for stage in stages for name in stage.metrics)
+    return [
+        *([printable(name), *(_metric(stage.metrics.get(name)) for stage in stages)] for name in names),
+        ["parameters", *_counted([stage.parameters for stage in stages], form)],
+        ["multiply-adds", *_counted([stage.multiply_adds for stage in stages], form)],
+        ["bytes on disk", *_counted([stage.file_bytes for stage in stages], form)],
         ["ms a batch", *_counted([stage.milliseconds for stage in stages], ",.2f")],
     ]
-    header = ["", *(stage.name for stage in stages)]
-    return align(header, [*metrics, *counts], right=frozenset(range(1, len(header))))
 
 
-def _counted(values: Sequence[float], form: str = ",") -> list[str]:
+def _metric(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if abs(value) < 1e6 else f"{value:.4g}"
+
+
+def _counted(values: Sequence[float], form: str) -> list[str]:
     base = values[0]
     if not base:
         return [f"{value:{form}}" if value else "-" for value in values]

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint, ProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.optim import Adam
@@ -269,7 +269,6 @@ FAILURES = {
     "edit of the optimizer": ("lr_callback.edits.optimizers._replace", RuntimeError("no"), 1),
     "report": ("lr_callback.edits.surgery._report", RuntimeError("no"), 1),
     "metrics": ("lr_callback.host.journal.compression_metrics", RuntimeError("no"), 1),
-    "table": ("lr_callback.host.journal.show", BrokenPipeError("no"), 1),
     "snapshot on a full disk": (
         "lightning.pytorch.strategies.Strategy.save_checkpoint",
         OSError(errno.ENOSPC, "no"),
@@ -298,6 +297,28 @@ def test_failure_changes_nothing_ends_the_run_with_its_cause_and_can_be_resumed(
     assert same(state_of(trainer, callback), state)
     assert {path: content for path, content in files_in(tmp_path).items() if path.name != "raised.ckpt"} == files
     assert same(resume("raised.ckpt"), whole.end[:2])
+
+
+class Unplugged(ProgressBar):
+    """A bar whose output nobody reads any more."""
+
+    def disable(self):
+        """Stay as it is."""
+
+    def print(self, *_, **__):
+        raise BrokenPipeError("gone")
+
+
+def test_table_that_cannot_be_printed_undoes_nothing_and_is_warned_of(
+    whole, tmp_path, loader, new_module, new_trainer, same
+):
+    callback = compression()
+    trainer = new_trainer(tmp_path, callback, Unplugged(), max_epochs=EPOCHS, enable_progress_bar=True)
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match=r"could not be shown \(BrokenPipeError: gone\). Compression and training go"):
+        trainer.fit(new_module(adam), loader(), loader())
+    assert callback.state_dict()["applied"] == EVENTS
+    assert same(finished(trainer), whole.end)
 
 
 class Broken(CSVLogger):

@@ -91,7 +91,7 @@ def test_what_can_be_kept_at_least_is_said_before_the_training(run, capsys, capl
     options = {"epochs": 1, "method": lrc.ALDS(), "refit": None}
     with caplog.at_level("INFO"):
         run(lrc.LowRankCompression(0.5, **options), enable_checkpointing=False)
-    shown = caplog.text
+    shown = " ".join(caplog.text.split())
     first, table = shown.index("Low-rank compression can go down to "), shown.index("at the start of epoch 1")
     assert first < table
     module = new_module()

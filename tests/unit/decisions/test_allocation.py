@@ -192,12 +192,13 @@ def test_a_file_that_is_no_allocation_is_refused_with_its_name(tmp_path):
         Allocation.from_json(str(tmp_path / "absent.json"))
 
 
-def test_printed_it_is_a_table_of_all_layers_the_skipped_ones_by_reason_and_the_totals():
+def test_printed_it_is_a_table_of_all_layers_the_reasons_and_the_totals():
     assert str(example()).splitlines() == [
-        "layer        shape     kernel     slices  rank  error    kept",
+        "layer        shape     folding    slices  rank  error    kept",
         "conv         16x8x3x3  decoder h       4     3  0.250   30.0%",
         "head.linear  10x40     encoder         1     7  0.500   80.0%",
         "stem         8x3x1x1   dense                           100.0%",
+        "dense stem: within the budget",
         "skipped norm: not a layer",
         "skipped tiny, mini: too small",
         "2 of 3 layers factorized: 2,000 -> 1,200 parameters (60.0% kept, 62.5% asked),",
@@ -205,15 +206,32 @@ def test_printed_it_is_a_table_of_all_layers_the_skipped_ones_by_reason_and_the_
     ]
 
 
+def reasons_in(allocation):
+    return [line for line in str(allocation).splitlines() if line.startswith(("dense", "overridden", "skipped"))]
+
+
+def test_a_dense_layer_is_told_with_what_keeps_it_dense():
+    others = {"skipped": {}}
+    assert reasons_in(example(max_error=0.1, **others)) == ["dense stem: all smaller forms err by more than 0.1"]
+    assert reasons_in(example(overridden=("stem", "conv"), **others)) == [
+        "overridden stem, conv: they are what `overrides` says, whatever the budget"
+    ]
+    assert reasons_in(example(skipped={"stem": "frozen"})) == ["skipped stem: frozen"]
+
+
+def test_overridden_layers_are_written_and_a_file_from_before_there_were_any_has_none():
+    allocation = example(overridden=("stem", "conv"))
+    assert Allocation.from_json(allocation.to_json()) == allocation
+    assert Allocation.from_dict(damaged("overridden", drop=True)) == example()
+
+
+@pytest.mark.parametrize("value", [["absent"], [1], [["stem"]], [None]])
+def test_overridden_layers_that_are_none_are_refused(value):
+    with pytest.raises(ValueError, match=r"Allocation: `overridden` must be names of its layers, got list"):
+        Allocation.from_dict(damaged("overridden", value=value))
+
+
 def test_the_summary_comes_last_and_names_unit_and_measure():
     allocation = example(unit="multiply_adds", error="operator")
     assert " ".join(str(allocation).split()).endswith(allocation.summary())
     assert "multiply-adds" in allocation.summary() and "worst operator error" in allocation.summary()
-
-
-def test_long_names_are_shortened_so_that_layers_stay_apart_in_80_columns():
-    names = [f"backbone.encoder.stages.{stage}.blocks.{block}.conv2" for stage in range(4) for block in range(9)]
-    layers, shapes = dict.fromkeys(names, CONV), dict.fromkeys(names, (2048, 2048, 3, 3))
-    lines = str(example(layers=layers, shapes=shapes, skipped=dict.fromkeys(names, "a reason"))).splitlines()
-    assert max(map(len, lines)) <= 80
-    assert len({line.split()[0] for line in lines[1:37]}) == 36

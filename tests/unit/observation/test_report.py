@@ -1,17 +1,15 @@
-"""What a person sees: a line of progress in the style of the Trainer's bar, and stages side by side."""
+"""What a person sees: texts above the Trainer's bar, which end nothing, and stages side by side."""
 
 import io
-from types import SimpleNamespace
+import math
+import sys
 
 import pytest
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
 
-from lr_callback.observation.report import Stage, Told, comparison, is_disabled, progress_line
-
-rich = pytest.importorskip("rich")
-pytest.importorskip("rich.console")
-pytest.importorskip("rich.progress")
+from lr_callback.common.table import WIDTH
+from lr_callback.observation.report import Stage, attempt, comparison, encodable, is_disabled, show, write
 
 DENSE = Stage("dense", {"accuracy": 0.91, "loss": 0.25}, 20_000, 4_000_000, 81_920, 2.0)
 CUT = Stage("after the cut", {"accuracy": 0.7, "loss": 1.125}, 5_000, 1_000_000, 24_576, 3.0)
@@ -19,6 +17,7 @@ CUT = Stage("after the cut", {"accuracy": 0.7, "loss": 1.125}, 5_000, 1_000_000,
 
 @pytest.mark.parametrize("bar", [TQDMProgressBar, RichProgressBar])
 def test_bars_say_themselves_whether_they_are_disabled(bar):
+    pytest.importorskip("rich")
     shown = bar()
     assert not is_disabled(shown)
     shown.disable()
@@ -29,70 +28,80 @@ def test_bar_that_says_nothing_is_taken_to_show_itself():
     assert not is_disabled(object())
 
 
-def disabled():
-    bar = TQDMProgressBar()
-    bar.disable()
-    return bar
+class Own(ProgressBar):
+    """A bar of a user, which prints in its own way, or cannot."""
+
+    def __init__(self, error=None):
+        super().__init__()
+        self.texts, self.error = [], error
+
+    def disable(self):
+        pass
+
+    def print(self, text):
+        if self.error is not None:
+            raise self.error
+        self.texts.append(text)
 
 
-@pytest.mark.parametrize("bar", [None, disabled()])
-def test_without_a_bar_nothing_is_shown(bar, capsys):
-    with progress_line(bar) as progress:
-        assert progress is None
-    assert capsys.readouterr() == ("", "")
+def trainer(*bars):
+    settings = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+    return Trainer(callbacks=list(bars), enable_progress_bar=bool(bars), **settings)
 
 
-def test_beside_a_tqdm_bar_a_line_counts_the_layers_and_goes_away(capsys):
-    with progress_line(TQDMProgressBar()) as progress:
-        progress(0, 3, "conv1")
-        progress(1, 3, "conv2")
-        progress(2, 3, "linear")
-    shown = capsys.readouterr().out
-    assert "Low-rank analysis" in shown
-    assert [name for name in ("0/3", "conv1", "1/3", "conv2", "2/3", "linear") if name not in shown] == []
-    assert shown.endswith("\r")  # the line is wiped
+def test_a_text_goes_above_the_bar_of_a_user_in_its_own_way():
+    bar = Own()
+    show(trainer(bar), "a table")
+    assert bar.texts == ["a table"]
 
 
-def test_what_is_done_and_its_unit_can_be_named(capsys):
-    with progress_line(TQDMProgressBar(), "calibration", "batch") as progress:
-        assert [*Told("abc", progress)] == ["a", "b", "c"]
-    shown = capsys.readouterr().out
-    assert "Low-rank calibration" in shown and "2/3" in shown and "batch" in shown
+def test_a_text_is_seen_before_a_bar_of_tqdm_has_a_line(capsys):
+    show(trainer(TQDMProgressBar()), "a table")
+    assert capsys.readouterr().out == "a table\n"
 
 
-def test_items_without_a_progress_are_those_of_a_list():
-    assert [*Told("abc", None)] == ["a", "b", "c"] == Told("abc", None)[:]
+def test_a_text_is_seen_before_a_bar_of_rich_has_started(capsys):
+    pytest.importorskip("rich")
+    show(trainer(RichProgressBar()), "[bold]a table[/x] :smile:")
+    assert capsys.readouterr().out == "[bold]a table[/x] :smile:\n"
 
 
-@pytest.fixture
-def rich_bar():
-    return SimpleNamespace(
-        progress=rich.progress.Progress(console=rich.console.Console(file=io.StringIO())), is_disabled=False
-    )
+@pytest.mark.parametrize("error", [BrokenPipeError("gone"), ValueError("I/O operation on closed file")])
+def test_a_text_that_cannot_be_printed_is_said_and_ends_nothing(error):
+    with pytest.warns(UserWarning, match=rf"could not be shown \({type(error).__name__}: .* training go on, and"):
+        show(trainer(Own(error)), "a table")
 
 
-def test_beside_a_rich_bar_a_task_counts_the_layers_and_is_hidden(rich_bar):
-    with progress_line(rich_bar) as progress:
-        progress(2, 5, "conv3")
-        [task] = rich_bar.progress.tasks
-        assert (task.description, task.completed, task.total) == ("Low-rank analysis", 2, 5)
-        assert task.visible
-    assert not task.visible
+def test_it_is_said_once():
+    with pytest.warns(UserWarning) as said:  # which looks at every warning; a program shows a text once:
+        for _ in range(3):
+            show(trainer(Own(BrokenPipeError("gone"))), "a table")
+    assert len({(str(one.message), one.filename, one.lineno) for one in said}) == 1
 
 
-def test_rich_task_is_hidden_after_an_error_too(rich_bar):
-    with pytest.raises(RuntimeError, match="broken"), progress_line(rich_bar):
-        raise RuntimeError("broken")
-    assert not rich_bar.progress.tasks[0].visible
+def test_an_interrupt_while_something_is_printed_is_one():
+    with pytest.raises(KeyboardInterrupt):
+        show(trainer(Own(KeyboardInterrupt())), "a table")
 
 
-def test_rich_bar_of_a_trainer_that_has_not_started_shows_its_own_line(capsys):
-    bar = RichProgressBar()
-    Trainer(accelerator="cpu", callbacks=[bar], logger=False, enable_checkpointing=False)
-    bar.setup(SimpleNamespace(is_global_zero=True), LightningModule(), "fit")
-    with progress_line(bar) as progress:
-        progress(0, 1, "linear")
-    assert "Low-rank analysis" in capsys.readouterr().out
+def test_what_works_is_true():
+    assert attempt(lambda: None)
+
+
+def test_an_output_without_unicode_gets_escapes(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    show(trainer(TQDMProgressBar()), "gr\xf6\xdfe")
+    write("gr\xf6\xdfe")
+    sys.stdout.flush()
+    assert raw.getvalue() == b"gr\\xf6\\xdfe\n" * 2
+
+
+def test_an_output_with_unicode_gets_what_there_is_but_for_halves_of_characters(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="utf-8"))
+    assert encodable("gr\xf6\xdfe \udc80") == "gr\xf6\xdfe \\udc80"
+    monkeypatch.setattr(sys, "stdout", None)  # of a program without a console
+    assert encodable("gr\xf6\xdfe") == "gr\xf6\xdfe"
 
 
 def test_stages_stand_side_by_side_with_fractions_of_the_first():
@@ -112,10 +121,28 @@ def test_one_stage_alone_has_no_fractions():
     assert len(comparison([DENSE]).splitlines()) == 7
 
 
-def test_metric_that_a_stage_lacks_is_a_dash():
-    lines = comparison([DENSE, Stage("cut", {"loss": 1.0}, 1, 1, 1, 1.0)]).splitlines()
+def test_metric_that_a_stage_lacks_is_a_dash_also_where_it_is_the_first():
+    lines = comparison([DENSE, Stage("cut", {"loss": 1.0, "late": 2.0}, 1, 1, 1, 1.0)]).splitlines()
     assert lines[1].split() == ["accuracy", "0.9100", "-"]
     assert lines[2].split() == ["loss", "0.2500", "1.0000"]
+    assert lines[3].split() == ["late", "-", "2.0000"]
+
+
+def test_metric_that_is_no_number_is_shown_as_it_is():
+    metrics = {"a": math.nan, "b": -math.inf, "c": 1e30}
+    lines = comparison([Stage("dense", metrics, 1, 1, 1, 1.0)]).splitlines()
+    assert [line.split()[1] for line in lines[1:4]] == ["nan", "-inf", "1e+30"]
+
+
+def test_long_names_and_large_numbers_fit_80_columns_of_ascii():
+    name = "validation/of_the_second_loader/mean_average_precision_gr\xf6\xdfe_" + "x" * 40
+    large = [
+        Stage(title, {name: 0.5, "y": 1e300}, 10**12, 10**15, 10**13, 123456.7)
+        for title in ("dense, before", "right after", "at the end")
+    ]
+    shown = comparison(large)
+    assert shown.isascii() and max(map(len, shown.splitlines())) <= WIDTH
+    assert "1e+15 (100.0%)" in shown and shown.splitlines()[1].startswith("...")
 
 
 def test_what_was_not_seen_is_a_dash_and_no_division_by_zero():

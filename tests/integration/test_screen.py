@@ -1,0 +1,111 @@
+"""What a person sees on a terminal while a Trainer runs: lines of progress that move and go, and one table."""
+
+import fcntl
+import os
+import pty
+import re
+import struct
+import sys
+import termios
+import threading
+
+import pytest
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from torch import nn
+
+from lr_callback import LowRankCompression
+
+pytest.importorskip("rich")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:The calibration batches are few"),
+]
+BARS = pytest.mark.parametrize("bar", [TQDMProgressBar, RichProgressBar])
+STEPS = ("calibration", "importance", "effects", "analysis", "decomposition", "refit", "BatchNorm")
+
+
+class Screen:
+    """A terminal of 80 columns in the place of the standard output, and what was written to it."""
+
+    def __init__(self, patch):
+        self._patch, self._parts, self.text = patch, [], ""
+
+    def __enter__(self):
+        self._master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 80, 0, 0))
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+        self._out = os.fdopen(slave, "w", encoding="utf-8")
+        self._patch.setattr(sys, "stdout", self._out)
+        self._patch.setenv("TERM", "xterm")
+        for name in ("COLUMNS", "LINES"):
+            self._patch.delenv(name, raising=False)
+
+    def _read(self):
+        try:
+            while part := os.read(self._master, 65536):
+                self._parts.append(part)
+        except OSError:
+            return  # the other end is closed
+
+    def __exit__(self, *_):
+        self._patch.undo()
+        self._out.close()
+        self._reader.join(10)
+        os.close(self._master)
+        # Without colours; a terminal turns each end of a line into two characters, and Rich may write both.
+        self.text = re.sub(r"\x1b\[[\d;]*m", "", b"".join(self._parts).decode()).replace("\r\n", "\n")
+
+
+@pytest.fixture
+def screen(monkeypatch):
+    return Screen(monkeypatch)
+
+
+@BARS
+def test_every_long_step_of_a_cut_moves_on_the_screen_and_is_gone_in_the_end(fit, new_module, screen, bar):
+    compression = LowRankCompression(0.5, 1, recalibrate_batchnorm=True)
+    with screen:
+        fit(new_module(), bar(), compression, enable_progress_bar=True, max_epochs=2)
+    before, after = screen.text.split(f"Low-rank compression at the start of epoch 1\n{compression.allocation}\n")
+    assert [step for step in STEPS if f"Low-rank {step}" not in before] == []
+    assert "Low-rank" not in after and "Epoch 1" in after
+
+
+@BARS
+def test_a_line_is_gone_after_an_error_too(fit, new_module, screen, bar):
+    class Broken(new_module):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 2 and not self.training:  # it is in a calibration
+                raise RuntimeError("broken")
+            return super().training_step(batch, batch_idx)
+
+    with pytest.raises(RuntimeError, match="broken"), screen:
+        fit(Broken(), bar(), LowRankCompression(0.5, 1, refit="cut"), enable_progress_bar=True)
+    assert "Low-rank calibration" in screen.text
+    if bar is TQDMProgressBar:
+        assert re.search(r"\r {70,}", screen.text.rpartition("Low-rank")[2])  # wiped
+    else:
+        assert "Low-rank" not in screen.text.rpartition("Epoch 1")[2]  # drawn once more, without it
+
+
+class Marked(nn.Sequential):
+    """Layers whose names Rich would take for markup, and that no terminal should be sent."""
+
+    def __init__(self):
+        super().__init__()
+        self.add_module("flat", nn.Flatten())
+        for name in ("[bold]a[/x]", ":smile:", "größe\x1b[2J"):
+            self.add_module(name, nn.Linear(64, 64))
+        self.add_module("head", nn.Linear(64, 10))
+
+
+@BARS
+def test_names_with_markup_and_control_characters_are_printed_as_text(fit, new_module, screen, bar):
+    module = new_module()
+    module.network = Marked()
+    with screen:
+        fit(module, bar(), LowRankCompression(0.5, 1), enable_progress_bar=True, max_epochs=2)
+    rows = screen.text.partition("start of epoch 1")[2]
+    for name in ("network.[bold]a[/x]  ", "network.:smile:  ", "network.gr\\xf6\\xdfe\\x1b[2J  "):
+        assert f"\n{name}" in rows
