@@ -17,7 +17,7 @@ from lr_callback.decisions.factorization import Factorization, Spending, read_la
 VERSION = 1
 """Version of the written form; a file of a newer version is refused."""
 
-_KERNEL = {
+KERNEL = {
     "kernel_in_encoder": "encoder",
     "depth_in_decoder": "decoder d",
     "height_in_decoder": "decoder h",
@@ -128,7 +128,7 @@ class Allocation:
             return [readable(name), shape, "dense", "", "", "", "100.0%"]
         kept = f"{layer.cost / layer.dense_cost:.1%}"
         ranks = [str(layer.num_slices), str(layer.rank), f"{layer.relative_error:.3f}"]
-        return [readable(name), shape, _KERNEL[layer.folding], *ranks, kept]
+        return [readable(name), shape, KERNEL[layer.folding], *ranks, kept]
 
     def _skipped_lines(self) -> list[str]:
         reasons: dict[str, list[str]] = {}

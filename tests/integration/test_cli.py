@@ -70,7 +70,7 @@ def comparison_in(text):
     lines = text[text.index("dense, before") :].splitlines()
     assert re.split(r" {2,}", lines[0].strip()) == ["dense, before", "right after", "at the end"]
     columns = [{}, {}, {}]
-    for line in lines[1:]:
+    for line in lines[1 : lines.index("")] if "" in lines else lines[1:]:
         name, *cells = re.split(r" {2,}", line.strip())
         for column, cell in zip(columns, cells, strict=True):
             column[name] = float(cell.split(" ")[0].replace(",", ""))
@@ -93,7 +93,11 @@ def test_fit_prints_the_table_of_layers_once(digits_run):
 
 
 def test_comparison_is_the_last_thing_and_quiet(digits_run):
-    assert digits_run.out.splitlines()[-1].startswith("ms a batch")
+    *_, last_row, blank, hint = digits_run.out.splitlines()
+    assert last_row.startswith("ms a batch") and not blank
+    [checkpoint] = (digits_run.logs / "checkpoints").iterdir()
+    shown = checkpoint.relative_to(digits_run.logs.parents[1])
+    assert hint == f"a page of this: lr-callback report --checkpoint {shown}"
     for note in ("GPU available", "Restoring states", "Loaded model weights"):
         assert digits_run.err.count(note) == (note == "GPU available")
     assert "Traceback" not in digits_run.err
