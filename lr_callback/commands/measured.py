@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -79,7 +79,7 @@ def times_of(chosen: Namespace, models: Mapping[str, nn.Module], device: torch.d
         device: where they are run.
 
     Raises:
-        ValueError: If nothing says how the model is called.
+        ValueError: If nothing says how the model is called, or it does not take that.
     """
     called, example = call_of(chosen)
     place = next(name for name, module in chosen.model.named_modules() if module is called)
@@ -89,13 +89,22 @@ def times_of(chosen: Namespace, models: Mapping[str, nn.Module], device: torch.d
         for model in models.values():
             stack.enter_context(untouched(model.to(device)))
             runs.append(partial(example.call, model.get_submodule(place)))
-        each = zip(models.values(), runs, strict=True)
-        counts = [observe_run(model, run).multiply_adds(model) for model, run in each]
+        counts = [_multiply_adds(model, run, example) for model, run in zip(models.values(), runs, strict=True)]
         with as_written():
             times = timed_in_turns(runs, device)
     return Times(
         tuple(one.nanoseconds / 1e6 for one in times), tuple(counts), max(one.spread for one in times), _told(example)
     )
+
+
+def _multiply_adds(model: nn.Module, run: Callable[[], object], example: Example) -> int:
+    try:
+        return observe_run(model, run).multiply_adds(model)
+    except Exception as error:  # whatever the model raises
+        raise ValueError(
+            f"the model must take a batch of {_told(example)}, found that it makes a {type(error).__name__}: "
+            f"{' '.join(str(error).split())[:400]}; say by --input_shape what it is called with"
+        ) from error
 
 
 def _told(example: Example) -> str:

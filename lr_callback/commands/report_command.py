@@ -37,7 +37,7 @@ Found = TypeVar("Found")
 
 _WAY = "--config config.yaml of the run, or --model my_module.MyModule"
 _ASKED = ("--model", "--data", "--config", "--input_shape", "--device")
-"""Arguments that name what is measured: what a user names and cannot be had is an error, and not a page without it."""
+"""Arguments that name what is measured."""
 
 
 def report_command(arguments: Sequence[str]) -> str:
@@ -76,19 +76,30 @@ class _Attempts:
     """What is tried, and what the page goes without.
 
     Args:
-        strict: whether what fails is an error: a user has asked for it.
+        arguments: the command line. What a user names and cannot be had is an error, and not a page without it.
     """
 
-    def __init__(self, strict: bool) -> None:
-        self.strict = strict
+    def __init__(self, arguments: Sequence[str]) -> None:
+        self._names = {one.partition("=")[0].partition(".")[0] for one in arguments}
         self.missing: list[Missing] = []
 
-    def make(self, what: str, way: str, run: Callable[[], Found]) -> Found | None:
-        """Return what a call returns; if it raises, note that the page goes without."""
+    def are_asked(self, *names: str) -> bool:
+        """Return whether one of some arguments is given."""
+        return not self._names.isdisjoint(names)
+
+    def make(self, what: str, way: str, run: Callable[[], Found], *asked: str) -> Found | None:
+        """Return what a call returns; if it raises, note that the page goes without.
+
+        Args:
+            what: it is.
+            way: to have it.
+            run: the call.
+            asked: arguments; with one of them an error is raised.
+        """
         try:
             return run()
         except Exception as error:  # whatever a user's model and data raise
-            if self.strict:
+            if self.are_asked(*asked):
                 raise
             self.missing.append(Missing(what, _told(error), way))
             return None
@@ -101,9 +112,8 @@ def _told(error: Exception) -> str:
 
 def _read(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Namespace, _Attempts]:
     """Read the command line, and how the run made its model and data; what of that fails is told in the page."""
-    names = {one.partition("=")[0].partition(".")[0] for one in arguments}
-    attempts = _Attempts(strict=not names.isdisjoint(_ASKED))
-    if attempts.strict:
+    attempts = _Attempts(arguments)
+    if attempts.are_asked(*_ASKED):
         return parsed(parser, arguments), attempts
     found = attempts.make(
         "times, multiply-adds and accuracies", _WAY, lambda: parsed(report_parser(exit_on_error=False), arguments)
@@ -150,13 +160,18 @@ def _measured(
             attempts.missing.append(Missing("times, multiply-adds and accuracies", why, _WAY))
         return facts
     files = {**{name: path for name, path in said.snapshots.items() if name != "final"}, "now": Path(chosen.checkpoint)}
-    models = attempts.make("times, multiply-adds and accuracies", _WAY, lambda: networks(chosen.model, files))
+    models = attempts.make(
+        "times, multiply-adds and accuracies", _WAY, lambda: networks(chosen.model, files), "--model", "--config"
+    )
     if models is None:
         return facts
     trainer = evaluator(written, device)
     stages = sized(facts.stages, models)
     metrics = attempts.make(
-        "accuracies", "--data my_module.MyData", lambda: evaluated(stages, models, chosen.data, files, trainer)
+        "accuracies",
+        "--data my_module.MyData",
+        lambda: evaluated(stages, models, chosen.data, files, trainer),
+        "--data",
     )
     if metrics is not None and "dense" not in files:
         why = "there is no snapshot from before the cut"
@@ -164,7 +179,9 @@ def _measured(
         attempts.missing.append(Missing("accuracies of the network before", why, way))
     stages = metrics or stages
     where = trainer.strategy.root_device
-    times = attempts.make("times and multiply-adds", "--input_shape 1,3,32,32", lambda: times_of(chosen, models, where))
+    times = attempts.make(
+        "times and multiply-adds", "--input_shape 1,3,32,32", lambda: times_of(chosen, models, where), "--input_shape"
+    )
     if times is None:
         return replace(facts, stages=stages)
     stages = timed_stages(stages, times)

@@ -121,10 +121,10 @@ def _missing(facts: Facts) -> list[Markup]:
 
 def _batch(facts: Facts) -> list[Markup]:
     if not facts.batch:
-        return []
+        return [tag("p", "Fractions are of the dense network.", class_="quiet")]
     runs = f"; runs differ by {facts.spread:.0%} of their median" if facts.spread else ""
     told = f"A batch is {facts.batch}. Times are of all stages in turns{runs}."
-    return [tag("p", told, class_="quiet")]
+    return [tag("p", f"Fractions are of the dense network. {told}", class_="quiet")]
 
 
 def _figure(drawing: Drawing) -> Markup:

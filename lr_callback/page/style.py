@@ -25,7 +25,7 @@ h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .25rem; }
 h2 { font-size: 1.2rem; margin: 2.25rem 0 .75rem; }
 h3 { font-size: 1rem; margin: 0 0 .25rem; }
 p { margin: 0 0 .75rem; max-width: 48rem; }
-.quiet, caption, figcaption { color: var(--quiet); font-size: .9rem; }
+.quiet, figcaption { color: var(--quiet); font-size: .9rem; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 11.5rem), 1fr)); gap: .75rem; }
 .card, .box, figure, .note { background: var(--paper); border: 1px solid var(--line); border-radius: .6rem; }
 .card { padding: .8rem 1rem; margin: 0; }
@@ -41,12 +41,12 @@ p { margin: 0 0 .75rem; max-width: 48rem; }
 .tall { max-height: 34rem; }
 .box:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; padding: .7rem .8rem .4rem; caption-side: top; }
 th, td { padding: .35rem .8rem; text-align: right; white-space: nowrap; vertical-align: top; }
 th[scope=col] {
   position: sticky; top: 0; background: var(--paper); color: var(--quiet); font-weight: 600;
   border-bottom: 1px solid var(--line);
 }
+thead td { border-bottom: 1px solid var(--line); }
 tbody tr + tr > * { border-top: 1px solid var(--line); }
 th[scope=row], .text { text-align: left; font-weight: 500; }
 th[scope=row] { white-space: normal; min-width: 9rem; max-width: 24rem; }

@@ -44,8 +44,7 @@ def compared(stages: Sequence[Stage]) -> Markup:
         values = [count(stage) for stage in stages]
         if any(values):
             rows.append([title, *_counted(values, form)])
-    caption = "The network at moments of its run. Fractions are of the dense network."
-    return box(_table(["", *(stage.name for stage in stages)], rows, caption), "Stages side by side")
+    return box(_table(["", *(stage.name for stage in stages)], rows), "Stages side by side")
 
 
 def _counted(values: Sequence[float], form: str) -> list[str]:
@@ -66,7 +65,7 @@ def layers(allocation: Allocation) -> Markup:
         )
     head = tag("thead", tag("tr", *(_column(title, index < 3) for index, title in enumerate(_LAYERS))))
     body = tag("tbody", *(_layer(name, allocation.shapes[name], allocation.layers[name]) for name in shown))
-    return box(tag("table", tag("caption", note), head, body), "Layers", tall=True)
+    return joined([tag("p", note, class_="quiet"), box(tag("table", head, body), "Layers", tall=True)])
 
 
 def _largest(allocation: Allocation) -> list[str]:
@@ -131,10 +130,10 @@ def pairs(values: Mapping[str, str], label: str) -> Markup:
     return box(tag("table", tag("tbody", rows), class_="plain"), label)
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> Markup:
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Markup:
     head = tag("thead", tag("tr", *(_column(title, not index) for index, title in enumerate(header))))
     body = (tag("tr", tag("th", row[0], scope="row"), *(tag("td", cell) for cell in row[1:])) for row in rows)
-    return tag("table", tag("caption", caption), head, tag("tbody", *body))
+    return tag("table", head, tag("tbody", *body))
 
 
 def _column(title: str, is_text: bool) -> Markup:

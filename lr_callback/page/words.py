@@ -31,9 +31,9 @@ def value_of(name: str, value: float) -> str:
     Example::
 
         >>> value_of("val_accuracy", 0.9109), value_of("val_loss", 0.27012)
-        ('91.09 %', '0.2701')
+        ('91.09%', '0.2701')
     """
-    return f"{100 * value:.2f} %" if is_share(name, value) else f"{value:.4g}"
+    return f"{value:.2%}" if is_share(name, value) else f"{value:.4g}"
 
 
 def difference_of(name: str, before: float, after: float) -> str:
@@ -61,11 +61,16 @@ def size_of(count: int) -> str:
     return f"{count} bytes"
 
 
+def is_noisy(facts: Facts) -> bool:
+    """Return whether the times say nothing: runs differed too far."""
+    return facts.spread > _NOISE
+
+
 def speed(facts: Facts) -> int:
     """Return 1 if the network became faster, -1 if slower, 0 if neither is clear or the times are not known."""
     before, after = facts.before.milliseconds, facts.after.milliseconds
     margin = max(MARGIN, facts.spread)
-    if not before or not after or abs(after / before - 1) <= margin:
+    if not before or not after or is_noisy(facts) or abs(after / before - 1) <= margin:
         return 0
     return 1 if after < before else -1
 
@@ -91,7 +96,7 @@ def _on_time(facts: Facts) -> str:
     found = speed(facts)
     if found > 0:
         return f"It is {before.milliseconds / after.milliseconds:.2f} times as fast: a batch takes {times}."
-    if facts.spread > _NOISE:
+    if is_noisy(facts):
         return (
             f"Whether it is faster cannot be told: something else kept the device busy, and runs differ by "
             f"{facts.spread:.0%} ({times} for a batch). Make the page again when nothing else runs."
