@@ -10,7 +10,7 @@ from lr_callback.observation.report import Stage
 
 
 @dataclass(frozen=True)
-class Drawing:
+class Picture:
     """A figure in the page.
 
     Args:
@@ -63,7 +63,7 @@ class Facts:
         arguments: of the callback, as YAML; empty: they are not known.
         loading: Python that gives the network.
         commands: what can be done next -> the command line.
-        drawings: figures.
+        pictures: figures.
         missing: what the page lacks.
     """
 
@@ -76,7 +76,7 @@ class Facts:
     arguments: str = ""
     loading: str = ""
     commands: Mapping[str, str] = field(default_factory=dict)
-    drawings: tuple[Drawing, ...] = ()
+    pictures: tuple[Picture, ...] = ()
     missing: tuple[Missing, ...] = ()
 
     @property

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lr_callback.page import tables
-from lr_callback.page.facts import Drawing, Facts
+from lr_callback.page.facts import Facts, Picture
 from lr_callback.page.markup import Markup, joined, tag
 from lr_callback.page.style import CSS
 from lr_callback.page.words import difference_of, is_share, size_of, speed, value_of, verdict
@@ -40,7 +40,7 @@ def page(facts: Facts) -> str:
         tag("div", *(tag("p", *_with_code(one)) for one in verdict(facts)), class_="note"),
         *_missing(facts),
         _section("Before and after", tables.compared(facts.stages), *_batch(facts)),
-        *([_section("Figures", *map(_figure, facts.drawings))] if facts.drawings else []),
+        *([_section("Figures", *map(_figure, facts.pictures))] if facts.pictures else []),
         _section("Layers", tables.layers(facts.allocation)),
         *([_section("Left out", tables.skipped(facts.allocation))] if facts.allocation.skipped else []),
         _section("How it was made", tables.pairs(facts.origin, "How it was made"), *_arguments(facts)),
@@ -127,9 +127,9 @@ def _batch(facts: Facts) -> list[Markup]:
     return [tag("p", f"Fractions are of the dense network. {told}", class_="quiet")]
 
 
-def _figure(drawing: Drawing) -> Markup:
-    picture = tables.box(Markup(drawing.svg), drawing.title)
-    return tag("figure", tag("h3", drawing.title), picture, tag("figcaption", drawing.caption))
+def _figure(picture: Picture) -> Markup:
+    shown = tables.box(Markup(picture.svg), picture.title)
+    return tag("figure", tag("h3", picture.title), shown, tag("figcaption", picture.caption))
 
 
 def _arguments(facts: Facts) -> list[Markup]:

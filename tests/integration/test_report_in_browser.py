@@ -12,7 +12,7 @@ import pytest
 
 from lr_callback import Allocation, Factorization
 from lr_callback.observation.report import Stage
-from lr_callback.page.facts import Drawing, Facts, Missing
+from lr_callback.page.facts import Facts, Missing, Picture
 from lr_callback.page.page import page
 
 CHROMIUM = next(
@@ -78,16 +78,16 @@ def looked_at(folder, pages):
     return {name: {width: SimpleNamespace(**found[f"{name} {width}"]) for width in WIDTHS} for name in pages}
 
 
-def drawings():
+def pictures():
     """Return figures of matplotlib, as a page has them; none where it is not installed."""
     figure_module = pytest.importorskip("matplotlib.figure", reason="needs matplotlib")
-    from lr_callback.page.drawing import inline_svg
+    from lr_callback.page.svg import inline_svg
 
     made = []
     for name in ("one", "two"):
         figure = figure_module.Figure(figsize=(7, 3))
         figure.subplots().bar(range(5), [3, 1, 4, 1, 5])
-        made.append(Drawing(f"Figure {name}", "What it shows.", inline_svg(figure, name, "bars")))
+        made.append(Picture(f"Figure {name}", "What it shows.", inline_svg(figure, name, "bars")))
     return tuple(made)
 
 
@@ -114,7 +114,7 @@ def seen(tmp_path_factory):
     missing = (Missing("figures", "matplotlib is not installed", "pip install matplotlib"),)
     evil = facts_of(5, name=EVIL + "{}", missing=(Missing(EVIL, EVIL, EVIL),))
     pages = {
-        "usual": page(facts_of(8, drawings=drawings())),
+        "usual": page(facts_of(8, pictures=pictures())),
         "large": page(facts_of(300, name="encoder.blocks.{}." + "very_long_name_" * 20)),
         "bare": page(facts_of(8, missing=missing)),
         "evil": page(replace(evil, name=EVIL, origin={EVIL: EVIL}, loading=EVIL)),

@@ -4,7 +4,7 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 
-from lr_callback.page.facts import Drawing, Missing
+from lr_callback.page.facts import Missing, Picture
 from lr_callback.page.markup import Markup
 from lr_callback.page.page import page
 
@@ -43,7 +43,7 @@ def everything(facts):
         arguments="keep_ratio: 0.5\n",
         loading="import lr_callback as lrc",
         commands={"A file": "lr-callback export"},
-        drawings=(Drawing("Ranks", "How many.", Markup('<svg viewBox="0 0 1 1"></svg>')),),
+        pictures=(Picture("Ranks", "How many.", Markup('<svg viewBox="0 0 1 1"></svg>')),),
         missing=(Missing("accuracies", "there is no data", "--data my.Data"),),
     )
 

@@ -1,4 +1,4 @@
-"""Drawing: a figure of matplotlib as an element of a page."""
+"""Svg: a figure of matplotlib as an element of a page."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from lr_callback.page.drawing import inline_svg
+from lr_callback.page.svg import inline_svg
 
 figure_module = pytest.importorskip("matplotlib.figure", reason="needs matplotlib")
 
