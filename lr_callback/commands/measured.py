@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -121,13 +121,24 @@ def evaluated(
     stages: tuple[Stage, ...],
     models: Mapping[str, nn.Module],
     data: LightningDataModule | None,
-    files: Mapping[str, Path],
+    known: Collection[str],
     trainer: Trainer,
 ) -> tuple[Stage, ...]:
-    """Return the stages with what the model's test loop logs, else its validation loop, of those that have a file."""
+    """Return the stages with what the model's test loop logs, else its validation loop.
+
+    Args:
+        stages: one for each model.
+        models: name -> network.
+        data: of the run; None: the models have their own loaders.
+        known: names of the networks whose weights are those of the run.
+        trainer: see :func:`evaluator`.
+
+    Raises:
+        ValueError: If the models have no such loop, or no data for it.
+    """
     found = []
     for stage, (name, model) in zip(stages, models.items(), strict=True):
-        metrics = _metrics(trainer, model, data) if name in files else {}
+        metrics = _metrics(trainer, model, data) if name in known else {}
         found.append(replace(stage, metrics=metrics))
     return tuple(found)
 

@@ -46,6 +46,11 @@ class Recorded:
     scores: Mapping[str, str] = field(default_factory=dict)
     training: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def moments(self) -> dict[str, Path]:
+        """The snapshots that are stages of their own: the last one is what the run ended with."""
+        return {name: path for name, path in self.snapshots.items() if name != "final"}
+
     def stages(self) -> tuple[Stage, ...]:
         """Return the stages, as far as they are known without the model."""
         own = Spending(self.allocation.cost, self.allocation.dense_cost, self.allocation.budget)

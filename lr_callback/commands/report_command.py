@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
-import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
 
 import torch
-import yaml
 from jsonargparse import ArgumentParser, Namespace
+from lightning.pytorch import Trainer
+from torch import nn
 
-from lr_callback import __version__
-from lr_callback.callback import LowRankCompression
+from lr_callback.commands.attempts import Attempts
 from lr_callback.commands.from_checkpoint import (
     add_checkpoint,
     add_model,
@@ -27,15 +24,14 @@ from lr_callback.commands.from_checkpoint import (
     weights_in,
 )
 from lr_callback.commands.measured import evaluated, evaluator, networks, sized, timed_stages, times_of
-from lr_callback.commands.recorded import Recorded, recorded
+from lr_callback.commands.origin import arguments_of, commands_for, device_of, origin_of
+from lr_callback.commands.recorded import NOW, Recorded, recorded
 from lr_callback.commands.snippet import loading_code
 from lr_callback.page.facts import Facts, Missing
 from lr_callback.page.page import page
-from lr_callback.units.latency import device_facts
 
-Found = TypeVar("Found")
-
-_WAY = "--config config.yaml of the run, or --model my_module.MyModule"
+_ALL = "times, multiply-adds and accuracies"
+_WAY = "give the configuration of the run, `--config config.yaml`, or the class, `--model my_module.MyModule`"
 _ASKED = ("--model", "--data", "--config", "--input_shape", "--device")
 """Arguments that name what is measured."""
 
@@ -72,57 +68,17 @@ def report_parser(exit_on_error: bool = True) -> ArgumentParser:
     return parser
 
 
-class _Attempts:
-    """What is tried, and what the page goes without.
-
-    Args:
-        arguments: the command line. What a user names and cannot be had is an error, and not a page without it.
-    """
-
-    def __init__(self, arguments: Sequence[str]) -> None:
-        self._names = {one.partition("=")[0].partition(".")[0] for one in arguments}
-        self.missing: list[Missing] = []
-
-    def are_asked(self, *names: str) -> bool:
-        """Return whether one of some arguments is given."""
-        return not self._names.isdisjoint(names)
-
-    def make(self, what: str, way: str, run: Callable[[], Found], *asked: str) -> Found | None:
-        """Return what a call returns; if it raises, note that the page goes without.
-
-        Args:
-            what: it is.
-            way: to have it.
-            run: the call.
-            asked: arguments; with one of them an error is raised.
-        """
-        try:
-            return run()
-        except Exception as error:  # whatever a user's model and data raise
-            if self.are_asked(*asked):
-                raise
-            self.missing.append(Missing(what, _told(error), way))
-            return None
-
-
-def _told(error: Exception) -> str:
-    kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-    return f"{kind}{' '.join(str(error).split())[:400]}"
-
-
-def _read(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Namespace, _Attempts]:
+def _read(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Namespace, Attempts]:
     """Read the command line, and how the run made its model and data; what of that fails is told in the page."""
-    attempts = _Attempts(arguments)
+    attempts = Attempts(arguments)
     if attempts.are_asked(*_ASKED):
         return parsed(parser, arguments), attempts
-    found = attempts.make(
-        "times, multiply-adds and accuracies", _WAY, lambda: parsed(report_parser(exit_on_error=False), arguments)
-    )
+    found = attempts.make(_ALL, _WAY, lambda: parsed(report_parser(exit_on_error=False), arguments))
     # A wrong command line ends here.
     return found or parser.parse_args(list(arguments)), attempts
 
 
-def _report(chosen: Namespace, attempts: _Attempts) -> str:
+def _report(chosen: Namespace, attempts: Attempts) -> str:
     checkpoint = Path(chosen.checkpoint)
     loaded = weights_in(checkpoint)
     said = recorded(checkpoint, loaded)
@@ -134,117 +90,69 @@ def _report(chosen: Namespace, attempts: _Attempts) -> str:
         str(checkpoint),
         said.allocation,
         said.stages(),
-        origin=_origin(checkpoint, said),
-        arguments=_arguments(written),
+        origin=origin_of(checkpoint, said),
+        arguments=arguments_of(written),
         loading=loading_code(described_run(checkpoint, chosen.config, None).get("model"), checkpoint),
-        commands=_commands(checkpoint),
+        commands=commands_for(checkpoint),
     )
-    facts = _measured(facts, chosen, said, written, device, attempts)
+    models = _networks(chosen, said, attempts)
+    if models is not None:
+        facts = replace(facts, stages=sized(facts.stages, models))
+        trainer = evaluator(written, device)
+        facts = _evaluated(facts, chosen, models, trainer, attempts, said)
+        facts = _timed(facts, chosen, models, trainer.strategy.root_device, attempts)
     facts = replace(facts, missing=tuple(attempts.missing))
     _write(output, page(facts))
     return "\n".join([f"report: {output}", *map(str, facts.missing)])
 
 
-def _measured(
-    facts: Facts,
-    chosen: Namespace,
-    said: Recorded,
-    written: Mapping[str, Any],
-    device: torch.device | None,
-    attempts: _Attempts,
-) -> Facts:
-    """Return the facts with what is measured, where there is a model, and data."""
+def _networks(chosen: Namespace, said: Recorded, attempts: Attempts) -> dict[str, nn.Module] | None:
+    """Return the network of each stage; None where it is not known how one is made."""
     if chosen.model is None:
         if not attempts.missing:
             why = "the file does not say how its model is made, and there is no config.yaml of the run above it"
-            attempts.missing.append(Missing("times, multiply-adds and accuracies", why, _WAY))
-        return facts
-    files = {**{name: path for name, path in said.snapshots.items() if name != "final"}, "now": Path(chosen.checkpoint)}
-    models = attempts.make(
-        "times, multiply-adds and accuracies", _WAY, lambda: networks(chosen.model, files), "--model", "--config"
-    )
-    if models is None:
-        return facts
-    trainer = evaluator(written, device)
-    stages = sized(facts.stages, models)
-    metrics = attempts.make(
+            attempts.missing.append(Missing(_ALL, why, _WAY))
+        return None
+    files = {**said.moments, NOW: Path(chosen.checkpoint)}
+    return attempts.make(_ALL, _WAY, lambda: networks(chosen.model, files), "--model", "--config")
+
+
+def _evaluated(
+    facts: Facts,
+    chosen: Namespace,
+    models: Mapping[str, nn.Module],
+    trainer: Trainer,
+    attempts: Attempts,
+    said: Recorded,
+) -> Facts:
+    """Return the facts with the metrics of each stage that has a file."""
+    known = {*said.moments, NOW}
+    stages = attempts.make(
         "accuracies",
-        "--data my_module.MyData",
-        lambda: evaluated(stages, models, chosen.data, files, trainer),
+        "`--data my_module.MyData`",
+        lambda: evaluated(facts.stages, models, chosen.data, known, trainer),
         "--data",
     )
-    if metrics is not None and "dense" not in files:
+    if stages is None:
+        return facts
+    if "dense" not in known:
         why = "there is no snapshot from before the cut"
-        way = "LowRankCompression(snapshots=True) in the next run; lr-callback fit does so by itself"
+        way = "`LowRankCompression(snapshots=True)` in the next run; `lr-callback fit` does so by itself"
         attempts.missing.append(Missing("accuracies of the network before", why, way))
-    stages = metrics or stages
-    where = trainer.strategy.root_device
-    times = attempts.make(
-        "times and multiply-adds", "--input_shape 1,3,32,32", lambda: times_of(chosen, models, where), "--input_shape"
-    )
+    return replace(facts, stages=stages)
+
+
+def _timed(
+    facts: Facts, chosen: Namespace, models: Mapping[str, nn.Module], device: torch.device, attempts: Attempts
+) -> Facts:
+    """Return the facts with the times of all stages."""
+    way = "say what the model is called with, `--input_shape 1,3,32,32`"
+    times = attempts.make("times and multiply-adds", way, lambda: times_of(chosen, models, device), "--input_shape")
     if times is None:
-        return replace(facts, stages=stages)
-    stages = timed_stages(stages, times)
-    origin = {**facts.origin, "measured on": _device(where)}
+        return facts
+    origin = {**facts.origin, "measured on": device_of(device)}
+    stages = timed_stages(facts.stages, times)
     return replace(facts, stages=stages, spread=times.spread, batch=times.batch, origin=origin)
-
-
-def _device(device: torch.device) -> str:
-    facts = device_facts(device)
-    threads = f", {facts['threads']} threads" if "threads" in facts else ""
-    return f"{facts['name']} ({device.type}{threads})"
-
-
-def _origin(checkpoint: Path, said: Recorded) -> dict[str, str]:
-    """Return how the network was made: name -> value."""
-    allocation = said.allocation
-    return {
-        "method": _call(allocation.method) or "not known",
-        "asked": _asked(said),
-        "compressed at the start of epochs": ", ".join(map(str, said.record.applied)) or "not known",
-        f"{allocation.error} error of a layer": f"{allocation.worst_error:.3f} at most, "
-        f"{allocation.mean_error:.3f} on average",
-        **said.training,
-        **said.scores,
-        "checkpoint": f"{checkpoint.stat().st_size:,} bytes, with all that a training needs to go on",
-        "page made by": f"lr_callback {__version__}, torch {torch.__version__}",
-    }
-
-
-def _call(method: Mapping[str, Any]) -> str:
-    given = ", ".join(f"{name}={value!r}" for name, value in method.items() if name != "name")
-    return f"{method['name']}({given})" if "name" in method else given
-
-
-def _asked(said: Recorded) -> str:
-    allocation = said.allocation
-    if allocation.max_error is not None:
-        return f"no layer errs by more than {allocation.max_error:g}"
-    asked = {allocation.unit: allocation.budget / allocation.dense_cost}
-    asked |= {unit: one.budget / one.dense_cost for unit, one in allocation.others.items()}
-    return ", ".join(f"at most {part:.1%} of the {unit.replace('_', '-')}" for unit, part in asked.items())
-
-
-def _arguments(written: Mapping[str, Any]) -> str:
-    """Return the callback's arguments in a configuration that are not its defaults, as YAML."""
-    listed = (written.get("trainer") or {}).get("callbacks") or []
-    entries = [one for one in listed if isinstance(one, Mapping)] if isinstance(listed, list) else []
-    name = LowRankCompression.__name__
-    own = [one.get("init_args") for one in entries if str(one.get("class_path")).endswith(name)]
-    found = own[0] if own else written.get("compress")
-    if not isinstance(found, Mapping):
-        return ""
-    defaults = {key: one.default for key, one in inspect.signature(LowRankCompression).parameters.items()}
-    given = {key: value for key, value in found.items() if key not in defaults or value != defaults[key]}
-    return yaml.safe_dump(given, sort_keys=False) if given else ""
-
-
-def _commands(checkpoint: Path) -> dict[str, str]:
-    quoted = shlex.quote(str(checkpoint))
-    return {
-        "A file for another program": f"lr-callback export --checkpoint {quoted} --format onnx",
-        "The forms of its layers that are fastest on a device": f"lr-callback tune --checkpoint {quoted}",
-    }
 
 
 def _write(path: Path, text: str) -> None:

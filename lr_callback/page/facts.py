@@ -31,12 +31,12 @@ class Missing:
     Args:
         what: is missing.
         why: that is.
-        way: to have it.
+        way: to have it; code stands between backquotes.
 
     Example::
 
-        >>> str(Missing("figures", "matplotlib is not installed", "pip install matplotlib"))
-        'without figures: matplotlib is not installed. To have them: pip install matplotlib'
+        >>> str(Missing("figures", "matplotlib is not installed", "`pip install matplotlib`"))
+        'without figures: matplotlib is not installed. To have them: `pip install matplotlib`'
     """
 
     what: str

@@ -113,7 +113,7 @@ def _missing(facts: Facts) -> list[Markup]:
     if not facts.missing:
         return []
     rows = (
-        tag("li", tag("strong", f"No {one.what}: "), f"{one.why.rstrip('.')}. To have them: ", tag("code", one.way))
+        tag("li", tag("strong", f"No {one.what}: "), f"{one.why.rstrip('.')}. To have them: ", *_with_code(one.way))
         for one in facts.missing
     )
     return [_section("What this page lacks", tag("ul", *rows))]

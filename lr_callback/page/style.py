@@ -26,9 +26,9 @@ h2 { font-size: 1.2rem; margin: 2.25rem 0 .75rem; }
 h3 { font-size: 1rem; margin: 0 0 .25rem; }
 p { margin: 0 0 .75rem; max-width: 48rem; }
 .quiet, figcaption { color: var(--quiet); font-size: .9rem; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 11.5rem), 1fr)); gap: .75rem; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 9.5rem), 1fr)); gap: .75rem; }
 .card, .box, figure, .note { background: var(--paper); border: 1px solid var(--line); border-radius: .6rem; }
-.card { padding: .8rem 1rem; margin: 0; }
+.card { padding: .7rem .8rem; margin: 0; }
 .card dt { color: var(--quiet); font-size: .85rem; }
 .card dd { margin: 0; }
 .card .now { font-size: 1.45rem; font-weight: 650; line-height: 1.3; font-variant-numeric: tabular-nums; }
@@ -57,7 +57,7 @@ th[scope=row] { white-space: normal; min-width: 9rem; max-width: 24rem; }
   background-size: calc((100% - 1.6rem) * var(--part)) 70%;
 }
 .plain td { white-space: normal; text-align: left; }
-.plain th[scope=row] { color: var(--quiet); width: 14rem; }
+.plain th[scope=row] { color: var(--quiet); width: 34%; min-width: 6rem; max-width: 14rem; }
 figure { margin: 0 0 1rem; padding: 1rem; }
 figure .box { border: 0; border-radius: .3rem; margin: .6rem 0; background: #ffffff; }
 figure svg { display: block; width: 100%; min-width: 34rem; max-width: 56rem; height: auto; margin: 0 auto; }
