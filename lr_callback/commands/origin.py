@@ -14,6 +14,7 @@ import yaml
 from lr_callback import __version__
 from lr_callback.callback import LowRankCompression
 from lr_callback.commands.recorded import Recorded
+from lr_callback.decisions.costs import spoken
 from lr_callback.units.latency import device_facts
 
 
@@ -51,7 +52,7 @@ def _asked(said: Recorded) -> str:
         return f"no layer errs by more than {allocation.max_error:g}"
     asked = {allocation.unit: allocation.budget / allocation.dense_cost}
     asked |= {unit: one.budget / one.dense_cost for unit, one in allocation.others.items()}
-    return ", ".join(f"at most {part:.1%} of the {unit.replace('_', '-')}" for unit, part in asked.items())
+    return ", ".join(f"at most {part:.1%} of the {spoken(unit)}" for unit, part in asked.items())
 
 
 def arguments_of(written: Mapping[str, Any]) -> str:

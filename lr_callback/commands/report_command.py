@@ -98,9 +98,8 @@ def _report(chosen: Namespace, attempts: Attempts) -> str:
     models = _networks(chosen, said, attempts)
     if models is not None:
         facts = replace(facts, stages=sized(facts.stages, models))
-        trainer = evaluator(written, device)
-        facts = _evaluated(facts, chosen, models, trainer, attempts, said)
-        facts = _timed(facts, chosen, models, trainer.strategy.root_device, attempts)
+        trainer = attempts.make(_ALL, "name a device, `--device cpu`", lambda: evaluator(written, device), "--device")
+        facts = facts if trainer is None else _side_by_side(facts, chosen, said, models, trainer, attempts)
     facts = replace(facts, missing=tuple(attempts.missing))
     _write(output, page(facts))
     return "\n".join([f"report: {output}", *map(str, facts.missing)])
@@ -117,15 +116,28 @@ def _networks(chosen: Namespace, said: Recorded, attempts: Attempts) -> dict[str
     return attempts.make(_ALL, _WAY, lambda: networks(chosen.model, files), "--model", "--config")
 
 
-def _evaluated(
+def _side_by_side(
     facts: Facts,
     chosen: Namespace,
+    said: Recorded,
     models: Mapping[str, nn.Module],
     trainer: Trainer,
     attempts: Attempts,
-    said: Recorded,
 ) -> Facts:
-    """Return the facts with the metrics of each stage that has a file."""
+    """Return the facts with the metrics and the times of all stages."""
+    facts = _evaluated(facts, chosen, said, models, trainer, attempts)
+    return _timed(facts, chosen, models, trainer.strategy.root_device, attempts)
+
+
+def _evaluated(
+    facts: Facts,
+    chosen: Namespace,
+    said: Recorded,
+    models: Mapping[str, nn.Module],
+    trainer: Trainer,
+    attempts: Attempts,
+) -> Facts:
+    """Return the facts with the metrics of each stage whose weights are those of the run."""
     known = {*said.moments, NOW}
     stages = attempts.make(
         "accuracies",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from lr_callback.decisions.allocation import Allocation
+from lr_callback.decisions.costs import amount, spoken
 from lr_callback.page import tables
 from lr_callback.page.facts import Facts, Picture
 from lr_callback.page.markup import Markup, joined, tag
@@ -63,9 +65,8 @@ def _cards(facts: Facts) -> list[Markup]:
         _time(facts),
         _accuracy(facts),
     ]
-    own = allocation.unit not in ("parameters", "multiply_adds") or not before.parameters
-    if own and allocation.unit != "parameters":
-        cards.insert(0, _count(allocation.unit.replace("_", "-"), allocation.dense_cost, allocation.cost))
+    if allocation.unit not in ("parameters", "multiply_adds"):
+        cards.insert(0, _budget(allocation))
     return [card for card in cards if card is not None]
 
 
@@ -76,6 +77,13 @@ def _card(title: str, now: str, was: str, change: str, tone: str | None = None) 
 
 def _tone(before: float, after: float) -> str | None:
     return None if before == after else "good" if after < before else "bad"
+
+
+def _budget(allocation: Allocation) -> Markup:
+    """Return the cost that the ranks were chosen by, where it is none of the others."""
+    unit, before, after = allocation.unit, allocation.dense_cost, allocation.cost
+    change = f"{after / before - 1:+.1%}"
+    return _card(spoken(unit).capitalize(), amount(unit, after), amount(unit, before), change, _tone(before, after))
 
 
 def _count(title: str, before: int, after: int) -> Markup | None:

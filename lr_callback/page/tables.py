@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from lr_callback.common.table import readable
 from lr_callback.decisions.allocation import KERNEL, Allocation
+from lr_callback.decisions.costs import LATENCY, spoken
 from lr_callback.decisions.factorization import Factorization
 from lr_callback.observation.report import Stage
 from lr_callback.page.markup import Markup, joined, tag
@@ -57,7 +58,8 @@ def _counted(values: Sequence[float], form: str) -> list[str]:
 def layers(allocation: Allocation) -> Markup:
     """Return the table of the layers, at most :data:`MOST_LAYERS` of them: those with the largest weights."""
     shown = _largest(allocation)
-    note = f"Errors are those of the measure “{allocation.error}”, costs are in {allocation.unit.replace('_', '-')}."
+    told_unit = "nanoseconds" if allocation.unit == LATENCY else spoken(allocation.unit)
+    note = f"Errors are those of the measure “{allocation.error}”, costs are in {told_unit}."
     if len(shown) < len(allocation.layers):
         note += (
             f" {len(shown):,} of {len(allocation.layers):,} layers are shown, those with the largest weights; all are "

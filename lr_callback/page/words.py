@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lr_callback.decisions.costs import spoken
 from lr_callback.observation.report import Stage
 from lr_callback.page.facts import Facts
 
@@ -82,7 +83,7 @@ def _on_size(facts: Facts) -> str:
         kept = f"{after.parameters:,} of {before.parameters:,}"
         told += f": the network keeps {after.parameters / before.parameters:.1%} of its parameters ({kept})"
     else:
-        told += f": {allocation.cost / allocation.dense_cost:.1%} of the {allocation.unit.replace('_', '-')} are kept"
+        told += f": {allocation.cost / allocation.dense_cost:.1%} of the {spoken(allocation.unit)} are kept"
     if before.file_bytes and after.file_bytes:
         told += f", and a file of its weights is {after.file_bytes / before.file_bytes:.1%} as large"
     return f"{told}."

@@ -277,3 +277,16 @@ def test_by_default_the_page_stands_beside_the_checkpoint(run, capsys, monkeypat
     assert capsys.readouterr().out.splitlines()[0] == f"report: {page}"
     assert page.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
     page.unlink()
+
+
+def test_a_device_that_is_not_here_is_refused_and_a_precision_that_is_not_leaves_a_page(
+    run, command, refusal, tmp_path
+):
+    assert "--device must be one that is here" in refusal(run.last, "--device", "cuda:9")
+    shutil.copytree(run.folder, tmp_path / "run")
+    (tmp_path / "run" / "config.yaml").write_text(
+        "model: {class_path: my_modules.Images}\ntrainer: {precision: 3-bit}\n"
+    )
+    done = command(tmp_path / "run" / "checkpoints" / run.last.name)
+    assert lacking(done.out)[0] == "times, multiply-adds and accuracies" and "3-bit" in done.out
+    assert len(rows_of(done.page)["parameters"]) == 3

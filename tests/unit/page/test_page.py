@@ -79,8 +79,8 @@ def test_numbers_that_matter_stand_first_with_their_change(facts):
 
 def test_another_unit_of_the_budget_has_a_number_of_its_own(facts):
     found = page(replace(facts, allocation=replace(facts.allocation, unit="bytes")))
-    assert '<dt>bytes</dt><dd class="now">140</dd>' in found
-    assert "<dt>multiply-adds</dt>" not in page(
+    assert '<dt>Bytes</dt><dd class="now">140 bytes</dd><dd class="was">200 bytes before, ' in found
+    assert "<dt>Multiply-adds</dt>" not in page(
         replace(facts, allocation=replace(facts.allocation, unit="multiply_adds"))
     )
 
