@@ -9,6 +9,7 @@ from lr_callback.analysis.analyze import allocate as allocate
 from lr_callback.analysis.analyze import analyze as analyze
 from lr_callback.decisions.allocation import Allocation as Allocation
 from lr_callback.decisions.analysed import Analysis as Analysis
+from lr_callback.decisions.curves import Curves as Curves
 from lr_callback.decisions.factorization import Factorization as Factorization
 from lr_callback.decisions.methods import ALDS as ALDS
 from lr_callback.decisions.methods import ALDSK as ALDSK
@@ -51,6 +52,9 @@ if TYPE_CHECKING:
     from lr_callback.callback import LowRankCompression as LowRankCompression
     from lr_callback.files.loading import LowRankMixin as LowRankMixin
     from lr_callback.files.loading import load_from_checkpoint as load_from_checkpoint
+    from lr_callback.observation.figures import plot_allocation as plot_allocation
+    from lr_callback.observation.figures import plot_spectra as plot_spectra
+    from lr_callback.observation.figures import plot_tradeoff as plot_tradeoff
     from lr_callback.repair.recalibrate import correct_biases_ as correct_biases_
     from lr_callback.repair.recalibrate import recalibrate_batchnorm_ as recalibrate_batchnorm_
     from lr_callback.repair.refit import refit_ as refit_
@@ -63,6 +67,7 @@ __all__ = [
     "ALDSSimple",
     "Allocation",
     "Analysis",
+    "Curves",
     "EnergyThreshold",
     "Exported",
     "FactorizedConv1D",
@@ -98,6 +103,9 @@ __all__ = [
     "load_from_checkpoint",
     "measure_effects",
     "metrics",
+    "plot_allocation",
+    "plot_spectra",
+    "plot_tradeoff",
     "prepare",
     "recalibrate_batchnorm_",
     "refit_",
@@ -117,6 +125,9 @@ _ON_FIRST_USE = {
     "LowRankCompression": "lr_callback.callback",
     "LowRankMixin": "lr_callback.files.loading",
     "load_from_checkpoint": "lr_callback.files.loading",
+    "plot_allocation": "lr_callback.observation.figures",
+    "plot_spectra": "lr_callback.observation.figures",
+    "plot_tradeoff": "lr_callback.observation.figures",
 }
 
 

@@ -261,6 +261,7 @@ class LowRankCompression(Checkpointed):
             check_same_weights(trainer, pl_module)
             repair = partial(self.repairing.repair, trainer, pl_module, calls, importance)
             allocation = self._accuracy.allocate(trainer, pl_module, analysis, keep_ratio, importance, repair, undo)
+            curves = processes.first(lambda: analysis.curves(allocation))
             averages = processes.agree(lambda: self.averages(trainer, pl_module))
             self._distilling.keep(trainer, pl_module)
             options = (averages, self.reset_monitors, self.optimizer_state, self._record.start, importance)
@@ -269,7 +270,7 @@ class LowRankCompression(Checkpointed):
             part = write_part(trainer, "cut", undo) if self.snapshots else None
             told = (allocation, self._counting.observation, seconds, self.show_table)
             processes.agree(lambda: tell(trainer, pl_module, *told))
-            self._record = self._record.after(allocation, self.schedule.passed(trainer))
+            self._record = self._record.after(allocation, self.schedule.passed(trainer), curves)
             undo.pop_all()
             self._record = self._record.with_files(publish(trainer, part))
         return report

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
@@ -14,6 +16,7 @@ from torch import nn
 from lr_callback.analysis.analyze import analyze
 from lr_callback.callback import LowRankCompression
 from lr_callback.commands.export_command import export_command
+from lr_callback.commands.report_command import report_command
 from lr_callback.commands.stages import measure_stages
 from lr_callback.commands.study.command import study_command
 from lr_callback.commands.tune_command import tune_command
@@ -26,6 +29,7 @@ _DESCRIPTION = (
     "What compression would make of a model, without training it, shows: lr-callback analyze --help. "
     "A checkpoint's model for another program writes: lr-callback export --help. "
     "Which form of its layers is fastest on a device measures: lr-callback tune --help. "
+    "A page of a checkpoint, with figures and tables, writes: lr-callback report --help. "
     "Methods are compared on one network by: lr-callback study --help"
 )
 
@@ -63,15 +67,26 @@ class CompressionCLI(LightningCLI):
             callback.snapshots = True
 
     def after_fit(self) -> None:
-        """Print the dense model, the cut one and the last one side by side."""
+        """Print the dense model, the cut one and the last one side by side, and how to have a page of it."""
         for callback in _compressions(self.trainer):
             if "final" in callback.snapshot_files and self.trainer.is_global_zero:
                 stages = measure_stages(self.trainer, self.model, self.datamodule, callback.snapshot_files)
-                write(f"\n{comparison(stages)}")
+                write(f"\n{comparison(stages)}{_report_hint(self.trainer)}")
 
 
 def _compressions(trainer: Trainer) -> list[LowRankCompression]:
     return [one for one in getattr(trainer, "callbacks", []) if isinstance(one, LowRankCompression)]
+
+
+def _report_hint(trainer: Trainer) -> str:
+    """Return how the run's page is written; nothing where it has no checkpoint with its record."""
+    paths = [getattr(trainer.checkpoint_callback, name, "") for name in ("best_model_path", "last_model_path")]
+    written = [Path(path) for path in paths if path and Path(path).is_file()]
+    if not written:
+        return ""
+    here = Path.cwd()
+    shown = written[0].relative_to(here) if written[0].is_relative_to(here) else written[0]
+    return f"\n\na page of this: lr-callback report --checkpoint {shlex.quote(str(shown))}"
 
 
 def analyze_command(arguments: Sequence[str]) -> None:
@@ -128,6 +143,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     if listed[:1] == ["tune"]:
         write(tune_command(listed[1:]))
+        return
+    if listed[:1] == ["report"]:
+        write(report_command(listed[1:]))
         return
     CompressionCLI(
         args=None if arguments is None else listed,

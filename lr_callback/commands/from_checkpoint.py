@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from lr_callback.commands.stages import call_of_step
 from lr_callback.common.example import Example
@@ -59,7 +61,7 @@ def parsed(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     """
     seen = _peek(arguments)
     if seen.checkpoint is not None:
-        parser.set_defaults(_of_the_run(Path(seen.checkpoint), seen.config, seen.model))
+        parser.set_defaults(described_run(Path(seen.checkpoint), seen.config, seen.model))
     chosen: Namespace = parser.instantiate_classes(parser.parse_args(list(arguments)))
     return chosen
 
@@ -72,17 +74,37 @@ def _peek(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_known_args(list(arguments))[0]
 
 
-def _of_the_run(checkpoint: Path, config: str | None, model: str | None) -> dict[str, Any]:
-    """Return how the run made its model and its data, as far as its files say so."""
-    written = _config(checkpoint, config)
+def described_run(checkpoint: Path, config: str | None, model: str | None) -> dict[str, Any]:
+    """Return how the run made its model and its data, as far as its files say so.
+
+    Args:
+        checkpoint: of the run.
+        config: see :func:`configuration`.
+        model: class of the model, where that is known; None: that of the files.
+
+    Returns:
+        ``model`` and ``data``, those that are known, each by ``class_path`` and ``init_args``.
+    """
+    written = configuration(checkpoint, config)
     found = _described(written.get("model"), model) if config is not None else None
     found = found or _hyperparameters(checkpoint, model) or _described(written.get("model"), model)
     parts = {"model": found, "data": _described(written.get("data"), None)}
     return {name: part for name, part in parts.items() if part is not None}
 
 
-def _config(checkpoint: Path, config: str | None) -> Mapping[str, Any]:
-    """Read the run's configuration, which LightningCLI writes into the folder that holds that of the checkpoints."""
+def configuration(checkpoint: Path, config: str | None) -> Mapping[str, Any]:
+    """Read the run's configuration, which LightningCLI writes into the folder that holds that of the checkpoints.
+
+    Args:
+        checkpoint: of the run.
+        config: a file of it; None: one is looked for above the checkpoint.
+
+    Returns:
+        Nothing where there is no file.
+
+    Raises:
+        FileNotFoundError: If ``config`` does not exist.
+    """
     if config is not None and not Path(config).is_file():
         raise FileNotFoundError(f"--config {config}: no such file.")
     nearby = (folder / "config.yaml" for folder in checkpoint.resolve().parents[:3])
@@ -156,6 +178,53 @@ def check_other_file(output: Path, checkpoint: Path, option: str = "--output") -
             f"{option} must be another file than the checkpoint, found that {output} is --checkpoint {checkpoint}; "
             "give another name. Nothing was written."
         )
+
+
+def check_writable(option: str, path: Path, checkpoint: Path) -> None:
+    """Refuse a file that cannot be written, before anything that takes time.
+
+    Raises:
+        ValueError: If it is a folder, or the checkpoint.
+        OSError: If its folder is missing, or does not take a file.
+    """
+    if path.is_dir():
+        raise ValueError(f"{option} must name a file, found the folder {path}. Nothing was written.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{option} {path}: its folder must exist, found none; make it first.")
+    check_other_file(path, checkpoint, option)
+    try:
+        with TemporaryDirectory(dir=path.parent):
+            pass
+    except OSError as error:
+        raise type(error)(
+            f"{option} {path}: its folder must take a file, found that it does not ({error.strerror}); name a file in "
+            f"another folder with {option}. Nothing was written."
+        ) from error
+
+
+def device_named(name: str) -> torch.device:
+    """Return a device that is there.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises several for one that is missing
+        raise ValueError(
+            f"--device must be one that is here, as cpu or cuda, got {name}: {str(error).splitlines()[0]}"
+        ) from error
+    return device
+
+
+def moved(example: Example, device: torch.device) -> Example:
+    """Return the same call with its tensors on a device."""
+
+    def on_device(leaf: object) -> object:
+        return leaf.to(device) if isinstance(leaf, Tensor) else leaf
+
+    return Example(*tree_map(on_device, (example.arguments, example.named)))
 
 
 def call_of(chosen: Namespace) -> tuple[nn.Module, Example]:

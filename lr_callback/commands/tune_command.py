@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import LightningModule
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch import nn
 
 from lr_callback.commands.from_checkpoint import (
     add_checkpoint,
     add_model,
     call_of,
     check_model,
-    check_other_file,
+    check_writable,
+    device_named,
+    moved,
     parsed,
     weights_in,
 )
@@ -79,11 +80,13 @@ def _tune(chosen: Namespace) -> str:
     check_model(chosen)
     files = {name: Path(chosen[name]) for name in ("output", "json") if chosen[name] is not None}
     for name, path in files.items():
-        _check_file(f"--{name}", path, checkpoint)
-    device = _device(chosen.device)
+        check_writable(f"--{name}", path, checkpoint)
+    if "output" in files:
+        _check_suffix(files["output"])
+    device = device_named(chosen.device)
     restore_(chosen.model, checkpoint)
     called, example = call_of(chosen)
-    example = _on(device, _of_rows(example, chosen.batch_size))
+    example = moved(_of_rows(example, chosen.batch_size), device)
     tuning = tune(chosen.model.to(device), example.named or example.arguments, called=called)
     told = [str(tuning)]
     if "json" in files:
@@ -96,24 +99,6 @@ def _tune(chosen: Namespace) -> str:
     return "\n".join(told)
 
 
-def _check_file(option: str, path: Path, checkpoint: Path) -> None:
-    """Refuse a file that cannot be written.
-
-    Raises:
-        ValueError: If it is a folder, the checkpoint, or of another format.
-        OSError: If its folder is missing, or does not take a file.
-    """
-    if path.is_dir():
-        raise ValueError(f"{option} must name a file, found the folder {path}. Nothing was written.")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{option} {path}: its folder must exist, found none; make it first.")
-    check_other_file(path, checkpoint, option)
-    with TemporaryDirectory(dir=path.parent):  # raises what writing would raise
-        pass
-    if option == "--output":
-        _check_suffix(path)
-
-
 def _check_suffix(path: Path) -> None:
     others = {row.suffix: name for name, row in FORMATS.items() if name != _SAFETENSORS}
     if path.suffix in others:
@@ -123,22 +108,6 @@ def _check_suffix(path: Path) -> None:
         )
     if path.suffix == FORMATS[_SAFETENSORS].suffix:
         check_format(_SAFETENSORS, path)  # the package that it needs
-
-
-def _device(name: str) -> torch.device:
-    """Return a device that is there.
-
-    Raises:
-        ValueError: If it is not.
-    """
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises several for one that is missing
-        raise ValueError(
-            f"--device must be one that is here, as cpu or cuda, got {name}: {str(error).splitlines()[0]}"
-        ) from error
-    return device
 
 
 def _of_rows(example: Example, rows: int | None) -> Example:
@@ -158,13 +127,6 @@ def _of_rows(example: Example, rows: int | None) -> Example:
             f"axis, found the shapes {shapes}; leave --batch_size out."
         )
     return example.with_rows(rows)
-
-
-def _on(device: torch.device, example: Example) -> Example:
-    def moved(leaf: object) -> object:
-        return leaf.to(device) if isinstance(leaf, Tensor) else leaf
-
-    return Example(*tree_map(moved, (example.arguments, example.named)))
 
 
 def _write(path: Path, model: nn.Module, checkpoint: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import floor
@@ -11,9 +11,11 @@ from lr_callback.decisions.allocation import Allocation
 from lr_callback.decisions.budgets import ContradictoryError, cost_in, paid_in, solve_budgets
 from lr_callback.decisions.candidates import LayerCandidates
 from lr_callback.decisions.costs import amount, spoken
+from lr_callback.decisions.curves import Curves, Point
 from lr_callback.decisions.factorization import Factorization, Spending
 from lr_callback.decisions.goals import MAX_ACCURACY_DROP, MAX_ERROR, Goal, check_goal, drop_of
 from lr_callback.decisions.methods import Choice, Method, Solution
+from lr_callback.decisions.sampling import layer_curves, point, spread_budgets
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,43 @@ class Analysis:
             raise ValueError(self._out_of_reach(ratios[self.unit], budgets[self.unit]))
         solution = self._solve(ratios, budgets)
         return self._allocation(solution, ratios, budgets)
+
+    def curves(self, allocation: Allocation) -> Curves:
+        """Return what figures draw of the layers and of an allocation that was made of this analysis.
+
+        At most 64 ranks of a layer, at most 200 layers, the largest; no weights.
+
+        Args:
+            allocation: of :meth:`allocate`.
+
+        Raises:
+            ValueError: If it is of other layers.
+        """
+        if {*self.layers, *self.stay_dense} != set(allocation.layers) or allocation.unit != self.unit:
+            raise ValueError(
+                "`allocation` must be made of this analysis, by `analysis.allocate(goal)`; its layers or its unit are "
+                "others."
+            )
+        layers, left_out = layer_curves(self.layers, allocation.layers, self.method.error)
+        budgets = spread_budgets(self.smallest_cost, self.dense_cost)
+        return Curves(
+            layers=layers,
+            tradeoff=self._tradeoff(budgets, len(allocation.layers)),
+            chosen=Point(allocation.cost, allocation.worst_error, allocation.mean_error),
+            dense_cost=self.dense_cost,
+            unit=self.unit,
+            error=self.method.error,
+            left_out=left_out,
+        )
+
+    def _tradeoff(self, budgets: Sequence[int], layers: int) -> tuple[Point, ...]:
+        """Return what the method makes of some budgets in the first unit, ascending in cost."""
+        found: dict[int, Point] = {}
+        for choices in self.method.sketch(self.free, [budget - self.fixed_cost for budget in budgets]):
+            made = [choice for choice in {**choices, **self.pinned}.values() if choice is not None]
+            cost = self.fixed_cost + sum(self._cost(self.unit, name, choice) for name, choice in choices.items())
+            found[cost] = point(cost, (float(one.errors[rank]) for one, rank in made), layers)
+        return tuple(found[cost] for cost in sorted(found))
 
     def _solve(self, ratios: Mapping[str, float], budgets: Mapping[str, int]) -> Solution:
         left = {unit: budget - self._fixed(unit) for unit, budget in budgets.items()}

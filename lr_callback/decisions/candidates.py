@@ -76,8 +76,23 @@ class Frontier:
     errors: list[float]
     choices: list[tuple[Candidate, int] | None]
 
+    def thinned(self, most: int) -> Frontier:
+        """Return at most so many of the choices, at least 2, evenly spread, with the first and the last.
 
-Curves = Callable[[str, Mapping[int, int]], dict[int, Tensor]]
+        Example::
+
+            >>> Frontier([1, 2, 3, 4], [0.4, 0.3, 0.2, 0.0], [None] * 4).thinned(2).costs
+            [1, 4]
+        """
+        last = len(self.costs) - 1
+        if last < most:
+            return self
+        kept = [last * step // (most - 1) for step in range(most)]
+        costs, errors = [self.costs[index] for index in kept], [self.errors[index] for index in kept]
+        return Frontier(costs, errors, [self.choices[index] for index in kept])
+
+
+ErrorsOf = Callable[[str, Mapping[int, int]], dict[int, Tensor]]
 """From a folding and the largest rank of each number of slices: the relative errors of each number of slices."""
 
 
@@ -85,7 +100,7 @@ def layer_candidates(
     cost: LayerCost,
     foldings: Sequence[str],
     counts: Sequence[int],
-    curves: Curves,
+    curves: ErrorsOf,
     others: Mapping[str, LayerCost] | None = None,
 ) -> LayerCandidates:
     """List every candidate of a layer, at every rank that costs less than the dense layer in at least one unit.

@@ -25,7 +25,7 @@ from torch import Tensor
 from lr_callback.decisions.candidates import Frontier
 from lr_callback.decisions.hull import Curve, steps
 
-_WORK = 2**18
+WORK = 2**18
 """Combinations that are looked at for one more layer, at most."""
 _PARTS = tuple(0.125**power for power in (5, 4, 3, 2, 1, 0))
 """Of the distance from the bound, one after the other until something is found."""
@@ -34,7 +34,7 @@ _ROUNDING = 1e-12
 
 
 def smallest_sum(
-    frontiers: Mapping[str, Frontier], budget: int, work: int = _WORK, power: float = 2
+    frontiers: Mapping[str, Frontier], budget: int, work: int = WORK, power: float = 2
 ) -> tuple[dict[str, int], float]:
     """Allocate a budget over layers so that the sum of their errors, to a power, is smallest.
 

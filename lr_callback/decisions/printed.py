@@ -18,13 +18,14 @@ MOST_ROWS, MOST_NAMES, MOST_REASONS = 60, 6, 12
 
 _LONGEST_SHAPE, _LONGEST_LISTED = 20, 40
 
-_FOLDED = {
+FOLDED = {
     "kernel_in_encoder": "encoder",
     "depth_in_decoder": "decoder d",
     "height_in_decoder": "decoder h",
     "width_in_decoder": "decoder w",
     "kernel_in_decoder": "decoder",
 }
+"""Folding -> what a table says of it: the axes of the kernel that the decoder gets."""
 
 Layers = Mapping[str, Factorization | None]
 """Layer name -> what it becomes; None: it stays dense."""
@@ -71,7 +72,7 @@ def _row(name: str, shape: Sequence[int], layer: Factorization | None) -> list[s
         return [printable(readable(name)), sizes, "dense", "", "", "", "100.0%"]
     kept = f"{layer.cost / layer.dense_cost:.1%}" if layer.dense_cost else "-"
     ranks = [str(layer.num_slices), str(layer.rank), f"{layer.relative_error:.3f}"]
-    return [printable(readable(name)), sizes, _FOLDED[layer.folding], *ranks, kept]
+    return [printable(readable(name)), sizes, FOLDED[layer.folding], *ranks, kept]
 
 
 def _left_out(left: Sequence[Factorization | None]) -> str:

@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lr_callback.decisions.allocation import Allocation
 from lr_callback.decisions.costs import Unit
+from lr_callback.decisions.curves import Curves
 from lr_callback.decisions.methods import Method
 from lr_callback.files.hook import release_structure
 from lr_callback.host.counting import Counting
@@ -57,6 +58,11 @@ class Checkpointed(CallbackBase):
     def allocation(self) -> Allocation | None:
         """What the latest compression made of each layer; None before the first."""
         return self._record.allocation
+
+    @property
+    def curves(self) -> Curves | None:
+        """What figures draw of the latest compression; None before the first, or of an older file."""
+        return self._record.curves
 
     @property
     def snapshot_files(self) -> dict[str, str]:

@@ -15,11 +15,12 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from lr_callback.decisions.allocation import Allocation
+from lr_callback.decisions.curves import Curves
 from lr_callback.model.observe import Observation
 
 Part = TypeVar("Part")
-VERSION = 2
-_SINCE: Mapping[int, Mapping[str, object]] = {2: {"teacher": None, "stable_ranks": []}}
+VERSION = 3
+_SINCE: Mapping[int, Mapping[str, object]] = {2: {"teacher": None, "stable_ranks": []}, 3: {"curves": None}}
 """Version -> the fields that it brought, with what stands for them in a record of an older one."""
 
 _WAY_OUT = (
@@ -41,6 +42,7 @@ class Record:
         teacher: the weights of the network before the first compression, of which a run with distillation learns.
         stable_ranks: epoch -> layer name -> stable rank at its start, of the latest epochs of a run that waits for them
             to settle.
+        curves: of the latest compression, to be drawn.
 
     Example::
 
@@ -55,15 +57,16 @@ class Record:
     snapshot_files: Mapping[str, str] = field(default_factory=dict)
     teacher: Mapping[str, Tensor] | None = None
     stable_ranks: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
+    curves: Curves | None = None
 
     @property
     def last(self) -> int:
         """The latest event that has passed; -1 if none has."""
         return max(self.applied, default=-1)
 
-    def after(self, allocation: Allocation, passed: Iterable[int]) -> Record:
+    def after(self, allocation: Allocation, passed: Iterable[int], curves: Curves | None = None) -> Record:
         """Return the record after a compression with which some events have passed."""
-        return replace(self, allocation=allocation, applied=tuple(sorted({*self.applied, *passed})))
+        return replace(self, allocation=allocation, curves=curves, applied=tuple(sorted({*self.applied, *passed})))
 
     def with_ranks(self, epoch: int, ranks: Mapping[str, float], most: int) -> Record:
         """Return the record with the stable ranks at the start of an epoch, and at most so many others before."""
@@ -89,6 +92,7 @@ class Record:
             "version": VERSION,
             "applied": list(self.applied),
             "allocation": None if self.allocation is None else self.allocation.to_dict(),
+            "curves": None if self.curves is None else self.curves.to_dict(),
             "observation": None if self.observation is None else self.observation.to_dict(),
             "start": copy.deepcopy(self.start),
             "snapshot_files": dict(self.snapshot_files),
@@ -104,10 +108,11 @@ class Record:
             ValueError: If a newer version wrote it, or it is damaged or foreign; the text says what to do.
         """
         parts = _checked(written)
-        allocation, observation = parts["allocation"], parts["observation"]
+        allocation, observation, curves = parts["allocation"], parts["observation"], parts["curves"]
         return cls(
             applied=tuple(parts["applied"]),
             allocation=None if allocation is None else _read("allocation", Allocation.from_dict, allocation),
+            curves=None if curves is None else _read("curves", Curves.from_dict, curves),
             observation=None if observation is None else _read("observation", Observation.from_dict, observation),
             start=copy.deepcopy(parts["start"]),
             snapshot_files=dict(parts["snapshot_files"]),
@@ -190,6 +195,7 @@ def _is_dict_or_none(value: object) -> bool:
 _PARTS: Mapping[str, tuple[Callable[[object], bool], str]] = {
     "applied": (_are_epochs, "a list of epochs, whole numbers from 0"),
     "allocation": (_is_dict_or_none, "a dict or None"),
+    "curves": (_is_dict_or_none, "a dict or None"),
     "observation": (_is_dict_or_none, "a dict or None"),
     "start": (_is_start, "None or a dict with the lists `groups` and `schedulers`"),
     "snapshot_files": (_are_files, "a dict of names and paths"),

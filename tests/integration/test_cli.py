@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 import sysconfig
@@ -70,7 +71,7 @@ def comparison_in(text):
     lines = text[text.index("dense, before") :].splitlines()
     assert re.split(r" {2,}", lines[0].strip()) == ["dense, before", "right after", "at the end"]
     columns = [{}, {}, {}]
-    for line in lines[1:]:
+    for line in lines[1 : lines.index("")] if "" in lines else lines[1:]:
         name, *cells = re.split(r" {2,}", line.strip())
         for column, cell in zip(columns, cells, strict=True):
             column[name] = float(cell.split(" ")[0].replace(",", ""))
@@ -93,7 +94,11 @@ def test_fit_prints_the_table_of_layers_once(digits_run):
 
 
 def test_comparison_is_the_last_thing_and_quiet(digits_run):
-    assert digits_run.out.splitlines()[-1].startswith("ms a batch")
+    *_, last_row, blank, hint = digits_run.out.splitlines()
+    assert last_row.startswith("ms a batch") and not blank
+    [checkpoint] = (digits_run.logs / "checkpoints").iterdir()
+    shown = checkpoint.relative_to(digits_run.logs.parents[1])
+    assert hint == f"a page of this: lr-callback report --checkpoint {shown}"
     for note in ("GPU available", "Restoring states", "Loaded model weights"):
         assert digits_run.err.count(note) == (note == "GPU available")
     assert "Traceback" not in digits_run.err
@@ -125,6 +130,20 @@ def test_comparison_agrees_with_the_snapshot_files(digits_run, name):
     shown = dict(digits_run.columns[STAGES.index(name)])
     assert shown.pop("ms a batch") > 0
     assert shown == measured(digits_run.logs / "compression" / f"{name}.ckpt")
+
+
+def test_page_of_a_run_says_what_the_comparison_does(digits_run, here, tmp_path):
+    """With the command that the run has told."""
+    command = shlex.split(digits_run.out.splitlines()[-1].partition(": lr-callback ")[2])
+    checkpoint = digits_run.logs.parents[1] / command.pop()
+    assert here(*command, checkpoint, "--output", "page.html").splitlines()[0] == "report: page.html"
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    [before, after] = (digits_run.columns[0], digits_run.columns[2])
+    for column in (before, after):
+        for name, form in (("parameters", ",.0f"), ("multiply-adds", ",.0f"), ("test_accuracy", ".2%")):
+            assert f">{column[name]:{form}}" in page, name
+    assert f">{before['bytes on disk']:,.0f}<" in page and "milliseconds of a batch" in page
+    assert "network=CifarResNet(" in page and "keep_ratio: 0.3" in page
 
 
 def test_cut_is_within_the_budget_and_the_rest_of_the_run_recovers(digits_run):

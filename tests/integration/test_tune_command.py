@@ -276,7 +276,7 @@ def test_a_folder_that_takes_no_file_is_refused(saved, refusal, monkeypatch):
     def full(**_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("lr_callback.commands.tune_command.TemporaryDirectory", full)
+    monkeypatch.setattr("lr_callback.commands.from_checkpoint.TemporaryDirectory", full)
     text = refusal("--checkpoint", checkpoint, *MODEL, "--output", "tuned.ckpt")
     assert "Permission denied" in text
 

@@ -10,23 +10,24 @@ from typing import Literal
 
 from lr_callback.common.written import is_number
 from lr_callback.decisions.candidates import Frontier, LayerCandidates, frontier
-from lr_callback.decisions.knapsack import smallest_sum
+from lr_callback.decisions.knapsack import WORK, smallest_sum
 from lr_callback.decisions.methods.base import Choice, Method, Solution, check_at_least_one
 from lr_callback.decisions.minimax import minimax
 from lr_callback.mathematics.folding import Geometry
 
 Error = Literal["slice", "operator", "bound", "frobenius", "activation", "batchnorm", "fisher"]
 
-Objective = Callable[[Mapping[str, Frontier], int, float], tuple[dict[str, int], float]]
-"""From the frontiers of all layers, a budget and a power to the index of each layer's choice, and the gap."""
+Objective = Callable[[Mapping[str, Frontier], int, float, int], tuple[dict[str, int], float]]
+"""From the frontiers of all layers, a budget, a power and the work to spend to the index of each layer's choice, and
+the gap. The work is that of :func:`~lr_callback.decisions.knapsack.smallest_sum`."""
 
 
-def _sum(edges: Mapping[str, Frontier], budget: int, power: float) -> tuple[dict[str, int], float]:
-    return smallest_sum(edges, budget, power=power)
+def _sum(edges: Mapping[str, Frontier], budget: int, power: float, work: int) -> tuple[dict[str, int], float]:
+    return smallest_sum(edges, budget, work, power)
 
 
 OBJECTIVES: Mapping[str, Objective] = {
-    "minimax": lambda edges, budget, _: (minimax(edges, budget), 0.0),
+    "minimax": lambda edges, budget, *_: (minimax(edges, budget), 0.0),
     "sum": _sum,
     "loss": _sum,
 }
@@ -34,6 +35,11 @@ OBJECTIVES: Mapping[str, Objective] = {
 
 _SMALLEST = 1e-6
 """Weight of a layer without any effect, relative to the largest: of two choices the better one still counts."""
+
+_SKETCHED = 2**11
+"""Choices of all layers together, and combinations, that are looked at where a trade-off is only drawn."""
+_FEWEST = 16
+"""Of a layer."""
 
 
 class ALDS(Method):
@@ -121,11 +127,25 @@ class ALDS(Method):
     def solve(self, layers: Mapping[str, LayerCandidates], budget: int) -> Solution:
         """Solve the global problem, and say how far from the optimum the solution can be."""
         edges, weights = self._frontiers(layers), _weights(layers) if self.needs_effects else {}
-        charged = {name: _weighed(edges[name], weight ** (1 / self.power)) for name, weight in weights.items()}
-        chosen, gap = OBJECTIVES[self.objective](charged or edges, budget, self.power)
-        errors = [(charged or edges)[name].errors[index] for name, index in chosen.items()]
+        charged = self._charged(edges, weights)
+        chosen, gap = OBJECTIVES[self.objective](charged, budget, self.power, WORK)
+        errors = [charged[name].errors[index] for name, index in chosen.items()]
         value = max(errors, default=0.0) if self.objective == "minimax" else fsum(error**self.power for error in errors)
         return Solution({name: edges[name].choices[index] for name, index in chosen.items()}, gap, weights, value)
+
+    def sketch(self, layers: Mapping[str, LayerCandidates], budgets: Sequence[int]) -> list[dict[str, Choice]]:
+        """Solve the global problem for several budgets, over some of the choices of each layer."""
+        most = max(_FEWEST, _SKETCHED // max(1, len(layers)))
+        edges = {name: edge.thinned(most) for name, edge in self._frontiers(layers).items()}
+        charged = self._charged(edges, _weights(layers) if self.needs_effects else {})
+        chosen = [OBJECTIVES[self.objective](charged, budget, self.power, _SKETCHED)[0] for budget in budgets]
+        return [{name: edge.choices[found[name]] for name, edge in edges.items()} for found in chosen]
+
+    def _charged(self, edges: Mapping[str, Frontier], weights: Mapping[str, float]) -> Mapping[str, Frontier]:
+        """Return the frontiers with errors as the objective counts them."""
+        if not weights:
+            return edges
+        return {name: _weighed(edge, weights[name] ** (1 / self.power)) for name, edge in edges.items()}
 
     def smallest_cost(self, layers: Mapping[str, LayerCandidates]) -> int:
         """Return the cost of every layer's cheapest choice."""

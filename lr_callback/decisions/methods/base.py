@@ -140,6 +140,20 @@ class Method(ABC):
         """Choose what every layer becomes, as :meth:`choose` does, and say how good that is."""
         return Solution(self.choose(layers, budget))
 
+    def sketch(self, layers: Mapping[str, LayerCandidates], budgets: Sequence[int]) -> list[dict[str, Choice]]:
+        """Choose for several budgets, as :meth:`choose` does or nearly so, to be drawn and not to be carried out.
+
+        It must be quick; a method that cannot do it quickly has none, which is the default.
+
+        Args:
+            layers: name -> candidates.
+            budgets: none below :meth:`smallest_cost`.
+
+        Returns:
+            The choices for each budget, or nothing.
+        """
+        return []
+
     @abstractmethod
     def choose(self, layers: Mapping[str, LayerCandidates], budget: int) -> dict[str, Choice]:
         """Choose what every layer becomes, at no more than ``budget`` together.

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from math import log
 
 from lr_callback.decisions.candidates import Frontier, LayerCandidates, frontier
-from lr_callback.decisions.hull import Curve, steps
+from lr_callback.decisions.hull import Curve, Step, steps
 from lr_callback.decisions.methods.base import Choice, Method
 
 _LEAST = 1e-300  # of a kept share whose logarithm is taken
@@ -28,24 +28,34 @@ class _PriceRule(Method):
 
     def choose(self, layers: Mapping[str, LayerCandidates], budget: int) -> dict[str, Choice]:
         """Let the price fall until the next step of a layer no longer fits the budget."""
+        return self.sketch(layers, [budget])[0]
+
+    def sketch(self, layers: Mapping[str, LayerCandidates], budgets: Sequence[int]) -> list[dict[str, Choice]]:
+        """Choose for several budgets, exactly: the way of the price is the same for all."""
         edges = {name: frontier(layer) for name, layer in layers.items()}
-        left = budget - sum(edge.costs[0] for edge in edges.values())
-        if left < 0:
-            raise ValueError(f"`budget` must be at least {budget - left}, got {budget}.")
-        chosen = dict.fromkeys(edges, 0)
         curves = {name: Curve(edge.costs, self.losses(edge, layers[name])) for name, edge in edges.items()}
         # Layers that move at the very same price move together: there is one price for all.
-        for _, together in groupby(steps(curves), key=lambda step: step.gain):
-            moves = list(together)
-            left -= sum(step.cost for step in moves)
-            if left < 0:
-                break
-            chosen.update({step.name: step.index for step in moves})
-        return {name: edge.choices[chosen[name]] for name, edge in edges.items()}
+        moves = [list(together) for _, together in groupby(steps(curves), key=lambda step: step.gain)]
+        chosen = [_fall(edges, moves, budget) for budget in budgets]
+        return [{name: edge.choices[found[name]] for name, edge in edges.items()} for found in chosen]
 
     def smallest_cost(self, layers: Mapping[str, LayerCandidates]) -> int:
         """Return the cost of rank 1 in every layer that has one."""
         return sum(frontier(layer).costs[0] for layer in layers.values())
+
+
+def _fall(edges: Mapping[str, Frontier], moves: Sequence[Sequence[Step]], budget: int) -> dict[str, int]:
+    """Return the index of each layer's choice at the smallest price whose choices fit a budget."""
+    left = budget - sum(edge.costs[0] for edge in edges.values())
+    if left < 0:
+        raise ValueError(f"`budget` must be at least {budget - left}, got {budget}.")
+    chosen = dict.fromkeys(edges, 0)
+    for together in moves:
+        left -= sum(step.cost for step in together)
+        if left < 0:
+            break
+        chosen.update({step.name: step.index for step in together})
+    return chosen
 
 
 class LRank(_PriceRule):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from bisect import bisect_right
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -14,6 +14,8 @@ from lr_callback.mathematics.folding import Geometry
 
 Choices = dict[str, Choice]
 """Layer name -> its choice."""
+_SKETCHED = 64
+"""Numbers between 0 and 1 that are tried where a rule is only drawn."""
 
 
 class _ScalarRule(Method):
@@ -34,6 +36,13 @@ class _ScalarRule(Method):
             fits = _total(layers, at(middle)) <= budget
             low, high = (middle, high) if fits else (low, middle)
         return at(low)
+
+    def sketch(self, layers: Mapping[str, LayerCandidates], budgets: Sequence[int]) -> list[Choices]:
+        """Choose for several budgets, of some numbers the most generous one that fits each."""
+        at = self.rule(layers)
+        made = [at(step / _SKETCHED) for step in range(_SKETCHED + 1)]
+        costs = [_total(layers, choices) for choices in made]
+        return [made[max(0, bisect_right(costs, budget) - 1)] for budget in budgets]
 
     def smallest_cost(self, layers: Mapping[str, LayerCandidates]) -> int:
         """Return the cost at the least generous number."""

@@ -5,7 +5,7 @@ from lr_callback.units.latency.curves import Curve, LayerTimes, MeasuredCost
 from lr_callback.units.latency.files import device_facts
 from lr_callback.units.latency.inputs import LayerInput
 from lr_callback.units.latency.measure import Latencies, Progress, check_clock, measure
-from lr_callback.units.latency.timing import Stopwatch, Timing, timed
+from lr_callback.units.latency.timing import Stopwatch, Timing, timed, timed_in_turns
 
 __all__ = [
     "Bench",
@@ -21,4 +21,5 @@ __all__ = [
     "device_facts",
     "measure",
     "timed",
+    "timed_in_turns",
 ]

@@ -71,6 +71,38 @@ def timed_beside(run: Callable[[], object], other: Stopwatch, device: torch.devi
     return _repeated(turn, seconds)
 
 
+def timed_in_turns(runs: Sequence[Callable[[], object]], device: torch.device, seconds: float = 0.5) -> list[Timing]:
+    """Measure several calls in turns: what disturbs a moment disturbs all of them.
+
+    Args:
+        runs: the calls.
+        device: that they work on.
+        seconds: see :func:`timed`, for each of them.
+
+    Example::
+
+        >>> small, large = torch.ones(64), torch.ones(1 << 20)
+        >>> times = timed_in_turns([small.sum, large.sum], small.device, seconds=0.01)
+        >>> times[0].nanoseconds < times[1].nanoseconds
+        True
+    """
+    watches = [Stopwatch(run, device) for run in runs]
+    turns: list[list[float]] = []
+
+    def of_each() -> list[list[float]]:
+        return [list(values) for values in zip(*turns, strict=True)]
+
+    total = 0.0
+    while len(turns) < _LEAST_BLOCKS or (
+        len(turns) < _MOST_BLOCKS
+        and total < 1e9 * seconds * len(watches)
+        and any(_spread(values) > _STEADY for values in of_each())
+    ):
+        turns.append([watch.block() for watch in watches])
+        total += sum(taken * watch.calls for taken, watch in zip(turns[-1], watches, strict=True))
+    return [of_runs(values) for values in of_each()]
+
+
 def _repeated(take: Callable[[], tuple[float, float]], seconds: float) -> Timing:
     """Take values, each with the nanoseconds that it took, until they agree or the time is over."""
     values: list[float] = []

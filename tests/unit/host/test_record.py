@@ -19,11 +19,13 @@ WAY_OUT = r"lr_callback\.load_from_checkpoint\(cls, path\)` or `lr_callback\.res
 @pytest.fixture
 def record(tmp_path):
     model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8))
+    analysis = lrc.analyze(model)
     written = tmp_path / "cut.ckpt"
     written.touch()
     return Record(
         applied=(1, 4),
-        allocation=lrc.allocate(model, 0.5),
+        allocation=analysis.allocate(0.5),
+        curves=analysis.curves(analysis.allocate(0.5)),
         observation=observe(model, torch.zeros(2, 32)),
         start={"groups": [[{"lr": 0.5}]], "schedulers": [{"last_epoch": 0}]},
         stable_ranks={4: {"0": 3.5}, 5: {"0": 3.0}},
@@ -59,15 +61,17 @@ def test_compression_passes_all_events_until_its_epoch(record):
 
 def test_newer_version_is_refused_with_the_way_out(record):
     written = {**record.to_dict(), "version": VERSION + 1, "new": 1}
-    with pytest.raises(ValueError, match=rf"written by a newer lr_callback.* of version 3, .*up to 2\..*{WAY_OUT}"):
+    with pytest.raises(ValueError, match=rf"written by a newer lr_callback.* of version 4, .*up to 3\..*{WAY_OUT}"):
         Record.from_dict(written)
 
 
-def test_record_of_the_version_before_is_read(record):
-    record = replace(record, stable_ranks={})
-    written = {**record.to_dict(), "version": 1}
-    del written["teacher"], written["stable_ranks"]
+def test_records_of_versions_before_are_read(record):
+    record = replace(record, curves=None)
+    written = {**record.to_dict(), "version": 2}
+    del written["curves"]
     assert Record.from_dict(written) == record
+    del written["teacher"], written["stable_ranks"]
+    assert Record.from_dict({**written, "version": 1}) == replace(record, stable_ranks={})
 
 
 def test_teacher_comes_back_bit_for_bit():

@@ -5,7 +5,7 @@ from time import sleep
 
 import torch
 
-from lr_callback.units.latency import Stopwatch, timed
+from lr_callback.units.latency import Stopwatch, timed, timed_in_turns
 from lr_callback.units.latency.timing import timed_beside
 
 CPU = torch.device("cpu")
@@ -43,3 +43,14 @@ def test_a_pause_in_one_of_the_runs_does_not_decide():
     naps = iter([0.001] * 4 + [0.05] + [0.001] * 500)
     share = timed_beside(lambda: sleep(0.001), Stopwatch(lambda: sleep(next(naps)), CPU), CPU)
     assert share.nanoseconds > 0.3e9
+
+
+def test_calls_in_turns_have_the_same_moments():
+    """Each is made once in each turn, so that what slows a moment down slows all."""
+    order = []
+    times = timed_in_turns(
+        [lambda: order.append(0) or sleep(0.001), lambda: order.append(1) or sleep(0.002)], CPU, 0.05
+    )
+    assert times[0].nanoseconds >= 1_000_000 and times[1].nanoseconds >= 2_000_000
+    turns = order[4:]  # after those that are made beforehand
+    assert len(turns) >= 10 and turns == [0, 1] * (len(turns) // 2)

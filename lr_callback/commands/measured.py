@@ -1,0 +1,177 @@
+"""Measured: the networks of a run's files side by side: their sizes, their times in turns, their metrics."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from torch import nn
+
+from lr_callback.commands.from_checkpoint import call_of, moved
+from lr_callback.commands.stages import evaluation_of
+from lr_callback.common.example import Example
+from lr_callback.common.untouched import as_written, untouched
+from lr_callback.edits.surgery import densify_
+from lr_callback.files.checkpoint import restore_
+from lr_callback.model.observe import observe_run
+from lr_callback.observation.report import Stage, quiet
+from lr_callback.units.latency import LayerInput, timed_in_turns
+
+_OF_THE_RUN = ("precision", "limit_test_batches", "limit_val_batches")
+"""Arguments of a run's Trainer that its evaluation depends on."""
+
+
+@dataclass(frozen=True)
+class Times:
+    """What the networks take for a batch.
+
+    Args:
+        milliseconds: of each.
+        multiply_adds: of each.
+        spread: of the times, the largest.
+        batch: shape and dtype of its tensors.
+    """
+
+    milliseconds: tuple[float, ...]
+    multiply_adds: tuple[int, ...]
+    spread: float
+    batch: str
+
+
+def networks(model: nn.Module, files: Mapping[str, Path]) -> dict[str, nn.Module]:
+    """Return a copy of a model for each file, with its structure and weights; without that of the dense one, too.
+
+    Args:
+        model: as the code makes it.
+        files: name of a stage -> its file, in the order of the run; ``dense``, the first stage, may be missing: then it
+            is the model as it is, without factors.
+
+    Raises:
+        ValueError: If a file is of another model.
+    """
+    made = {"dense": copy.deepcopy(model), **{name: copy.deepcopy(model) for name in files if name != "dense"}}
+    densify_(made["dense"])
+    for name, file in files.items():
+        restore_(made[name], file)
+    return made
+
+
+def sized(stages: tuple[Stage, ...], models: Mapping[str, nn.Module]) -> tuple[Stage, ...]:
+    """Return the stages with the number of parameters of each network."""
+    counts = [sum(parameter.numel() for parameter in model.parameters()) for model in models.values()]
+    return tuple(replace(stage, parameters=count) for stage, count in zip(stages, counts, strict=True))
+
+
+def times_of(chosen: Namespace, models: Mapping[str, nn.Module], device: torch.device) -> Times:
+    """Run each network on one batch, in turns, and count its multiply-adds.
+
+    Args:
+        chosen: model, data and shape of the input, of a command line.
+        models: of the structure of the chosen one, up to factors.
+        device: where they are run.
+
+    Raises:
+        ValueError: If nothing says how the model is called, or it does not take that.
+    """
+    called, example = call_of(chosen)
+    place = next(name for name, module in chosen.model.named_modules() if module is called)
+    example = moved(example, device)
+    with ExitStack() as stack:
+        runs = []
+        for model in models.values():
+            stack.enter_context(untouched(model.to(device)))
+            runs.append(partial(example.call, model.get_submodule(place)))
+        counts = [_multiply_adds(model, run, example) for model, run in zip(models.values(), runs, strict=True)]
+        with as_written():
+            times = timed_in_turns(runs, device)
+    return Times(
+        tuple(one.nanoseconds / 1e6 for one in times), tuple(counts), max(one.spread for one in times), _told(example)
+    )
+
+
+def _multiply_adds(model: nn.Module, run: Callable[[], object], example: Example) -> int:
+    try:
+        return observe_run(model, run).multiply_adds(model)
+    except Exception as error:  # whatever the model raises
+        raise ValueError(
+            f"the model must take a batch of {_told(example)}, found that it makes a {type(error).__name__}: "
+            f"{' '.join(str(error).split())[:400]}; say by --input_shape what it is called with"
+        ) from error
+
+
+def _told(example: Example) -> str:
+    return ", ".join(str(LayerInput.of(tensor)) for tensor in example.tensors)
+
+
+def timed_stages(stages: tuple[Stage, ...], times: Times) -> tuple[Stage, ...]:
+    """Return the stages with times and multiply-adds."""
+    measured = zip(stages, times.milliseconds, times.multiply_adds, strict=True)
+    return tuple(replace(stage, milliseconds=time, multiply_adds=count) for stage, time, count in measured)
+
+
+def evaluated(
+    stages: tuple[Stage, ...],
+    models: Mapping[str, nn.Module],
+    data: LightningDataModule | None,
+    known: Collection[str],
+    trainer: Trainer,
+) -> tuple[Stage, ...]:
+    """Return the stages with what the model's test loop logs, else its validation loop.
+
+    Args:
+        stages: one for each model.
+        models: name -> network.
+        data: of the run; None: the models have their own loaders.
+        known: names of the networks whose weights are those of the run.
+        trainer: see :func:`evaluator`.
+
+    Raises:
+        ValueError: If the models have no such loop, or no data for it.
+    """
+    found = []
+    for stage, (name, model) in zip(stages, models.items(), strict=True):
+        metrics = _metrics(trainer, model, data) if name in known else {}
+        found.append(replace(stage, metrics=metrics))
+    return tuple(found)
+
+
+def _metrics(trainer: Trainer, model: nn.Module, data: LightningDataModule | None) -> dict[str, float]:
+    if not isinstance(model, LightningModule):
+        raise ValueError(
+            f"a {type(model).__name__} has no test or validation loop: the model must be the run's LightningModule"
+        )
+    with quiet():
+        run = evaluation_of(trainer, model, data)
+        if run is None:
+            raise ValueError(f"{type(model).__name__} has no test or validation loop, or there is no data for it")
+        results = run(model, datamodule=data, verbose=False)
+    return {name: float(value) for one in results for name, value in one.items()}
+
+
+def evaluator(configuration: Mapping[str, Any], device: torch.device | None) -> Trainer:
+    """Return a Trainer that evaluates as a run did, and writes nothing.
+
+    Args:
+        configuration: of the run; empty: it is not known.
+        device: where; None: where Lightning would.
+    """
+    written = configuration.get("trainer")
+    known = written if isinstance(written, Mapping) else {}
+    with quiet():
+        return Trainer(
+            accelerator="auto" if device is None else device.type,
+            devices=1 if device is None or device.index is None else [device.index],
+            **{name: known[name] for name in _OF_THE_RUN if known.get(name) is not None},
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )

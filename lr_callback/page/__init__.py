@@ -1,0 +1,1 @@
+"""A page that says what a compression did: one file of HTML, from plain data."""

@@ -1,0 +1,292 @@
+"""``lr-callback report``: a page of what the compression of a checkpoint did, with what can be had."""
+
+import re
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import lr_callback as lrc
+from lr_callback.cli import main
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    # Lightning calls methods of its parser that jsonargparse has renamed.
+    pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"),
+]
+MODEL = ("--model", "my_modules.Images")
+
+
+class Images(LightningModule):
+    """A classifier with data of its own, that saves its arguments."""
+
+    def __init__(self, width: int = 16):
+        super().__init__()
+        self.save_hyperparameters()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            layers = [nn.Conv2d(4, width, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * width, 16), nn.Linear(16, 3)]
+            self.network = nn.Sequential(*layers)
+
+    def batches(self):
+        images = torch.randn(16, 4, 6, 6, generator=torch.Generator().manual_seed(1))
+        return DataLoader(TensorDataset(images, torch.arange(16) % 3), batch_size=8)
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.network(batch[0]), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_acc", (self.network(batch[0]).argmax(1) == batch[1]).float().mean())
+
+    train_dataloader = val_dataloader = batches
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.05)
+
+
+class WithoutData(Images):
+    """The same without a loop that could be run."""
+
+    validation_step = LightningModule.validation_step
+    val_dataloader = LightningModule.val_dataloader
+
+    def forward(self, images):
+        return self.network(images)
+
+
+def trained(folder, snapshots=True, **options):
+    """Train and compress; return the checkpoint of the last epoch, and what became of the run."""
+    compression = lrc.LowRankCompression(0.5, epochs=1, snapshots=snapshots, show_table=False, **options)
+    saving = ModelCheckpoint(folder / "checkpoints", monitor="val_acc", mode="max", save_top_k=-1)
+    trainer = Trainer(
+        accelerator="cpu", devices=1, max_epochs=2, default_root_dir=folder, logger=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[compression, saving], log_every_n_steps=1,
+    )  # fmt: skip
+    module = Images()
+    trainer.fit(module)
+    files = sorted((folder / "checkpoints").iterdir())
+    return SimpleNamespace(before=files[0], last=files[1], module=module, compression=compression, folder=folder)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Return a short run with snapshots."""
+    return trained(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """Return a function that runs ``lr-callback report`` in this process, and returns what it printed and the page."""
+    monkeypatch.setitem(sys.modules, "my_modules", sys.modules[__name__])
+
+    def report(checkpoint, *arguments):
+        output = tmp_path / "page.html"
+        output.unlink(missing_ok=True)
+        capsys.readouterr()
+        main(["report", "--checkpoint", str(checkpoint), "--output", str(output), *map(str, arguments)])
+        return SimpleNamespace(out=capsys.readouterr().out, page=output.read_text(encoding="utf-8"), path=output)
+
+    return report
+
+
+@pytest.fixture
+def refusal(command, capsys):
+    """Return a function that returns the text with which the command ends."""
+
+    def refused(*arguments):
+        with pytest.raises(SystemExit) as stopped:
+            command(*arguments)
+        assert stopped.value.code == 2
+        return " ".join(capsys.readouterr().err.split())
+
+    return refused
+
+
+def rows_of(page):
+    """Return the cells of the table of stages: row -> values."""
+    table = page[page.index("<h2>Before and after") : page.index("<h2>Layers")]
+    rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in re.findall(r"<tr>(.*?)</tr>", table)]
+    return {row[0]: row[1:] for row in rows}
+
+
+def lacking(out):
+    return re.findall(r"^without (.*?):", out, re.MULTILINE)
+
+
+def accuracy(file):
+    module = Images()
+    lrc.restore_(module, file)
+    with torch.no_grad():
+        found = [(module.network(images).argmax(1) == labels).float().mean() for images, labels in module.batches()]
+    return f"{float(torch.stack(found).mean()):.2%}"
+
+
+def test_with_its_model_a_checkpoint_is_measured_beside_its_snapshots(run, command):
+    done = command(run.last, *MODEL)
+    assert done.out.splitlines()[0] == f"report: {done.path}"
+    assert lacking(done.out) in ([], ["figures"])
+    rows, files = rows_of(done.page), run.compression.snapshot_files
+    assert rows[""] == ["dense, before", "right after", "this checkpoint"]
+    assert rows["val_acc"] == [accuracy(files["dense"]), accuracy(files["cut"]), accuracy(run.last)]
+    counts = [sum(one.numel() for one in module.parameters()) for module in (Images(), run.module)]
+    assert rows["parameters"][0] == f"{counts[0]:,}"
+    assert rows["parameters"][2] == f"{counts[1]:,} ({counts[1] / counts[0]:.1%})"
+    assert rows["multiply-adds of a batch"][0] == f"{8 * (16 * 16 * 36 + 256 * 16 + 16 * 3):,}"
+    sizes = [Path(files[name]).stat().st_size for name in ("dense", "cut")]
+    assert [int(cell.split(" ")[0].replace(",", "")) for cell in rows["bytes of a file of the weights"][:2]] == sizes
+    assert all(float(cell.split(" ")[0]) > 0 for cell in rows["milliseconds of a batch"])
+    assert "A batch is" not in done.out and "8x4x6x6 float32" in done.page
+
+
+def test_a_file_of_the_weights_is_as_large_as_the_last_snapshot(run, command):
+    size = int(rows_of(command(run.last).page)["bytes of a file of the weights"][-1].split(" ")[0].replace(",", ""))
+    assert size == pytest.approx(Path(run.compression.snapshot_files["final"]).stat().st_size, rel=0.1)
+    assert size < run.last.stat().st_size
+
+
+def test_without_its_model_the_page_says_what_the_file_does_and_how_to_have_more(run, command):
+    done = command(run.last)
+    assert lacking(done.out)[0] == "times, multiply-adds and accuracies"
+    assert "--model my_module.MyModule" in done.out and "<h2>What this page lacks" in done.page
+    rows, allocation = rows_of(done.page), run.compression.allocation
+    assert rows["parameters"][0] == f"{allocation.dense_cost:,}"
+    assert rows["parameters"][2].startswith(f"{allocation.cost:,} ")
+    assert not {"val_acc", "milliseconds of a batch"} & rows.keys()
+    assert "val_acc, at this checkpoint" in done.page  # of ModelCheckpoint
+    for name in allocation.layers:
+        assert f">{name}<" in done.page
+
+
+def test_the_run_may_have_been_moved(run, command, tmp_path):
+    shutil.copytree(run.folder, tmp_path / "moved")
+    moved = tmp_path / "moved" / "checkpoints" / run.last.name
+    (tmp_path / "moved" / "compression" / "dense.ckpt").write_bytes(b"0" * 12345)
+    assert rows_of(command(moved).page)["bytes of a file of the weights"][0] == "12,345"
+
+
+def test_without_snapshots_there_are_sizes_and_times_and_the_accuracy_now(tmp_path, command):
+    run = trained(tmp_path, snapshots=False)
+    done = command(run.last, *MODEL)
+    assert "accuracies of the network before" in lacking(done.out)
+    rows = rows_of(done.page)
+    assert rows[""] == ["dense, before", "this checkpoint"]
+    assert rows["val_acc"] == ["\N{EN DASH}", accuracy(run.last)]
+    assert float(rows["milliseconds of a batch"][0]) > 0
+    assert "that of the dense network is not known" in done.page
+
+
+def test_a_model_without_data_needs_the_shape_of_its_input(run, command):
+    done = command(run.last, "--model", "my_modules.WithoutData", "--input_shape", "2,4,6,6")
+    assert "accuracies" in lacking(done.out)
+    rows = rows_of(done.page)
+    assert rows["multiply-adds of a batch"][0] == f"{2 * (16 * 16 * 36 + 256 * 16 + 16 * 3):,}"
+
+
+def test_an_input_that_the_model_does_not_take_is_refused(run, refusal):
+    text = refusal(run.last, "--model", "my_modules.WithoutData", "--input_shape", "2,5,6,6")
+    assert "the model must take a batch of 2x5x6x6 float32, found that it makes a RuntimeError: " in text
+
+
+def test_code_in_the_page_gives_the_network(run, command):
+    [code] = re.findall(
+        r"<h2>How to use it</h2><pre[^>]*><code>(.*?)</code>", command(run.last, *MODEL).page, re.DOTALL
+    )
+    assert "lrc.restore_(model, &#x27;" in code and code.endswith("model.eval()")
+
+
+def test_a_moment_before_the_compression_is_refused(run, refusal):
+    assert "must be of a moment after a compression, found that none had been made yet" in refusal(run.before)
+
+
+def test_a_file_of_weights_alone_is_refused_and_the_checkpoints_are_named(run, refusal):
+    text = refusal(run.compression.snapshot_files["final"])
+    assert "must be written by a Trainer with LowRankCompression" in text
+    assert f"Beside it are {run.before}, {run.last}." in text
+
+
+def test_a_checkpoint_of_a_run_without_the_callback_is_refused(tmp_path, refusal):
+    torch.save({"state_dict": Images().state_dict(), "callbacks": {"EarlyStopping": {"wait": 1}}}, tmp_path / "a.ckpt")
+    text = refusal(tmp_path / "a.ckpt")
+    assert "found nothing in it that says what became of the layers" in text and "Beside it" not in text
+
+
+@pytest.mark.parametrize("damage", ["cut off", "record", "weights"])
+def test_a_damaged_checkpoint_is_refused(run, refusal, tmp_path, damage):
+    path = tmp_path / "damaged.ckpt"
+    if damage == "cut off":
+        path.write_bytes(run.last.read_bytes()[:5000])
+        expected = "must be a checkpoint that torch.load(weights_only=True) reads"
+    else:
+        loaded = torch.load(run.last, weights_only=True)
+        loaded["state_dict"] = {} if damage == "weights" else loaded["state_dict"]
+        if damage == "record":
+            loaded["callbacks"]["LowRankCompression"]["applied"] = "yes"
+        torch.save(loaded, path)
+        expected = {"record": "is not a record of a run", "weights": "must be an allocation, a Lightning checkpoint"}[
+            damage
+        ]
+    assert expected in refusal(path)
+
+
+def test_a_file_of_another_model_is_refused_where_the_model_was_named(run, refusal):
+    assert "its weights must be of this model" in refusal(run.last, "--model", "torch.nn.Flatten")
+
+
+@pytest.mark.parametrize("output", ["/proc/report.html", "/nowhere/report.html", "/tmp"])
+def test_a_page_that_cannot_be_written_is_refused_before_anything_is_measured(run, capsys, output):
+    with pytest.raises(SystemExit):
+        main(["report", "--checkpoint", str(run.last), "--output", output])
+    text = " ".join(capsys.readouterr().err.split())
+    assert re.search("its folder must (exist|take a file), found|must name a file, found the folder", text)
+
+
+def test_the_checkpoint_is_not_written_over(run, refusal, capsys):
+    before = run.last.read_bytes()
+    with pytest.raises(SystemExit):
+        main(["report", "--checkpoint", str(run.last), "--output", str(run.last)])
+    assert "must be another file than the checkpoint" in capsys.readouterr().err
+    assert run.last.read_bytes() == before
+
+
+def test_a_wrong_command_line_is_refused(run, refusal):
+    assert "--outptu" in refusal(run.last, "--outptu", "a.html")
+    assert "no such file" in refusal("nowhere.ckpt")
+
+
+def test_a_configuration_that_cannot_be_used_leaves_a_page_without_measurements(run, command, tmp_path):
+    shutil.copytree(run.folder, tmp_path / "run")
+    (tmp_path / "run" / "config.yaml").write_text(
+        "model: {class_path: gone.Model}\ncompress: {keep_ratio: 0.4, epochs: 3}\n"
+    )
+    done = command(tmp_path / "run" / "checkpoints" / run.last.name)
+    assert lacking(done.out)[0] == "times, multiply-adds and accuracies" and "gone" in done.out
+    assert "keep_ratio: 0.4" in done.page and "from gone import Model" in done.page
+
+
+def test_by_default_the_page_stands_beside_the_checkpoint(run, capsys, monkeypatch):
+    main(["report", "--checkpoint", str(run.last)])
+    page = run.last.with_suffix(".html")
+    assert capsys.readouterr().out.splitlines()[0] == f"report: {page}"
+    assert page.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    page.unlink()
+
+
+def test_a_device_that_is_not_here_is_refused_and_a_precision_that_is_not_leaves_a_page(
+    run, command, refusal, tmp_path
+):
+    assert "--device must be one that is here" in refusal(run.last, "--device", "cuda:9")
+    shutil.copytree(run.folder, tmp_path / "run")
+    (tmp_path / "run" / "config.yaml").write_text(
+        "model: {class_path: my_modules.Images}\ntrainer: {precision: 3-bit}\n"
+    )
+    done = command(tmp_path / "run" / "checkpoints" / run.last.name)
+    assert lacking(done.out)[0] == "times, multiply-adds and accuracies" and "3-bit" in done.out
+    assert len(rows_of(done.page)["parameters"]) == 3

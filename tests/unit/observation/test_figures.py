@@ -1,0 +1,192 @@
+"""Figures: what is drawn is what the values say, names as they are, and nothing is left behind."""
+
+import sys
+
+import matplotlib
+import pytest
+import torch
+from matplotlib import _pylab_helpers
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import nn
+
+import lr_callback as lrc
+from lr_callback.observation.figures import MOST_PANELS, MOST_ROWS, plot_allocation, plot_spectra, plot_tradeoff
+
+NAMES = ["x_$a^2$", "<b>bold</b>", "_hidden", "größe", "层", "two\nlines", "$y", "n" * 90, "\\$z\\alpha$"]
+
+
+def named(names: list[str]) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Module()
+    for index, name in enumerate(names):
+        model.add_module(name, nn.Linear(24 + index % 50, 32))
+    return model
+
+
+def analysed(model: nn.Module, ratio: float = 0.5, method: lrc.Method | None = None):
+    analysis = lrc.analyze(model, method=method)
+    allocation = analysis.allocate(ratio)
+    return allocation, analysis.curves(allocation)
+
+
+@pytest.fixture(scope="module")
+def small():
+    torch.manual_seed(0)
+    return analysed(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 96), nn.BatchNorm1d(96)))
+
+
+@pytest.fixture
+def drawn():
+    """Draw a figure as a logger does; a warning of matplotlib's is an error."""
+    return lambda figure: figure.savefig("/dev/null", format="png", dpi=40)
+
+
+def labels(axes: Axes) -> list[str]:
+    return [label.get_text() for label in axes.get_yticklabels()]
+
+
+def test_bars_are_the_costs_of_the_layers(small):
+    allocation, _ = small
+    figure, axes = plot_allocation(allocation)
+    assert isinstance(figure, Figure) and axes in figure.axes
+    dense, kept = ([bar.get_width() for bar in bars] for bars in axes.containers)
+    assert dense == [64 * 96 + 96, 64 * 64 + 64] and labels(axes) == ["1", "0", "everything else"]
+    assert kept == [allocation.layers["1"].cost, allocation.layers["0"].cost]
+    assert [text.get_text().strip() for text in axes.texts][-1] == "192.0 of 192.0, 100%"
+    assert axes.get_title(loc="left") == f"{allocation.cost / allocation.dense_cost:.1%} of parameters kept"
+
+
+def test_rows_are_few_and_what_they_leave_out_is_summed_up():
+    allocation, _ = analysed(named([f"layer{index}" for index in range(60)]), 0.7, lrc.ALDS(slices=[1]))
+    _, axes = plot_allocation(allocation)
+    assert len(labels(axes)) == MOST_ROWS and labels(axes)[-1] == "21 smaller layers, everything else"
+    dense, kept = (sum(bar.get_width() for bar in bars) for bars in axes.containers)
+    rest = axes.texts[-1].get_text()
+    assert rest == f" {(allocation.cost - kept) / 1000:.1f}k of {(allocation.dense_cost - dense) / 1000:.1f}k, " + (
+        f"{(allocation.cost - kept) / (allocation.dense_cost - dense):.0%}"
+    )
+
+
+def test_layers_that_stay_dense_have_a_row_in_parameters(small):
+    allocation, _ = analysed(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 96)), 1.0)
+    _, axes = plot_allocation(allocation)
+    assert [bar.get_width() for bar in axes.containers[1]] == [64 * 96, 64 * 64]
+
+
+def test_spectra_have_a_panel_for_each_layer_with_its_cut(small):
+    allocation, curves = small
+    _, panels = plot_spectra(curves)
+    for name, panel in zip(curves.layers, panels.flat, strict=True):
+        spectrum, cut = panel.lines
+        assert tuple(spectrum.get_xdata()) == curves.layers[name].ranks
+        assert tuple(spectrum.get_ydata()) == curves.layers[name].values
+        assert set(cut.get_xdata()) == {allocation.layers[name].rank}
+        assert f"rank {allocation.layers[name].rank} of" in panel.get_title(loc="left")
+
+
+def test_spectra_of_some_layers_in_axes_of_the_caller(small):
+    _, curves = small
+    figure = Figure()
+    ax = figure.subplots()
+    assert plot_spectra(curves, ["1"], ax=ax) == (figure, ax)
+    line, dot = ax.lines
+    assert tuple(line.get_ydata()) == curves.layers["1"].values
+    assert list(dot.get_xdata()) == [curves.layers["1"].rank]
+
+
+def test_panels_are_few_and_the_largest():
+    _, curves = analysed(named([f"layer{index}" for index in range(40)]), 0.7, lrc.ALDS(slices=[1]))
+    figure, panels = plot_spectra(curves)
+    assert panels.size == MOST_PANELS
+    assert figure.get_suptitle().endswith("; 16 other layers are not shown")
+    assert panels.flat[-1].get_title(loc="left").startswith("layer39\n")
+
+
+def test_layer_without_singular_values_is_drawn_by_its_error():
+    _, curves = analysed(nn.Sequential(nn.Linear(64, 64)), method=lrc.ALDS("operator", slices=[4]))
+    _, panels = plot_spectra(curves)
+    assert panels[0][0].get_title(loc="left").endswith("(error)")
+    assert tuple(panels[0][0].lines[0].get_ydata()) == curves.layers["0"].errors
+
+
+def test_steep_spectra_are_drawn_on_a_logarithmic_scale(drawn):
+    layer = nn.Linear(32, 32, bias=False)
+    nn.init.orthogonal_(layer.weight)
+    layer.weight.data *= torch.logspace(0, -12, 32)
+    figure, panels = plot_spectra(analysed(nn.Sequential(layer), 0.8, lrc.ALDS(slices=[1]))[1])
+    assert panels[0][0].get_yscale() == "log"
+    drawn(figure)
+
+
+def test_tradeoff_has_the_points_of_the_curves_and_the_chosen_one(small):
+    _, curves = small
+    _, axes = plot_tradeoff(curves)
+    worst, chosen = axes.lines[:2]
+    assert list(worst.get_xdata()) == [100 * one.cost / curves.dense_cost for one in curves.tradeoff]
+    assert list(worst.get_ydata()) == [one.worst_error for one in curves.tradeoff]
+    assert list(chosen.get_ydata()) == [curves.chosen.worst_error]
+
+
+def test_names_are_drawn_as_they_are(drawn):
+    allocation, curves = analysed(named(NAMES))
+    figure, axes = plot_allocation(allocation)
+    shown = set(labels(axes))
+    assert {"x_$a^2$", "<b>bold</b>", "_hidden", "größe", "\\u5c42", "two\\nlines", "$y", "\\$z\\alpha$"} <= shown
+    assert not any(label.get_parse_math() for label in axes.get_yticklabels())
+    drawn(figure)
+    drawn(plot_spectra(curves)[0])
+    figure = Figure()
+    ax = figure.subplots()
+    plot_spectra(curves, ax=ax)
+    assert len(ax.get_legend().get_texts()) == len(NAMES)
+    drawn(figure)
+
+
+def test_one_layer_and_a_layer_of_rank_one_are_drawn(drawn):
+    allocation, curves = analysed(nn.Sequential(nn.Linear(2, 9, bias=False)), 0.7, lrc.ALDS(slices=[1]))
+    assert curves.layers["0"].ranks == (1,)
+    for figure in (plot_allocation(allocation)[0], plot_spectra(curves)[0], plot_tradeoff(curves)[0]):
+        drawn(figure)
+
+
+def test_nothing_of_pyplot_is_left_behind(small, drawn):
+    before = dict(matplotlib.rcParams)
+    allocation, curves = small
+    for figure in (plot_allocation(allocation)[0], plot_spectra(curves)[0], plot_tradeoff(curves)[0]):
+        drawn(figure)
+    assert not _pylab_helpers.Gcf.get_all_fig_managers() and dict(matplotlib.rcParams) == before
+
+
+@pytest.mark.parametrize("draw", [plot_spectra, plot_tradeoff])
+def test_an_allocation_knows_no_curves(draw, small):
+    with pytest.raises(TypeError, match=r"must be Curves: `analysis.curves\(allocation\)`.*; got Allocation"):
+        draw(small[0])
+
+
+def test_curves_are_no_allocation(small):
+    with pytest.raises(TypeError, match=r"plot_allocation: .* must be an Allocation.*; got Curves"):
+        plot_allocation(small[1])
+
+
+@pytest.mark.parametrize("layers", ["0", ["nowhere"]])
+def test_layers_without_a_curve_are_refused(layers, small):
+    with pytest.raises(ValueError, match=r"`layers` must be a list of names of layers that have a curve, such as"):
+        plot_spectra(small[1], layers)
+
+
+@pytest.mark.parametrize("draw", [plot_allocation, plot_spectra, plot_tradeoff])
+def test_without_matplotlib_it_says_what_to_install(draw, small, without_matplotlib):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'lr_callback\[figures\]'"):
+        draw(small[0] if draw is plot_allocation else small[1])
+
+
+@pytest.mark.parametrize("name", ["plot_allocation", "plot_spectra", "plot_tradeoff"])
+def test_functions_are_public(name):
+    assert getattr(lrc, name) is globals()[name] and name in lrc.__all__
+
+
+@pytest.fixture
+def without_matplotlib(monkeypatch):
+    """Let the import of matplotlib fail, as where it is not installed."""
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
