@@ -16,8 +16,8 @@ _WHERE = "RelativeLayerError"
 def relative_layer_error(dense: Tensor | nn.Module, factorized: nn.Module, error: str = "slice") -> Tensor:
     """Return the relative error of a factorized layer beside the dense one.
 
-    Right after a cut it is the ``relative_error`` that the allocation says, up to the rounding of the factors; it goes
-    on telling how far the two are apart while they train.
+    Right after a cut by the same measure it is the ``relative_error`` that the allocation says, up to the rounding of
+    the factors; it goes on telling how far the two are apart after a refit and while they train.
 
     Args:
         dense: the dense layer, or its weight, shaped as the dense layer holds it; not all zero.
