@@ -25,7 +25,7 @@ COMMAND = [f"{get_path('scripts')}/lr-callback"]
 
 def output(*command: str, code: int = 0) -> str:
     """Run a command; return what it printed."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=tempfile.gettempdir(), capture_output=True, text=True, check=False)
     assert done.returncode == code, f"{command} ended with {done.returncode}, not {code}: {done.stdout}{done.stderr}"
     return done.stdout
 
