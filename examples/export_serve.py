@@ -2,7 +2,9 @@
 
     python examples/export_serve.py
 
-It needs ``pip install -e '.[export,examples]'`` (scikit-learn for its images), and less than half a minute on a CPU.
+It prints the size of the file against that of the dense network, the accuracy that is served, and how many answers are
+those of the model. It needs ``pip install -e '.[export,examples]'`` (scikit-learn for its images), and less than half a
+minute of one CPU core.
 """
 
 import tempfile

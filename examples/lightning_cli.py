@@ -2,8 +2,9 @@
 
     python examples/lightning_cli.py fit --config examples/lightning_cli.yaml
 
-The callback is named in ``trainer.callbacks`` of the YAML file; this program does not mention it. It needs
-scikit-learn (``pip install -e '.[examples]'``) for its images, and less than a minute on one CPU core.
+The callback is named in ``trainer.callbacks`` of the YAML file; this program does not mention it. It prints the table
+of the layers, and the accuracy on the validation images with the parameters that are left. It needs scikit-learn
+(``pip install -e '.[examples]'``) for its images, and less than half a minute of one CPU core.
 """
 
 import torch

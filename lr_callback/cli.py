@@ -13,6 +13,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from torch import nn
 
+from lr_callback import __version__
 from lr_callback.analysis.analyze import analyze
 from lr_callback.callback import LowRankCompression
 from lr_callback.commands.export_command import export_command
@@ -39,6 +40,14 @@ class CompressionCLI(LightningCLI):
 
     A configuration may also name the callback in ``trainer.callbacks``, as in any LightningCLI; then that one is used.
     """
+
+    def setup_parser(
+        self, add_subcommands: bool, main_kwargs: dict[str, Any], subparser_kwargs: dict[str, Any]
+    ) -> None:
+        """Add ``--version`` to what stands before a command."""
+        super().setup_parser(add_subcommands, main_kwargs, subparser_kwargs)
+        version = f"lr_callback {__version__}"
+        self.parser.add_argument("--version", action="version", version=version, help="Show the version and exit.")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the arguments of the callback."""
@@ -127,11 +136,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run ``lr-callback``.
 
     Args:
-        arguments: without the program's name; None: those of the process.
+        arguments: without the program's name; None: those of the process. Without any the help is shown.
     """
     # As with `python -m`: the models and data of a user stand in files beside the configuration.
     sys.path.insert(0, "")
-    listed = list(sys.argv[1:] if arguments is None else arguments)
+    listed = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if listed[:1] == ["analyze"]:
         analyze_command(listed[1:])
         return
@@ -148,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write(report_command(listed[1:]))
         return
     CompressionCLI(
-        args=None if arguments is None else listed,
+        args=None if listed == sys.argv[1:] else listed,  # Lightning warns of arguments beside those of the process
         save_config_kwargs={"overwrite": True},
-        parser_kwargs={"description": _DESCRIPTION},
+        parser_kwargs={"prog": "lr-callback", "description": _DESCRIPTION},
     )

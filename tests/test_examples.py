@@ -45,6 +45,17 @@ def totals(text: str) -> tuple[int, int]:
     return int(before.replace(",", "")), int(after.replace(",", ""))
 
 
+def accuracies(text: str, metric: str = "accuracy") -> dict[str, tuple[float, int]]:
+    """Return the metric and the number of parameters of each stage, of lines such as ``cut: accuracy 0.5 with 9``."""
+    lines = re.findall(rf"^(.+): {metric} ([\d.]+) with ([\d,]+) parameters$", text, flags=re.MULTILINE)
+    return {name: (float(value), int(kept.replace(",", ""))) for name, value, kept in lines}
+
+
+def test_page_names_every_example():
+    page = (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `(\w+\.py)` ", page, flags=re.MULTILINE)) == {one.name for one in EXAMPLES.glob("*.py")}
+
+
 def test_plain_pytorch(tmp_path):
     text = run(tmp_path, "plain_pytorch.py")
     before, after = totals(text)
@@ -77,6 +88,55 @@ def test_lightning_cli(tmp_path):
     assert number(r"val_accuracy ([\d.]+) with", text) > 0.85
 
 
+class TestLonger:
+    """Those that train several networks, or in several processes; a class, so that another worker may take them."""
+
+    def test_resume(self, tmp_path):
+        text = run(tmp_path, "resume.py")
+        assert "broke down in epoch 5" in text
+        begun = number(r"new process: begins with epoch 5, ([\d,]+) parameters", text)
+        assert number(r"uninterrupted: ([\d,]+) parameters", text) == begun <= 0.4 * 19_074
+        assert "same weights, bit for bit: True" in text
+
+    def test_gradual_distillation(self, tmp_path):
+        text = run(tmp_path, "gradual_distillation.py")
+        lines = re.findall(r"^(.+?) +([\d,]+) parameters \( *[\d.]+%\)  test accuracy ([\d.]+)$", text, re.MULTILINE)
+        found = {name: (int(kept.replace(",", "")), float(accuracy)) for name, kept, accuracy in lines}
+        assert list(found) == ["dense control", "at once", "in steps", "in steps, distilled"]
+        dense, accuracy = found.pop("dense control")
+        assert accuracy > 0.95
+        assert all(0.1 * dense < kept <= 0.15 * dense for kept, _ in found.values())
+        assert min(found["in steps"][1], found["in steps, distilled"][1]) > 0.8
+
+    def test_hyper_parameters(self, tmp_path):
+        text = run(tmp_path, "hyper_parameters.py")
+        rows = re.findall(r"^keep_ratio ([\d.]+)  (.+?) +val_accuracy ([\d.]+)  wanted ([\d.]+)$", text, re.MULTILINE)
+        assert len(rows) == 9
+        good = [(float(keep), name) for keep, name, accuracy, wanted in rows if float(accuracy) >= float(wanted)]
+        ((chosen, keep, accuracy),) = re.findall(r"chosen, (.+) at ([\d.]+): .*test accuracy ([\d.]+)", text)
+        assert float(keep) == min(good)[0] and (float(keep), chosen) in good
+        assert float(accuracy) > 0.9
+
+
+class TestOther:
+    """Other tasks than digits; a class, so that another worker may take them."""
+
+    def test_text_classifier(self, tmp_path):
+        found = accuracies(run(tmp_path, "text_classifier.py"))
+        assert list(found) == ["dense control", "dense", "cut", "final"]
+        assert found["dense"][1] == found["dense control"][1]
+        assert found["cut"][1] == found["final"][1] <= 0.1 * found["dense"][1]
+        assert found["dense control"][0] > 0.95
+        assert found["final"][0] > 0.9
+
+    def test_segmentation(self, tmp_path):
+        found = accuracies(run(tmp_path, "segmentation.py"), "mean IoU")
+        assert list(found) == ["dense control", "dense", "cut", "final"]
+        assert found["cut"][1] == found["final"][1] <= 0.25 * found["dense"][1]
+        assert found["dense control"][0] > 0.7
+        assert found["final"][0] > 0.6
+
+
 @pytest.mark.skipif(find_spec("onnxruntime") is None, reason="needs pip install 'lr_callback[export]'")
 def test_export_serve(tmp_path):
     text = run(tmp_path, "export_serve.py")
@@ -102,10 +162,12 @@ def test_multi_node(tmp_path):
     assert (tmp_path / "files" / "last.ckpt").is_file()
 
 
-@pytest.mark.skipif(find_spec("ray") is None, reason="needs pip install 'ray[train]'")
+@pytest.mark.skipif(
+    find_spec("ray") is None, reason="needs pip install 'ray[train]', which is not in the extra dev: 200 MB"
+)
 @pytest.mark.situation("Strategies", "Ray Train, TorchTrainer with RayDDPStrategy", "works")
 def test_ray_train(tmp_path):
-    text = run(tmp_path, "ray_train.py", "--epochs=4")
+    text = run(tmp_path, "ray_train.py", "--epochs=6")
     before, after = (
         number(rf"2 workers: {form} parameters", text) for form in (r"([\d,]+) -> [\d,]+", r"[\d,]+ -> ([\d,]+)")
     )

@@ -247,12 +247,14 @@ def test_unknown_argument_is_a_usage_error(capsys, here):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--help"], ["fit", "validate", "test", "lr-callback analyze --help"]),
+        ([], ["usage: lr-callback", "fit", "validate", "test", "lr-callback analyze --help"]),
+        (["--help"], ["fit", "validate", "test", "lr-callback analyze --help", "--version"]),
+        (["--version"], [f"lr_callback {lrc.__version__}"]),
         (["fit", "--help"], ["--compress.keep_ratio", "fraction of all parameters", "--compress.snapshots"]),
         (["analyze", "--help"], ["--model", "--keep_ratio", "--json"]),
     ],
 )
-def test_help_names_what_there_is(here, capsys, arguments, words):
+def test_help_and_version_name_what_there_is(here, capsys, arguments, words):
     with pytest.raises(SystemExit) as stopped:
         here(*arguments)
     shown = " ".join(capsys.readouterr().out.split())

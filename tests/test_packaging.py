@@ -1,0 +1,69 @@
+"""What makes the package found, cited and installed: one version everywhere, and the two ways to start it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from importlib.metadata import distribution, version
+from pathlib import Path
+
+import yaml
+
+import lr_callback
+
+ROOT = Path(__file__).resolve().parents[1]
+CITATION = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+REQUIRED = {"cff-version": str, "message": str, "title": str, "authors": list}
+"""The keys that a file of CFF 1.2.0 must have."""
+
+
+def test_version_stands_in_one_place():
+    settings = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert 'dynamic = ["version"]' in settings
+    assert not re.search(r"^version = \"", settings, flags=re.MULTILINE)
+    assert version("lr_callback") == lr_callback.__version__
+
+
+def test_citation_is_of_this_version_and_licence():
+    assert CITATION["version"] == lr_callback.__version__
+    assert CITATION["license"] == distribution("lr_callback").metadata["License-Expression"]
+    assert CITATION["type"] == "software"
+
+
+def test_citation_has_what_its_format_requires():
+    assert {key: type(CITATION.get(key)) for key in REQUIRED} == REQUIRED
+    assert CITATION["cff-version"] == "1.2.0"
+    assert CITATION["authors"] == [{"name": "lr_callback maintainers"}]
+    for reference in CITATION["references"]:
+        assert {"type", "title", "authors"} <= reference.keys()
+        assert all(author.keys() == {"family-names", "given-names"} for author in reference["authors"])
+
+
+def test_citation_and_readme_cite_the_same_paper():
+    [paper] = CITATION["references"]
+    written = dict(re.findall(r"(\w+) = \{(.*?)\}", README))
+    authors = " and ".join(f"{one['family-names']}, {one['given-names']}" for one in paper["authors"])
+    [number] = [one["value"] for one in paper["identifiers"]]
+    found = {"title": paper["title"], "author": authors, "booktitle": paper["collection-title"], "note": number}
+    found |= {"volume": str(paper["volume"]), "year": str(paper["year"])}
+    assert found == written
+
+
+def test_nothing_is_added_to_every_trainer():
+    groups = {entry.group for entry in distribution("lr_callback").entry_points}
+    assert groups == {"console_scripts"}
+
+
+def started(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "lr_callback", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=240)
+
+
+def test_module_is_the_command():
+    done = started("--version")
+    assert (done.returncode, done.stdout) == (0, f"lr_callback {lr_callback.__version__}\n")
+    assert done.stderr == ""
