@@ -8,12 +8,11 @@ from pathlib import Path
 NAMES = ("folding", "slicing", "truncation", "line", "cut")
 
 
-def main() -> None:
-    """Write each picture beside the file that draws it."""
+def main(folder: Path) -> None:
+    """Write each picture into a folder."""
     for name in NAMES:
-        text = import_module(name).draw().svg()
-        Path(__file__).with_name(f"{name}.svg").write_text(text, encoding="utf-8")
+        (folder / f"{name}.svg").write_text(import_module(name).draw().svg(), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(__file__).parent)

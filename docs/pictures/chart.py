@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from drawing import Drawing, Point
 
@@ -49,7 +50,7 @@ class Chart:
     def steps(self, points: Sequence[Point], style: str) -> None:
         """Draw values each of which holds up to the next."""
         corners = [points[0]]
-        for (_, before), (across, up) in zip(points, points[1:], strict=False):
+        for (_, before), (across, up) in pairwise(points):
             corners += [(across, before), (across, up)]
         self.curve(corners, style)
 

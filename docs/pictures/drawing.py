@@ -1,4 +1,4 @@
-"""Drawings as SVG: plain text, the same on every machine, on a card of its own that is light or dark as the reader's."""
+"""Drawings as SVG: plain text, the same on every machine, each on a card, light or dark as the reader's screen."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _STYLE = """
   text.title { font-size: 15px; font-weight: 600; }
   text.small, text.soft { font-size: 11.5px; }
   text.soft { fill: #5b6675; }
-  text.code { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: 12px; }
+  text.code { font-family: ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: 12px; }
   text.mark { fill: #c2410c; font-weight: 600; font-size: 12px; }
   .edge { fill: none; stroke: #64748b; stroke-width: 1.2; }
   .axis { fill: none; stroke: #94a3b8; stroke-width: 1; }
@@ -113,7 +113,8 @@ class Drawing:
             f'width="{number(self.width)}" role="img">'
         )
         style = f"<style>{_STYLE}  @media (prefers-color-scheme: dark) {{{_DARK}  }}\n</style>"
-        card = f'<rect x="0.5" y="0.5" width="{number(self.width - 1)}" height="{number(self.height - 1)}" rx="8" class="card"/>'
+        size = f'width="{number(self.width - 1)}" height="{number(self.height - 1)}"'
+        card = f'<rect x="0.5" y="0.5" {size} rx="8" class="card"/>'
         return "\n".join([head, f"<title>{escape(self.title)}</title>", style, card, *self.parts, "</svg>", ""])
 
 

@@ -52,7 +52,7 @@ def _layer(picture: Drawing, place: int, name: str, edge: Frontier, lines: tuple
 
 def _bars(picture: Drawing, edges: dict[str, Frontier], lines: tuple[float, ...], dense: int) -> None:
     bottom, scale = 296.0, 216.0 / 0.7
-    names = (("too high", "some left"), ("the answer", "spent"), ("too low", "too dear"))
+    names = (("too high", "some left"), ("the answer", "just fits"), ("too low", "too dear"))
     for place, line in enumerate(lines):
         left, top = 560 + place * 66, bottom
         for colour, edge in zip(_COLOURS, edges.values(), strict=True):

@@ -40,7 +40,7 @@ def _spectrum(picture: Drawing, values: Tensor) -> None:
     picture.path([(40, 284), (44 + _SHOWN * 9.5, 284)], "axis")
     left, height = 44 + _KEPT * 9.5, heights[_KEPT]
     picture.path([(left - 1, 284 - height), (left + 96, 284 - height)], "limit dashed")
-    picture.text(left + 34, 284 - height - 8, "σ at j + 1: the error", "mark")
+    picture.text(left + 34, 284 - height - 8, "\N{GREEK SMALL LETTER SIGMA} at j + 1: the error", "mark")
     picture.text(44 + _KEPT * 4.7, 304, "j kept", "soft", "middle")
     picture.text(44 + (_SHOWN + _KEPT) * 4.75, 304, "dropped", "soft", "middle")
 
