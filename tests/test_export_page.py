@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 
 from lr_callback.commands.export_command import export_parser
 from lr_callback.commands.tune_command import tune_parser
 from lr_callback.files.formats import FORMATS
+from tests.pages import ROOT, run_python
 
 for package in ("onnx", "onnxscript", "onnxruntime", "safetensors"):
     pytest.importorskip(package)
-PAGE = (Path(__file__).resolve().parents[1] / "docs" / "EXPORT.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "EXPORT.md").read_text(encoding="utf-8")
 
 
 def test_python_blocks_run_from_top_to_bottom(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    code = "\n".join(re.findall(r"^```python\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL))
-    exec(compile(code, "EXPORT.md", "exec"), {"__name__": "page"})
+    run_python("docs/EXPORT.md")
     shown = capsys.readouterr().out
     assert [line.split()[0] for line in shown.splitlines()[1::4]] == ["onnx", "torch-export", "safetensors"]
     assert {one.name for one in tmp_path.iterdir()} == {"model.onnx", "model.pt2", "model.safetensors", "tuned.pt"}

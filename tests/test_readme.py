@@ -4,24 +4,14 @@ from __future__ import annotations
 
 import inspect
 import re
-from pathlib import Path
 
-import pytest
-import yaml
-from lightning.pytorch.cli import LightningCLI
 from torch import nn
 
 import lr_callback as lrc
-from lr_callback.cli import CompressionCLI
 from lr_callback.model.find import find_layers
-from lr_callback.recipes import DigitsData, ImageClassifier
+from tests.pages import ROOT, blocks, run_python
 
-ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
 
 
 def test_it_is_short_and_says_low_rank_first():
@@ -32,9 +22,7 @@ def test_it_is_short_and_says_low_rank_first():
 
 def test_python_blocks_run_from_top_to_bottom(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    code = "\n".join(blocks("python"))
-    names: dict[str, object] = {"__name__": "readme"}
-    exec(compile(code, "README.md", "exec"), names)
+    names = run_python("README.md")
     shown = capsys.readouterr().out
     allocation, restored, trained = names["allocation"], names["fresh"], names["model"]
     assert str(allocation) in shown
@@ -44,37 +32,13 @@ def test_python_blocks_run_from_top_to_bottom(tmp_path, monkeypatch, capsys):
 
 
 def test_the_two_commands_are_those_that_ci_runs():
-    shown = [block.strip() for block in blocks("bash")]
+    shown = [block.text.strip() for block in blocks("README.md", "bash")]
     assert shown == [
         "pip install -e '.[examples]' && lr-callback fit --config configs/digits.yaml",
         "pip install -e '.[dev]' && pytest",
     ]
     steps = re.findall(r'^run "(.*?)"', (ROOT / ".ci" / "run").read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert steps[: len(shown)] == shown
-
-
-# Lightning 2.6 calls what newer versions of jsonargparse deprecate.
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("block", blocks("yaml"))
-def test_yaml_blocks_are_valid(block, tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["lr-callback"])
-    file = tmp_path / "config.yaml"
-    file.write_text(block, encoding="utf-8")
-    written = yaml.safe_load(block)
-    cli_class = CompressionCLI if "compress" in written else LightningCLI
-    cli = cli_class(
-        ImageClassifier,
-        DigitsData,
-        run=False,
-        save_config_callback=None,
-        seed_everything_default=False,
-        trainer_defaults={"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False},
-        args=["--config", str(file), "--model.network", "lr_callback.recipes.CifarResNet"],
-    )
-    (found,) = [one for one in cli.trainer.callbacks if isinstance(one, lrc.LowRankCompression)]
-    wanted = written["compress"] if "compress" in written else written["trainer"]["callbacks"][0]["init_args"]
-    ratios, epochs = wanted["keep_ratio"], wanted["epochs"]
-    assert found.events == (dict(zip(epochs, ratios, strict=True)) if isinstance(epochs, list) else {epochs: ratios})
 
 
 def test_arguments_table_is_the_signature():
