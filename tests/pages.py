@@ -12,7 +12,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import tomllib
 import yaml
 from lightning.pytorch.cli import LightningCLI
 
@@ -41,13 +40,16 @@ def written_pages() -> list[str]:
     return sorted(path.relative_to(ROOT).as_posix() for path in listed)
 
 
-def blocks(page: str, language: str | None = None) -> list[Block]:
-    """Return the blocks of a page, all or those of a language."""
+def all_blocks(page: str) -> list[Block]:
+    """Return the blocks of a page, in their order."""
     text = (ROOT / page).read_text(encoding="utf-8")
-    found = [
-        Block(one["language"], one["text"], text[: one.start("text")].count("\n")) for one in _FENCED.finditer(text)
-    ]
-    return [one for one in found if language in (None, one.language)]
+    found = _FENCED.finditer(text)
+    return [Block(one["language"], one["text"], text[: one.start("text")].count("\n")) for one in found]
+
+
+def blocks(page: str, language: str) -> list[str]:
+    """Return the texts of the blocks of a language in a page, in their order."""
+    return [one.text for one in all_blocks(page) if one.language == language]
 
 
 def pages_with(language: str, but: tuple[str, ...] = ()) -> list[str]:
@@ -58,8 +60,9 @@ def pages_with(language: str, but: tuple[str, ...] = ()) -> list[str]:
 def script(page: str) -> str:
     """Return the Python of a page as one program, each line where it stands on the page."""
     lines: list[str] = []
-    for block in blocks(page, "python"):
-        lines += [""] * (block.line - len(lines)) + block.text.splitlines()
+    for block in all_blocks(page):
+        if block.language == "python":
+            lines += [""] * (block.line - len(lines)) + block.text.splitlines()
     return "\n".join([*lines, ""])
 
 
@@ -101,12 +104,13 @@ def configured(text: str, folder: Path) -> tuple[lrc.LowRankCompression, dict[st
 
 def commands(page: str) -> list[list[str]]:
     """Return the commands of a page, each in words."""
-    lines = [line for block in blocks(page, "bash") for line in block.text.replace("\\\n", " ").splitlines()]
+    lines = [line for block in blocks(page, "bash") for line in block.replace("\\\n", " ").splitlines()]
     parts = [part for line in lines for part in line.split("&&")]
     return [shlex.split(part, comments=True) for part in parts if part.strip()]
 
 
 def extras() -> set[str]:
     """Return the names of the package's extras."""
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    return set(settings["project"]["optional-dependencies"])
+    settings = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    table = settings.partition("[project.optional-dependencies]\n")[2].partition("\n[")[0]
+    return set(re.findall(r"^([\w-]+) = \[", table, flags=re.MULTILINE))
