@@ -180,6 +180,15 @@ def test_files_that_commands_name_exist():
             assert option != "--config" or (ROOT / value).is_file(), value
 
 
+@pytest.mark.parametrize("page", written_pages())
+def test_files_that_a_page_names_exist(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    named = re.findall(r"`((?:benchmarks|configs|docs|examples|tests)/[\w./-]+)`", text)
+    assert [name for name in named if not (ROOT / name).exists()] == []
+    tests = {path.name for path in (ROOT / "tests").rglob("test_*.py")}
+    assert set(re.findall(r"`(test_\w+\.py)`", text)) <= tests
+
+
 def test_every_block_is_one_that_is_run():
     for page in written_pages():
         for block in all_blocks(page):

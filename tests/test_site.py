@@ -91,6 +91,12 @@ def test_no_role_of_sphinx_is_left_and_links_are_made(site):
     assert re.search(r'<a [^>]*href="repair\.html#lr_callback\.Importance\.shrunk"', pages(site)["api/methods.html"])
 
 
+def test_lists_and_tables_are_such(site):
+    # Markdown of Python wants an empty line before them, that of GitHub does not.
+    for name, text in pages(site).items():
+        assert not re.search(r"<p>(?:(?!</p>).)*\n(?:- |\|)", text, flags=re.DOTALL), name
+
+
 def test_examples_of_docstrings_are_code(site):
     reference = "".join(text for name, text in pages(site).items() if name.startswith("api/"))
     assert "Example::" not in reference
