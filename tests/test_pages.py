@@ -134,17 +134,18 @@ def test_yaml_that_the_command_line_does_not_take_is_found(folder, capsys):
     assert "keep_rate" in capsys.readouterr().err
 
 
-@pytest.fixture
-def trained(folder):
-    """Leave behind what a short run does."""
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Return the folder of a short run."""
+    folder = tmp_path_factory.mktemp("run")
     few = [f"--trainer.limit_{stage}_batches=1" for stage in ("train", "val", "test")]
     quiet = ["--trainer.enable_progress_bar=false", "--trainer.log_every_n_steps=1", "--trainer.accelerator=cpu"]
     short = ["--trainer.max_epochs=2", "--compress.epochs=1", "--model.init_args.schedule=constant"]
-    main(["fit", "--config", str(ROOT / "configs" / "digits.yaml"), *short, *few, *quiet])
-    version = folder / "lightning_logs" / "version_0"
-    shutil.copy(version / "config.yaml", folder)
-    [checkpoint] = (version / "checkpoints").iterdir()
-    return checkpoint
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("sys.argv", ["lr-callback"])
+        main(["fit", "--config", str(ROOT / "configs" / "digits.yaml"), *short, *few, *quiet])
+    return folder
 
 
 def listed_commands() -> list[tuple[str, list[str]]]:
@@ -167,9 +168,11 @@ def runs_here(words: list[str]) -> bool:
 def test_commands_run(page, words, trained, folder, capsys):
     program, *arguments = words
     assert program == "lr-callback"
-    named = folder / arguments[arguments.index("--checkpoint") + 1]
-    if named != trained:
-        shutil.copy(trained, named)
+    shutil.copytree(trained, folder, dirs_exist_ok=True)
+    version = folder / "lightning_logs" / "version_0"
+    shutil.copy(version / "config.yaml", folder)
+    [checkpoint] = (version / "checkpoints").iterdir()
+    checkpoint.rename(folder / arguments[arguments.index("--checkpoint") + 1])
     main(arguments)
     assert capsys.readouterr().out
 
