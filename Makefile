@@ -1,6 +1,6 @@
-.PHONY: all install test lint types floors bench zoo
+.PHONY: all install test lint types floors docs bench zoo
 
-all: lint types floors test
+all: lint types floors docs test
 
 install:
 	pip install -e '.[dev]'
@@ -16,6 +16,9 @@ types:
 
 floors:
 	lint-imports
+
+docs:
+	mkdocs build --strict
 
 bench:
 	@set -e; for file in benchmarks/*.py; do echo "== $$file"; python "$$file"; done

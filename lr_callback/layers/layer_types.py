@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import MutableMapping
 
 from torch import Tensor, nn
 
@@ -26,7 +26,7 @@ def full_name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-LAYER_TYPES: Mapping[str, type[FactorizedLayer]] = {
+LAYER_TYPES: MutableMapping[str, type[FactorizedLayer]] = {
     full_name(nn.Linear): FactorizedLinear,
     full_name(nn.Conv1d): FactorizedConv1d,
     full_name(nn.Conv2d): FactorizedConv2d,
@@ -42,15 +42,16 @@ LAYER_TYPES: Mapping[str, type[FactorizedLayer]] = {
     "torchvision.models.video.resnet.Conv3DSimple": FactorizedConv3d,
     "torchvision.models.video.resnet.Conv3DNoTemporal": FactorizedConv3d,
 }
-"""Dense type (exactly, not a subclass) -> its factorized form; by name, so that nothing is imported for it."""
+"""Dense type (exactly, not a subclass) -> its factorized form; by name, so that nothing is imported for it.
 
-_FACTORIZED = frozenset(LAYER_TYPES.values())
+A row for a type of one's own may be added, ``LAYER_TYPES[full_name(Own)] = FactorizedOwn``, in every process.
+"""
 
 
 def layer_type(layer: nn.Module) -> type[FactorizedLayer] | None:
     """Return the row of a dense or factorized layer, None if its type is not in the table."""
     kind = type(layer)
-    return next((row for row in _FACTORIZED if row is kind), None) or LAYER_TYPES.get(full_name(kind))
+    return next((row for row in LAYER_TYPES.values() if row is kind), None) or LAYER_TYPES.get(full_name(kind))
 
 
 def ordered_weight(layer: nn.Module) -> Tensor:

@@ -10,7 +10,7 @@ from torch import nn
 import lr_callback as lrc
 from lr_callback.decisions.costs import Call
 from lr_callback.layers import SlicedLinear, dense_bias
-from lr_callback.layers.layer_types import LAYER_TYPES, dense_weight, layer_type
+from lr_callback.layers.layer_types import LAYER_TYPES, dense_weight, full_name, layer_type
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVOLUTION = nn.Conv2d(8, 12, (3, 5), stride=(2, 1), padding=(1, 2), dilation=(1, 2), padding_mode="circular")
@@ -139,6 +139,18 @@ def test_the_table_knows_dense_types_exactly_and_their_factorized_forms():
     assert sum(name.startswith("torch.nn.") for name in LAYER_TYPES) == 8
     for other in (Special(2, 2), nn.Bilinear(2, 2, 1), nn.ReLU()):
         assert layer_type(other) is None
+
+
+def test_a_row_that_is_added_is_known_from_then_on(monkeypatch):
+    class Special(nn.Linear):
+        pass
+
+    class FactorizedSpecial(lrc.FactorizedLinear):
+        pass
+
+    monkeypatch.setitem(LAYER_TYPES, full_name(Special), FactorizedSpecial)
+    assert layer_type(Special(2, 2)) is layer_type(FactorizedSpecial(Special(2, 2), 1, 1)) is FactorizedSpecial
+    assert layer_type(nn.Linear(2, 2)) is lrc.FactorizedLinear
 
 
 def test_dense_weight_is_detached_and_dense_bias_the_parameter_itself():
