@@ -102,7 +102,8 @@ def _allocation(checkpoint: Path, model: nn.Module) -> Allocation | None:
         warnings.warn(
             f"{checkpoint.name}: its allocation should be that of the exported layers, found one of "
             f"{listed(list(allocation.factorized)) or 'no layers'}, and factorized are "
-            f"{listed(factorized_in(model)) or 'none'}; the file is written without it.",
+            f"{listed(factorized_in(model)) or 'none'}; the file is written without it, and restores by its weights. "
+            "If it is to have one, export the checkpoint of the run that made these layers.",
             stacklevel=2,
         )
     return found

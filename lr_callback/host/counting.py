@@ -84,7 +84,11 @@ class Counting:
         check_clock(pl_module.device)
         if self.observation is not None:
             self.observation = None
-            rank_zero_warn("LowRankCompression: the checkpoint has no times of this device, they are measured again.")
+            rank_zero_warn(
+                "LowRankCompression: the checkpoint has no times of this device, they are measured again: what is "
+                "chosen next is the fastest here, and may differ from what a run on the former device would choose. "
+                "Resume on that one, with as many threads, to have its choice."
+            )
 
     def _progress(self, trainer: Trainer) -> AbstractContextManager[Progress | None]:
         return nullcontext() if self._timed_for is None else progress_line(trainer, "latency")
@@ -115,7 +119,8 @@ class Counting:
                 raise
             rank_zero_warn(
                 "LowRankCompression: multiply-adds are not reported, the network's calls of the first batch could not "
-                f"be repeated in eval mode ({type(error).__name__}: {error}). The compression is not affected."
+                f"be repeated in eval mode ({type(error).__name__}: {error}). The compression is not affected. To have "
+                "them counted, let the network be called in eval mode with what it is trained on."
             )
             return None
 

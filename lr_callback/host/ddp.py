@@ -105,7 +105,8 @@ def _restart(state: object, undo: ExitStack) -> None:
     if not isinstance(state, PowerSGDState):
         rank_zero_warn(
             f"LowRankCompression: the state of the DDP communication hook, {type(state).__name__}, is taken over as it "
-            "is; if it remembers gradients or buckets, they are of the model before the compression."
+            "is; if it remembers gradients or buckets, they are of the model before the compression. Let a callback "
+            "that comes after this one clear them at the start of the epoch; of PowerSGD's state it is done here."
         )
         return
     for name in _BY_BUCKET:

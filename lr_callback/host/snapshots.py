@@ -62,7 +62,8 @@ def publish(trainer: Trainer, part: Path | None) -> dict[str, str]:
         return {snapshot.stem: str(snapshot)}
     rank_zero_warn(
         f"LowRankCompression: the snapshot {part} could not be renamed to {snapshot} ({problem}). "
-        "The compression is not affected."
+        "The compression is not affected; the first file is whole, and the comparison of stages goes without it. "
+        "Rename it by hand, or make room for the name before the next compression."
     )
     return {}
 

@@ -37,7 +37,7 @@ def warn_of_late_events(trainer: Trainer, events: Iterable[int]) -> None:
     if late and not is_smoke_test(trainer):
         rank_zero_warn(
             f"LowRankCompression: epochs {late} are never reached, max_epochs is {trainer.max_epochs} and epochs count "
-            "from 0."
+            "from 0; what was to be compressed then is not. Let the run be longer, or choose earlier `epochs`."
         )
 
 
@@ -85,7 +85,7 @@ def check_optimizers(trainer: Trainer, optimizer_state: OptimizerState) -> None:
     if optimizer_state == "project" and reset:
         rank_zero_warn(
             f"LowRankCompression: optimizer_state='project' is for SGD, Adam and AdamW; factors start without state in "
-            f"{', '.join(reset)}."
+            f"{', '.join(reset)}, as with optimizer_state='reset'. Train with one of these, or leave it at 'reset'."
         )
 
 

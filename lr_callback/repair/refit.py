@@ -278,7 +278,7 @@ class _Refit:
             warn(
                 "The model keeps what a run needs from layer to layer where another run finds it, such as a tensor as "
                 "an attribute: the layers are refitted to the inputs that they had before the cut, as for "
-                "inputs='dense'.",
+                "inputs='dense'. For those after it, let the model hand such values on as arguments.",
                 stacklevel=5,
             )
 
@@ -287,6 +287,6 @@ class _Refit:
         if names and not self._gentle and self._processes.rank == 0:
             warn(
                 f"{len(names)} layer(s) are not called on the {where} and keep the factors that they have: "
-                f"{listed(sorted(names), 5)}.",
+                f"{listed(sorted(names), 5)}. Give batches that reach them, or name them in `exclude`.",
                 stacklevel=5,
             )

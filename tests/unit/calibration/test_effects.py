@@ -95,6 +95,16 @@ def test_the_objective_keeps_more_of_the_layer_that_counts_more_and_records_the_
     assert found["loss"][0] < min(found["sum"]) < max(found["sum"]) < found["loss"][1]
 
 
+@pytest.mark.parametrize(
+    ("kind", "total", "steps"), [(list, 6, range(6)), (iter, 4, (0, 1, 2, 3, 2, 3))], ids=["counted", "not counted"]
+)
+def test_progress_rises_through_the_decompositions_and_the_runs_on_each_batch(kind, total, steps):
+    told, model = [], network().eval()
+    batches = [images(seed, count=4) for seed in range(2)]
+    measure_effects(model, kind(batches), progress=lambda *given: told.append(given))
+    assert told == [(done, total, name) for done, name in zip(steps, ["0", "5"] * 3, strict=True)]
+
+
 def test_errors_of_the_weights_alone_take_weights_of_layers_too():
     model, batch = Branches(), torch.randn(200, 24)
     known = measure_effects(model, [batch], lrc.ALDS("frobenius"))
