@@ -31,6 +31,7 @@ from lr_callback.page.facts import Facts, Missing
 from lr_callback.page.page import page
 from lr_callback.page.pictures import pictures_of
 
+_AGAIN = "make the page again after that"
 _ALL = "times, multiply-adds and accuracies"
 _WAY = "give the configuration of the run, `--config config.yaml`, or the class, `--model my_module.MyModule`"
 _ASKED = ("--model", "--data", "--config", "--input_shape", "--device")
@@ -96,8 +97,7 @@ def _report(chosen: Namespace, attempts: Attempts) -> str:
         loading=loading_code(described_run(checkpoint, chosen.config, None).get("model"), checkpoint),
         commands=commands_for(checkpoint),
     )
-    way = "`pip install 'lr_callback[figures]'`"
-    pictures = attempts.make("figures", way, lambda: pictures_of(said.allocation, said.record.curves))
+    pictures = attempts.make("figures", _AGAIN, lambda: pictures_of(said.allocation, said.record.curves))
     facts = replace(facts, pictures=pictures or ())
     models = _networks(chosen, said, attempts)
     if models is not None:

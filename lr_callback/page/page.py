@@ -11,7 +11,7 @@ from lr_callback.page import tables
 from lr_callback.page.facts import Facts, Picture
 from lr_callback.page.markup import Markup, joined, tag
 from lr_callback.page.style import CSS
-from lr_callback.page.words import difference_of, is_share, size_of, speed, value_of, verdict
+from lr_callback.page.words import count_of, difference_of, is_noisy, size_of, speed, value_of, verdict
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 """What a browser may do for the page: nothing is fetched, nothing is run, whatever a name in it says."""
@@ -89,7 +89,8 @@ def _budget(allocation: Allocation) -> Markup:
 def _count(title: str, before: int, after: int) -> Markup | None:
     if not before or not after:
         return None
-    return _card(title, f"{after:,}", f"{before:,}", f"{after / before - 1:+.1%}", _tone(before, after))
+    change = f"{after / before - 1:+.1%}"
+    return _card(title, count_of(after), count_of(before), change, _tone(before, after))
 
 
 def _size(title: str, before: int, after: int) -> Markup | None:
@@ -105,7 +106,8 @@ def _time(facts: Facts) -> Markup | None:
     if not before or not after:
         return None
     tone = {1: "good", -1: "bad", 0: None}[speed(facts)]
-    return _card("Time of a batch", f"{after:,.2f} ms", f"{before:,.2f} ms", f"{after / before - 1:+.1%}", tone)
+    change = "too unsteady to compare" if is_noisy(facts) else f"{after / before - 1:+.1%}"
+    return _card("Time of a batch", f"{after:,.2f} ms", f"{before:,.2f} ms", change, tone)
 
 
 def _accuracy(facts: Facts) -> Markup | None:
@@ -113,7 +115,7 @@ def _accuracy(facts: Facts) -> Markup | None:
     if name is None:
         return None
     before, after = facts.before.metrics[name], facts.after.metrics[name]
-    tone = _tone(after, before) if is_share(name, before, after) else None
+    tone = "bad" if after < before else None  # a rise is that of the training since
     return _card(name, value_of(name, after), value_of(name, before), difference_of(name, before, after), tone)
 
 

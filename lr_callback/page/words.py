@@ -48,6 +48,19 @@ def difference_of(name: str, before: float, after: float) -> str:
     return f"{100 * (after - before):+.2f} points" if is_share(name, before, after) else f"{after - before:+.4g}"
 
 
+def count_of(count: int) -> str:
+    """Return a number as a person says it, the exact one where it is short.
+
+    Example::
+
+        >>> count_of(75_002), count_of(29_433_856), count_of(7_062_000_000)
+        ('75,002', '29.4 million', '7.06 billion')
+    """
+    if count >= 1e9:
+        return f"{count / 1e9:,.2f} billion"
+    return f"{count / 1e6:.1f} million" if count >= 1e7 else f"{count:,}"
+
+
 def size_of(count: int) -> str:
     """Return a number of bytes, in the unit that leaves one to three digits before the point.
 
