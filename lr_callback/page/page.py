@@ -27,15 +27,6 @@ def page(facts: Facts) -> str:
         A document of HTML with its style and its figures, the same text for the same facts.
     """
     title = f"Low-rank compression: {Path(facts.name).name}"
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
-        tag("meta", name_="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", name_="color-scheme", content="light dark"),
-        tag("title", title),
-        tag("style", Markup(CSS)),
-    )
     parts = [
         tag("header", tag("h1", title), tag("p", facts.name, class_="quiet")),
         tag("dl", *_cards(facts), class_="cards"),
@@ -48,7 +39,19 @@ def page(facts: Facts) -> str:
         _section("How it was made", tables.pairs(facts.origin, "How it was made"), *_arguments(facts)),
         _section("How to use it", *_code(facts.loading), *_commands(facts.commands)),
     ]
-    return f"<!DOCTYPE html>\n{tag('html', head, tag('body', tag('main', *parts)), lang='en')}\n"
+    return f"<!DOCTYPE html>\n{tag('html', _head(title), tag('body', tag('main', *parts)), lang='en')}\n"
+
+
+def _head(title: str) -> Markup:
+    return tag(
+        "head",
+        tag("meta", charset="utf-8"),
+        tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
+        tag("meta", name_="viewport", content="width=device-width, initial-scale=1"),
+        tag("meta", name_="color-scheme", content="light dark"),
+        tag("title", title),
+        tag("style", Markup(CSS)),
+    )
 
 
 def _section(title: str, *parts: str) -> Markup:

@@ -160,6 +160,7 @@ def test_without_matplotlib_the_page_has_no_figures_and_says_so(run, command, mo
     assert lacking(done.out) == ["figures"] and done.out.count("pip install 'lr_callback[figures]'") == 1
     assert "<figure" not in done.page and "<strong>No figures: </strong>" in done.page
     assert "val_acc" in rows_of(done.page)
+    assert lacking(command(run.last).out) == ["figures", "times, multiply-adds and accuracies"]
 
 
 def test_a_file_of_the_weights_is_as_large_as_the_last_snapshot(run, command):
