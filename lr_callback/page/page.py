@@ -11,7 +11,7 @@ from lr_callback.page import tables
 from lr_callback.page.facts import Facts, Picture
 from lr_callback.page.markup import Markup, joined, tag
 from lr_callback.page.style import CSS
-from lr_callback.page.words import count_of, difference_of, is_noisy, size_of, speed, value_of, verdict
+from lr_callback.page.words import count_of, difference_of, is_noisy, size_of, speed, time_of, value_of, verdict
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 """What a browser may do for the page: nothing is fetched, nothing is run, whatever a name in it says."""
@@ -110,7 +110,7 @@ def _time(facts: Facts) -> Markup | None:
         return None
     tone = {1: "good", -1: "bad", 0: None}[speed(facts)]
     change = "too unsteady to compare" if is_noisy(facts) else f"{after / before - 1:+.1%}"
-    return _card("Time of a batch", f"{after:,.2f} ms", f"{before:,.2f} ms", change, tone)
+    return _card("Time of a batch", f"{time_of(after)} ms", f"{time_of(before)} ms", change, tone)
 
 
 def _accuracy(facts: Facts) -> Markup | None:

@@ -80,6 +80,17 @@ def is_noisy(facts: Facts) -> bool:
     return facts.spread > _NOISE
 
 
+def time_of(milliseconds: float) -> str:
+    """Return a time in digits that say something.
+
+    Example::
+
+        >>> time_of(0.01234), time_of(4.5611), time_of(1234.5)
+        ('0.0123', '4.56', '1,234.50')
+    """
+    return f"{milliseconds:,.2f}" if milliseconds >= 1 else f"{milliseconds:.3g}"
+
+
 def speed(facts: Facts) -> int:
     """Return 1 if the network became faster, -1 if slower, 0 if neither is clear or the times are not known."""
     before, after = facts.before.milliseconds, facts.after.milliseconds
@@ -106,7 +117,7 @@ def _on_time(facts: Facts) -> str:
     before, after = facts.before, facts.after
     if not before.milliseconds or not after.milliseconds:
         return ""
-    times = f"{after.milliseconds:,.2f} ms in place of {before.milliseconds:,.2f} ms"
+    times = f"{time_of(after.milliseconds)} ms in place of {time_of(before.milliseconds)} ms"
     found = speed(facts)
     if found > 0:
         return f"It is {before.milliseconds / after.milliseconds:.2f} times as fast: a batch takes {times}."
