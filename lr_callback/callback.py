@@ -34,6 +34,7 @@ from lr_callback.host.snapshots import publish, write_part
 from lr_callback.host.strategies import check_same_weights, check_strategy, processes_of, same_on_all
 from lr_callback.host.trainer import check_optimizers, is_smoke_test, lacks
 from lr_callback.model.find import factorized_in
+from lr_callback.observation.gallery import Gallery
 from lr_callback.observation.report import show
 from lr_callback.units.own_cost import read_cost
 
@@ -93,6 +94,7 @@ class LowRankCompression(Checkpointed):
             before (:func:`lr_callback.distillation_loss`); None: not at all. Takes the memory of all dense weights, on
             the device and in each checkpoint, and that of a forward pass without gradients.
         distill_temperature: of both softmaxes.
+        figures: whether loggers get figures, table and arguments (:mod:`lr_callback.observation.gallery`; matplotlib).
         show_table: print what can be kept at least before the training, and the table at each compression.
         snapshots: write weights-only checkpoints ``dense.ckpt`` (before the first compression), ``cut.ckpt`` (after the
             latest) and ``final.ckpt`` into ``compression`` in the log folder, or else in ``default_root_dir``.
@@ -136,11 +138,13 @@ class LowRankCompression(Checkpointed):
         calibration_batches: int = 8,
         distill: float | None = None,
         distill_temperature: float = 4.0,
+        figures: bool = True,
         show_table: bool = True,
         snapshots: bool = False,
         reset_monitors: bool = True,
     ) -> None:
         cost = read_cost(cost)
+        self._gallery = Gallery(figures, locals())
         goal = one_goal(keep_ratio, budget, max_error, cost, max_accuracy_drop)
         units = units_of(goal, cost)
         super().__init__(units, method, distill, distill_temperature, learning_rate_rewind)
@@ -150,6 +154,7 @@ class LowRankCompression(Checkpointed):
         self.scope = Scope(method, include, exclude, embeddings, overrides, tuple(map(str, units)))
         self.optimizer_state = optimizer_state
         self.show_table, self.snapshots, self.reset_monitors = show_table, snapshots, reset_monitors
+        check_flags(self._gallery, "figures")
         check_flags(self, "learning_rate_rewind", "show_table", "snapshots", "reset_monitors")
         self._accuracy = Accuracy(monitor, show_table)
 
@@ -268,7 +273,7 @@ class LowRankCompression(Checkpointed):
             report = cut(trainer, pl_module, allocation, undo, *options, partial(repair, undo))
             seconds = processes.first(lambda: perf_counter() - started)
             part = write_part(trainer, "cut", undo) if self.snapshots else None
-            told = (allocation, self._counting.observation, seconds, self.show_table)
+            told = (allocation, self._counting.observation, seconds, self.show_table, curves, self._gallery)
             processes.agree(lambda: tell(trainer, pl_module, *told))
             self._record = self._record.after(allocation, self.schedule.passed(trainer), curves)
             undo.pop_all()

@@ -44,5 +44,5 @@ class Attempts:
 
 
 def _told(error: Exception) -> str:
-    kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+    kind = "" if isinstance(error, (ValueError, OSError, ImportError)) else f"{type(error).__name__}: "
     return f"{kind}{' '.join(str(error).split())[:400]}"

@@ -21,7 +21,7 @@ from lr_callback.units.latency import device_facts
 def device_of(device: torch.device) -> str:
     """Return the name of a device, and how it is used."""
     facts = device_facts(device)
-    threads = f", {facts['threads']} threads" if "threads" in facts else ""
+    threads = f", threads: {facts['threads']}" if "threads" in facts else ""
     return f"{facts['name']} ({device.type}{threads})"
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
@@ -31,6 +32,7 @@ from lr_callback.page.facts import Facts, Missing
 from lr_callback.page.page import page
 from lr_callback.page.pictures import pictures_of
 
+_AGAIN = "make the page again after that"
 _ALL = "times, multiply-adds and accuracies"
 _WAY = "give the configuration of the run, `--config config.yaml`, or the class, `--model my_module.MyModule`"
 _ASKED = ("--model", "--data", "--config", "--input_shape", "--device")
@@ -75,8 +77,9 @@ def _read(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Namespace, 
     if attempts.are_asked(*_ASKED):
         return parsed(parser, arguments), attempts
     found = attempts.make(_ALL, _WAY, lambda: parsed(report_parser(exit_on_error=False), arguments))
-    # A wrong command line ends here.
-    return found or parser.parse_args(list(arguments)), attempts
+    if found is None:
+        found = parser.parse_args(list(arguments))  # a wrong command line ends here
+    return found, attempts
 
 
 def _report(chosen: Namespace, attempts: Attempts) -> str:
@@ -87,17 +90,8 @@ def _report(chosen: Namespace, attempts: Attempts) -> str:
     check_writable("--output", output, checkpoint)
     device = None if chosen.device is None else device_named(chosen.device)
     written = configuration(checkpoint, chosen.config)
-    facts = Facts(
-        str(checkpoint),
-        said.allocation,
-        said.stages(),
-        origin=origin_of(checkpoint, said),
-        arguments=arguments_of(written),
-        loading=loading_code(described_run(checkpoint, chosen.config, None).get("model"), checkpoint),
-        commands=commands_for(checkpoint),
-    )
-    way = "`pip install 'lr_callback[figures]'`"
-    pictures = attempts.make("figures", way, lambda: pictures_of(said.allocation, said.record.curves))
+    facts = _told(checkpoint, said, written, chosen.config)
+    pictures = attempts.make("figures", _AGAIN, lambda: pictures_of(said.allocation, said.record.curves))
     facts = replace(facts, pictures=pictures or ())
     models = _networks(chosen, said, attempts)
     if models is not None:
@@ -109,10 +103,23 @@ def _report(chosen: Namespace, attempts: Attempts) -> str:
     return "\n".join([f"report: {output}", *map(str, facts.missing)])
 
 
+def _told(checkpoint: Path, said: Recorded, written: Mapping[str, Any], config: str | None) -> Facts:
+    """Return what the checkpoint and the configuration of its run say by themselves."""
+    return Facts(
+        str(checkpoint),
+        said.allocation,
+        said.stages(),
+        origin=origin_of(checkpoint, said),
+        arguments=arguments_of(written),
+        loading=loading_code(described_run(checkpoint, config, None).get("model"), checkpoint),
+        commands=commands_for(checkpoint),
+    )
+
+
 def _networks(chosen: Namespace, said: Recorded, attempts: Attempts) -> dict[str, nn.Module] | None:
     """Return the network of each stage; None where it is not known how one is made."""
     if chosen.model is None:
-        if not attempts.missing:
+        if _ALL not in (one.what for one in attempts.missing):
             why = "the file does not say how its model is made, and there is no config.yaml of the run above it"
             attempts.missing.append(Missing(_ALL, why, _WAY))
         return None

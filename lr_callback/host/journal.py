@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from lightning.pytorch import LightningModule, Trainer
 
 from lr_callback.decisions.allocation import Allocation
+from lr_callback.decisions.curves import Curves
 from lr_callback.model.observe import Observation
 from lr_callback.model.pricing import dense_parameters, held_parameters
+from lr_callback.observation.gallery import Gallery
 from lr_callback.observation.metrics import compression_metrics
 from lr_callback.observation.report import show
 
@@ -20,8 +22,10 @@ def tell(
     observation: Observation | None,
     seconds: float,
     show_table: bool,
+    curves: Curves,
+    gallery: Gallery,
 ) -> None:
-    """Log the metrics of a compression, and print its table.
+    """Log the metrics of a compression, give loggers its figures, and print its table.
 
     Args:
         trainer: whose loggers are told.
@@ -30,6 +34,8 @@ def tell(
         observation: of a batch; without one multiply-adds are not logged.
         seconds: that it took.
         show_table: whether to print.
+        curves: of the allocation.
+        gallery: of the run.
     """
     parameters = (held_parameters(pl_module), dense_parameters(pl_module))
     metrics = compression_metrics(allocation, parameters, _multiply_adds(pl_module, observation), seconds)
@@ -37,6 +43,8 @@ def tell(
     for name, metric in metrics.items():
         pl_module.log(name, metric, on_step=False, on_epoch=True, logger=False, metric_attribute=name)
     log_now(trainer, {name: float(value) for name, value in metrics.compute().items()})
+    if trainer.is_global_zero:
+        gallery.show(trainer.loggers, allocation, curves, trainer.global_step)
     if show_table:
         show(trainer, f"Low-rank compression at the start of epoch {trainer.current_epoch}\n{allocation}")
 

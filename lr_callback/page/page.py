@@ -11,7 +11,7 @@ from lr_callback.page import tables
 from lr_callback.page.facts import Facts, Picture
 from lr_callback.page.markup import Markup, joined, tag
 from lr_callback.page.style import CSS
-from lr_callback.page.words import difference_of, is_share, size_of, speed, value_of, verdict
+from lr_callback.page.words import count_of, difference_of, is_noisy, size_of, speed, time_of, value_of, verdict
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 """What a browser may do for the page: nothing is fetched, nothing is run, whatever a name in it says."""
@@ -27,15 +27,6 @@ def page(facts: Facts) -> str:
         A document of HTML with its style and its figures, the same text for the same facts.
     """
     title = f"Low-rank compression: {Path(facts.name).name}"
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
-        tag("meta", name_="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", name_="color-scheme", content="light dark"),
-        tag("title", title),
-        tag("style", Markup(CSS)),
-    )
     parts = [
         tag("header", tag("h1", title), tag("p", facts.name, class_="quiet")),
         tag("dl", *_cards(facts), class_="cards"),
@@ -48,7 +39,19 @@ def page(facts: Facts) -> str:
         _section("How it was made", tables.pairs(facts.origin, "How it was made"), *_arguments(facts)),
         _section("How to use it", *_code(facts.loading), *_commands(facts.commands)),
     ]
-    return f"<!DOCTYPE html>\n{tag('html', head, tag('body', tag('main', *parts)), lang='en')}\n"
+    return f"<!DOCTYPE html>\n{tag('html', _head(title), tag('body', tag('main', *parts)), lang='en')}\n"
+
+
+def _head(title: str) -> Markup:
+    return tag(
+        "head",
+        tag("meta", charset="utf-8"),
+        tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
+        tag("meta", name_="viewport", content="width=device-width, initial-scale=1"),
+        tag("meta", name_="color-scheme", content="light dark"),
+        tag("title", title),
+        tag("style", Markup(CSS)),
+    )
 
 
 def _section(title: str, *parts: str) -> Markup:
@@ -89,7 +92,8 @@ def _budget(allocation: Allocation) -> Markup:
 def _count(title: str, before: int, after: int) -> Markup | None:
     if not before or not after:
         return None
-    return _card(title, f"{after:,}", f"{before:,}", f"{after / before - 1:+.1%}", _tone(before, after))
+    change = f"{after / before - 1:+.1%}"
+    return _card(title, count_of(after), count_of(before), change, _tone(before, after))
 
 
 def _size(title: str, before: int, after: int) -> Markup | None:
@@ -105,7 +109,8 @@ def _time(facts: Facts) -> Markup | None:
     if not before or not after:
         return None
     tone = {1: "good", -1: "bad", 0: None}[speed(facts)]
-    return _card("Time of a batch", f"{after:,.2f} ms", f"{before:,.2f} ms", f"{after / before - 1:+.1%}", tone)
+    change = "too unsteady to compare" if is_noisy(facts) else f"{after / before - 1:+.1%}"
+    return _card("Time of a batch", f"{time_of(after)} ms", f"{time_of(before)} ms", change, tone)
 
 
 def _accuracy(facts: Facts) -> Markup | None:
@@ -113,7 +118,7 @@ def _accuracy(facts: Facts) -> Markup | None:
     if name is None:
         return None
     before, after = facts.before.metrics[name], facts.after.metrics[name]
-    tone = _tone(after, before) if is_share(name, before, after) else None
+    tone = "bad" if after < before else None  # a rise is that of the training since
     return _card(name, value_of(name, after), value_of(name, before), difference_of(name, before, after), tone)
 
 

@@ -31,8 +31,9 @@ p { margin: 0 0 .75rem; max-width: 48rem; }
 .card { padding: .7rem .8rem; margin: 0; }
 .card dt { color: var(--quiet); font-size: .85rem; }
 .card dd { margin: 0; }
-.card .now { font-size: 1.45rem; font-weight: 650; line-height: 1.3; font-variant-numeric: tabular-nums; }
-.card .was { color: var(--quiet); font-size: .85rem; font-variant-numeric: tabular-nums; }
+.card { font-variant-numeric: tabular-nums; }
+.card .now { font-size: clamp(1.2rem, 4.5vw, 1.45rem); font-weight: 650; line-height: 1.3; }
+.card .was { color: var(--quiet); font-size: .85rem; }
 .good { color: var(--good); font-weight: 600; }
 .bad { color: var(--bad); font-weight: 600; }
 .note { border-left: .3rem solid var(--accent); padding: .8rem 1rem; margin: 1rem 0; }
@@ -59,8 +60,9 @@ th[scope=row] { white-space: normal; min-width: 9rem; max-width: 24rem; }
 .plain td { white-space: normal; text-align: left; }
 .plain th[scope=row] { color: var(--quiet); width: 34%; min-width: 6rem; max-width: 14rem; }
 figure { margin: 0 0 1rem; padding: 1rem; }
-figure .box { border: 0; border-radius: .3rem; margin: .6rem 0; background: #ffffff; }
-figure svg { display: block; width: 100%; min-width: 34rem; max-width: 56rem; height: auto; margin: 0 auto; }
+figure .box { border: 0; margin: .6rem 0; }
+figure svg { display: block; width: 100%; height: auto; }
+@media (prefers-color-scheme: dark) { figure svg { filter: invert(.92) hue-rotate(180deg); } }
 figcaption { max-width: 48rem; }
 pre { margin: 0; padding: .8rem 1rem; font: .85rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 pre.box { background: var(--code); margin-bottom: 1rem; }
@@ -78,7 +80,7 @@ li { margin: .2rem 0; }
   main { max-width: none; padding: 0; }
   .box, .tall { overflow: visible; max-height: none; }
   th[scope=col] { position: static; }
-  figure svg { min-width: 0; }
+  figure svg { min-width: 0 !important; filter: none; }
   figure, .card, tr { break-inside: avoid; }
   h2 { break-after: avoid; }
 }

@@ -11,18 +11,18 @@ from lr_callback.decisions.factorization import Factorization
 from lr_callback.decisions.printed import FOLDED
 from lr_callback.observation.report import Stage
 from lr_callback.page.markup import Markup, joined, tag
-from lr_callback.page.words import value_of
+from lr_callback.page.words import time_of, value_of
 
 MOST_LAYERS = 500
 """Rows of the table of layers; more make a page of megabytes that nobody reads."""
 _MOST_NAMES = 30
 _NONE = "\N{EN DASH}"
 _LAYERS = ("layer", "shape", "kernel", "slices", "rank", "error", "cost", "dense cost", "kept")
-_COUNTS: Mapping[str, tuple[Callable[[Stage], float], str]] = {
-    "parameters": (lambda stage: stage.parameters, ","),
-    "multiply-adds of a batch": (lambda stage: stage.multiply_adds, ","),
-    "bytes of a file of the weights": (lambda stage: stage.file_bytes, ","),
-    "milliseconds of a batch": (lambda stage: stage.milliseconds, ",.2f"),
+_COUNTS: Mapping[str, tuple[Callable[[Stage], float], Callable[[float], str]]] = {
+    "parameters": (lambda stage: stage.parameters, "{:,}".format),
+    "multiply-adds of a batch": (lambda stage: stage.multiply_adds, "{:,}".format),
+    "bytes of a file of the weights": (lambda stage: stage.file_bytes, "{:,}".format),
+    "milliseconds of a batch": (lambda stage: stage.milliseconds, time_of),
 }
 
 
@@ -42,16 +42,16 @@ def compared(stages: Sequence[Stage]) -> Markup:
         [name, *(value_of(name, stage.metrics[name]) if name in stage.metrics else _NONE for stage in stages)]
         for name in names
     ]
-    for title, (count, form) in _COUNTS.items():
+    for title, (count, told) in _COUNTS.items():
         values = [count(stage) for stage in stages]
         if any(values):
-            rows.append([title, *_counted(values, form)])
+            rows.append([title, *_counted(values, told)])
     return box(_table(["", *(stage.name for stage in stages)], rows), "Stages side by side")
 
 
-def _counted(values: Sequence[float], form: str) -> list[str]:
+def _counted(values: Sequence[float], told: Callable[[float], str]) -> list[str]:
     base = values[0]
-    cells = [f"{value:{form}}" if value else _NONE for value in values]
+    cells = [told(value) if value else _NONE for value in values]
     parts = ["", *(f" ({value / base:.1%})" if base and value else "" for value in values[1:])]
     return [cell + part for cell, part in zip(cells, parts, strict=True)]
 

@@ -48,6 +48,19 @@ def difference_of(name: str, before: float, after: float) -> str:
     return f"{100 * (after - before):+.2f} points" if is_share(name, before, after) else f"{after - before:+.4g}"
 
 
+def count_of(count: int) -> str:
+    """Return a number as a person says it, the exact one where it is short.
+
+    Example::
+
+        >>> count_of(75_002), count_of(29_433_856), count_of(7_062_000_000)
+        ('75,002', '29.4 million', '7.06 billion')
+    """
+    if count >= 1e9:
+        return f"{count / 1e9:,.2f} billion"
+    return f"{count / 1e6:.1f} million" if count >= 1e7 else f"{count:,}"
+
+
 def size_of(count: int) -> str:
     """Return a number of bytes, in the unit that leaves one to three digits before the point.
 
@@ -65,6 +78,17 @@ def size_of(count: int) -> str:
 def is_noisy(facts: Facts) -> bool:
     """Return whether the times say nothing: runs differed too far."""
     return facts.spread > _NOISE
+
+
+def time_of(milliseconds: float) -> str:
+    """Return a time in digits that say something.
+
+    Example::
+
+        >>> time_of(0.01234), time_of(4.5611), time_of(1234.5)
+        ('0.0123', '4.56', '1,234.50')
+    """
+    return f"{milliseconds:,.2f}" if milliseconds >= 1 else f"{milliseconds:.3g}"
 
 
 def speed(facts: Facts) -> int:
@@ -93,7 +117,7 @@ def _on_time(facts: Facts) -> str:
     before, after = facts.before, facts.after
     if not before.milliseconds or not after.milliseconds:
         return ""
-    times = f"{after.milliseconds:,.2f} ms in place of {before.milliseconds:,.2f} ms"
+    times = f"{time_of(after.milliseconds)} ms in place of {time_of(before.milliseconds)} ms"
     found = speed(facts)
     if found > 0:
         return f"It is {before.milliseconds / after.milliseconds:.2f} times as fast: a batch takes {times}."

@@ -210,7 +210,7 @@ def test_what_is_no_pattern_is_refused_by_name(argument, value):
         LowRankCompression(**{argument: value})
 
 
-@pytest.mark.parametrize("argument", ["show_table", "snapshots", "reset_monitors", "learning_rate_rewind"])
+@pytest.mark.parametrize("argument", ["figures", "show_table", "snapshots", "reset_monitors", "learning_rate_rewind"])
 def test_what_is_neither_true_nor_false_is_refused_by_name(argument):
     with pytest.raises(TypeError, match=f"`{argument}` must be True or False, got 'no'"):
         LowRankCompression(**{argument: "no"})

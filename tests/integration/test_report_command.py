@@ -146,6 +146,23 @@ def test_with_its_model_a_checkpoint_is_measured_beside_its_snapshots(run, comma
     assert "A batch is" not in done.out and "8x4x6x6 float32" in done.page
 
 
+def test_the_page_has_the_figures_of_the_run(run, command):
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
+    assert re.findall(r"<figure><h3>(.*?)</h3>", command(run.last).page) == [
+        "What each layer kept", "Error against size", "Spectra",
+    ]  # fmt: skip
+
+
+def test_without_matplotlib_the_page_has_no_figures_and_says_so(run, command, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    done = command(run.last, *MODEL)
+    assert lacking(done.out) == ["figures"] and done.out.count("pip install 'lr_callback[figures]'") == 1
+    assert "<figure" not in done.page and "<strong>No figures: </strong>" in done.page
+    assert "val_acc" in rows_of(done.page)
+    assert lacking(command(run.last).out) == ["figures", "times, multiply-adds and accuracies"]
+
+
 def test_a_file_of_the_weights_is_as_large_as_the_last_snapshot(run, command):
     size = int(rows_of(command(run.last).page)["bytes of a file of the weights"][-1].split(" ")[0].replace(",", ""))
     assert size == pytest.approx(Path(run.compression.snapshot_files["final"]).stat().st_size, rel=0.1)

@@ -9,11 +9,14 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from torch import nn
 
+import lr_callback as lrc
 from lr_callback import Allocation, Factorization
 from lr_callback.observation.report import Stage
-from lr_callback.page.facts import Facts, Missing, Picture
+from lr_callback.page.facts import Facts, Missing
 from lr_callback.page.page import page
+from lr_callback.page.pictures import pictures_of
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
@@ -79,16 +82,11 @@ def looked_at(folder, pages):
 
 
 def pictures():
-    """Return figures of matplotlib, as a page has them; none where it is not installed."""
-    figure_module = pytest.importorskip("matplotlib.figure", reason="needs matplotlib")
-    from lr_callback.page.svg import inline_svg
-
-    made = []
-    for name in ("one", "two"):
-        figure = figure_module.Figure(figsize=(7, 3))
-        figure.subplots().bar(range(5), [3, 1, 4, 1, 5])
-        made.append(Picture(f"Figure {name}", "What it shows.", inline_svg(figure, name, "bars")))
-    return tuple(made)
+    """Return the figures of a small compression."""
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
+    analysis = lrc.analyze(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 96)))
+    allocation = analysis.allocate(0.5)
+    return pictures_of(allocation, analysis.curves(allocation))
 
 
 def facts_of(layers, name="network.layer{}.0.conv1", **more):
@@ -152,7 +150,7 @@ def test_the_browser_would_tell_of_what_does_not_fit_and_what_is_fetched(tmp_pat
 def test_figures_have_room_and_something_in_it(seen):
     for width in WIDTHS:
         found = seen.found["usual"][width]
-        assert len(found.svgs) == 2 and all(size > 100 for _, _, *sizes in found.svgs for size in sizes)
+        assert len(found.svgs) == 3 and all(size > 100 for _, _, *sizes in found.svgs for size in sizes)
         assert all(size > 100 for sizes in found.drawn for size in sizes)
 
 
