@@ -274,7 +274,7 @@ class LowRankCompression(Checkpointed):
             seconds = processes.first(lambda: perf_counter() - started)
             part = write_part(trainer, "cut", undo) if self.snapshots else None
             told = (allocation, self._counting.observation, seconds, self.show_table, curves, self._gallery)
-            processes.agree(lambda: tell(trainer, pl_module, *told))
+            processes.agree(lambda: tell(trainer, pl_module, *told, self._accuracy.measured))
             self._record = self._record.after(allocation, self.schedule.passed(trainer), curves)
             undo.pop_all()
             self._record = self._record.with_files(publish(trainer, part))

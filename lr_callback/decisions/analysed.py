@@ -131,7 +131,7 @@ class Analysis:
                 "others."
             )
         layers, left_out = layer_curves(self.layers, allocation.layers, self.method.error)
-        budgets = spread_budgets(self.smallest_cost, self.dense_cost)
+        budgets = spread_budgets(self.smallest_cost, self.dense_cost, len(self.layers))
         return Curves(
             layers=layers,
             tradeoff=self._tradeoff(budgets, len(allocation.layers)),

@@ -14,7 +14,9 @@ MOST_RANKS = 64
 MOST_LAYERS = 200
 """Of a model."""
 BUDGETS = 20
-"""At which the trade-off is told."""
+"""At which the trade-off is told, of models with many layers fewer."""
+_FEWEST, _SOLVED = 5, 4000
+"""Budgets at least; choices of layers that are made for all budgets together, if that leaves so many."""
 
 
 def layer_curves(
@@ -119,13 +121,18 @@ def point(cost: int, errors: Iterable[float], layers: int) -> Point:
     return Point(cost, max(listed, default=0.0), sum(listed) / max(1, layers))
 
 
-def spread_budgets(smallest: int, largest: int, most: int = BUDGETS) -> list[int]:
+def spread_budgets(smallest: int, largest: int, layers: int) -> list[int]:
     """Return budgets from the smallest to the largest, evenly spaced, ascending and all different.
+
+    Args:
+        smallest: that can be met.
+        largest: cost of the dense model.
+        layers: number of layers: the more there are, the longer a budget takes.
 
     Example::
 
-        >>> spread_budgets(10, 20, most=3), spread_budgets(5, 5)
-        ([10, 15, 20], [5])
+        >>> spread_budgets(10, 50, layers=10_000), spread_budgets(5, 5, layers=1)
+        ([10, 20, 30, 40, 50], [5])
     """
-    span = largest - smallest
+    span, most = largest - smallest, max(_FEWEST, min(BUDGETS, _SOLVED // max(1, layers)))
     return sorted({smallest + span * step // (most - 1) for step in range(most)}) if span >= 0 else []

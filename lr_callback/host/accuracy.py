@@ -53,6 +53,9 @@ class Accuracy:
         monitor: name of a metric that the validation logs, of which more is better; None: the one with ``acc`` in it.
         show_tries: whether to print what each try gave.
 
+    Attributes:
+        measured: accuracy before and right after the cut of the latest allocation, where one was searched for.
+
     Raises:
         ValueError: If the monitor is no name, or that of a loss.
     """
@@ -64,6 +67,7 @@ class Accuracy:
                 f"'val_acc', or None, got {monitor!r}."
             )
         self._monitor, self._show_tries = monitor, show_tries
+        self.measured: tuple[float, float] | None = None
 
     def check(self, trainer: Trainer, goals: Iterable[Goal]) -> None:
         """Refuse a run whose validation cannot be run in its middle, if a goal asks for that.
@@ -99,6 +103,7 @@ class Accuracy:
             ValueError: If the goal cannot be met.
             MisconfigurationException: If an accuracy cannot be measured. Nothing was changed.
         """
+        self.measured = None
         if drop_of(goal) is None:
             return processes_of(trainer).first(lambda: analysis.allocate(goal))
         check_validation(trainer)
@@ -115,12 +120,16 @@ class Accuracy:
         least = logged[name] - drop - _ROUNDING * max(1.0, abs(logged[name]))
         self._tell(trainer, f"{name} is {logged[name]:.4f}; searching the smallest network with at most {drop:g} less")
 
+        values = {1.0: logged[name]}
+
         def holds(ratio: float) -> bool:
-            value = tries.measure(analysis.allocate(ratio)).get(name, float("nan"))
+            values[ratio] = value = tries.measure(analysis.allocate(ratio)).get(name, float("nan"))
             self._tell(trainer, f"keep {ratio:g}: {name} {value:.4f} ({value - logged[name]:+.4f})")
             return value >= least
 
-        return analysis.allocate(_found(_smallest(analysis.reachable[0], holds), name, drop))
+        found = _found(_smallest(analysis.reachable[0], holds), name, drop)
+        self.measured = logged[name], values[found]
+        return analysis.allocate(found)
 
     def _metric(self, logged: Mapping[str, float]) -> str:
         """Return the name of the metric, which has a value for the network as it is."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from lightning.pytorch import LightningModule, Trainer
 
 from lr_callback.decisions.allocation import Allocation
+from lr_callback.decisions.costs import LATENCY
 from lr_callback.decisions.curves import Curves
 from lr_callback.model.observe import Observation
 from lr_callback.model.pricing import dense_parameters, held_parameters
@@ -24,6 +25,7 @@ def tell(
     show_table: bool,
     curves: Curves,
     gallery: Gallery,
+    accuracy: tuple[float, float] | None = None,
 ) -> None:
     """Log the metrics of a compression, give loggers its figures, and print its table.
 
@@ -36,9 +38,12 @@ def tell(
         show_table: whether to print.
         curves: of the allocation.
         gallery: of the run.
+        accuracy: as validations measured it before the compression and right after it, if they did.
     """
     parameters = (held_parameters(pl_module), dense_parameters(pl_module))
-    metrics = compression_metrics(allocation, parameters, _multiply_adds(pl_module, observation), seconds)
+    metrics = compression_metrics(
+        allocation, parameters, _multiply_adds(pl_module, observation), seconds, measured(allocation, accuracy)
+    )
     metrics.to(pl_module.device)
     for name, metric in metrics.items():
         pl_module.log(name, metric, on_step=False, on_epoch=True, logger=False, metric_attribute=name)
@@ -56,6 +61,25 @@ def log_multiply_adds(trainer: Trainer, pl_module: LightningModule, observation:
         name, value = "compression/kept_multiply_adds", counted[0] / counted[1]
         pl_module.log(name, value, on_step=False, on_epoch=True, logger=False, batch_size=1, sync_dist=True)
         log_now(trainer, {name: value})
+
+
+def measured(allocation: Allocation, accuracy: tuple[float, float] | None) -> dict[str, float]:
+    """Return the accuracies and the milliseconds of one run of the model, of these what is known.
+
+    Args:
+        allocation: whose costs may be times.
+        accuracy: before the compression and right after it.
+
+    Example::
+
+        >>> allocation = Allocation({}, {}, {}, 2_500_000, 5_000_000, 2_500_000, 0.5, unit="latency")
+        >>> measured(allocation, accuracy=(0.9, 0.8))
+        {'accuracy_before': 0.9, 'accuracy_after': 0.8, 'milliseconds': 2.5}
+    """
+    names = ("accuracy_before", "accuracy_after")
+    known = dict(zip(names, accuracy, strict=True)) if accuracy is not None else {}
+    own = {allocation.unit: allocation.cost} | {unit: one.cost for unit, one in allocation.others.items()}
+    return {**known, **({"milliseconds": own[LATENCY] / 1e6} if LATENCY in own else {})}
 
 
 def _multiply_adds(pl_module: LightningModule, observation: Observation | None) -> tuple[int, int] | None:

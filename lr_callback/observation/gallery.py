@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 MOST_NUMBERED = 20
 """Layers of which a logger without figures gets numbers."""
-MOST_LINES = 400
-"""Of a table that is logged as text."""
 _MOST_LETTERS = 300
 """Of an argument."""
 
@@ -71,7 +69,7 @@ class Gallery:
             self._begun.add(run)
             self._attempt(logger, partial(board.begin, self._arguments))
         if board.text is not None:
-            self._attempt(logger, partial(board.text, "compression/table", short_table(allocation), step))
+            self._attempt(logger, partial(board.text, "compression/table", str(allocation), step))
         for name, draw in drawings.items():
             self._attempt(logger, partial(_hang, board, name, draw, step))
 
@@ -132,12 +130,3 @@ def layer_numbers(allocation: Allocation, curves: Curves) -> dict[str, float]:
         numbers[f"compression/layers/{name}/kept"] = 1.0 if layer is None else layer.cost / layer.dense_cost
         numbers[f"compression/layers/{name}/error"] = 0.0 if layer is None else layer.relative_error
     return numbers
-
-
-def short_table(allocation: Allocation) -> str:
-    """Return the table of an allocation without most of its lines, where there are too many; the totals stay."""
-    lines = str(allocation).splitlines()
-    if len(lines) <= MOST_LINES:
-        return "\n".join(lines)
-    end = MOST_LINES // 8
-    return "\n".join([*lines[: MOST_LINES - end], f"... {len(lines) - MOST_LINES} lines ...", *lines[-end:]])

@@ -5,7 +5,7 @@ Their values are those of one model, the same on every process of a distributed 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.aggregation import MeanMetric
@@ -19,6 +19,7 @@ def compression_metrics(
     parameters: tuple[int, int],
     multiply_adds: tuple[int, int] | None,
     seconds: float,
+    measured: Mapping[str, float] | None = None,
 ) -> MetricCollection:
     """Return the metrics of one compression, filled.
 
@@ -27,6 +28,7 @@ def compression_metrics(
         parameters: of the model as it is and of the dense one.
         multiply_adds: likewise; None while they are not known.
         seconds: that analysis and surgery took.
+        measured: name -> value of what else is known.
 
     Example::
 
@@ -40,6 +42,7 @@ def compression_metrics(
         "mean_error": allocation.mean_error,
         "layers_factorized": float(len(allocation.factorized)),
         "seconds": seconds,
+        **(measured or {}),
     }
     metrics: dict[str, Metric] = {name: _mean_of(value) for name, value in numbers.items()}
     metrics["kept_parameters"] = _kept(parameters)

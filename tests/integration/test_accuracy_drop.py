@@ -81,10 +81,14 @@ class Noting(lrc.LowRankCompression):
         return report
 
 
+OF_THE_SEARCH = ("compression/seconds", "compression/accuracy_before", "compression/accuracy_after")
+"""Names of metrics that a run which searches has of its own."""
+
+
 def state_of(trainer, module):
     """Return everything that a try could have left a trace in."""
     callbacks = {type(one).__name__: one.state_dict() for one in trainer.callbacks if one.state_dict()}
-    logged = {name: one for name, one in trainer.callback_metrics.items() if name != "compression/seconds"}
+    logged = {name: one for name, one in trainer.callback_metrics.items() if name not in OF_THE_SEARCH}
     return {
         "weights": dict(module.state_dict()),
         "modes": [one.training for one in module.modules()],
@@ -128,7 +132,8 @@ def test_the_run_is_that_with_the_ratio_that_was_found(
         trainer = fit(module, callback, files, stopping, shuffle=True, **more)
         assert factorized_in(module) and callback.kept[-1] < 1
         logged = read_metrics(logger.log_dir)
-        logged.pop("compression/seconds")
+        measured = [logged.pop(name, None) for name in OF_THE_SEARCH][1:]
+        assert all(measured) if "max_accuracy_drop" in asked else not any(measured)
         return callback.kept, {**state_of(trainer, module), "loggers": logged}, files.best_model_path
 
     kept, own, file = run(max_accuracy_drop=0.05)
@@ -149,6 +154,7 @@ def test_the_drop_is_held_as_another_trainer_measures_it(fit, module_class, load
         (logged,) = new_trainer(tmp_path).validate(other, loader(), verbose=False)
         values[name] = logged[NAME]
     assert values["cut"] >= values["dense"] - 0.03 - 1e-6
+    assert callback._accuracy.measured == pytest.approx((values["dense"], values["cut"]))
     tries = {float(ratio): (value, drop) for ratio, value, drop in TRY.findall("\n".join(messages))}
     assert 2 <= len(tries) <= 8
     kept = callback.allocation.keep_ratio

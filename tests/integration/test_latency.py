@@ -74,8 +74,9 @@ def compression(keep_ratio=0.8, **options):
 @pytest.mark.situation("Goals", "a budget in measured time", "works")
 def test_the_slow_layer_is_made_faster_and_the_budget_holds(tmp_path):
     callback = compression()
-    run(callback, tmp_path)
+    trainer, _ = run(callback, tmp_path)
     found = callback.allocation
+    assert trainer.callback_metrics["compression/milliseconds"] == pytest.approx(found.cost / 1e6)
     assert "network.2" in found.factorized
     assert found.unit == "latency" and found.cost <= found.budget < found.dense_cost
     assert all(layer.cost < layer.dense_cost for layer in found.factorized.values())

@@ -4,9 +4,8 @@ import torch
 from torch import nn
 
 import lr_callback as lrc
-from lr_callback.decisions.allocation import Allocation
 from lr_callback.observation.boards import board_of
-from lr_callback.observation.gallery import MOST_LINES, MOST_NUMBERED, layer_numbers, readable_arguments, short_table
+from lr_callback.observation.gallery import MOST_NUMBERED, layer_numbers, readable_arguments
 
 
 def test_arguments_are_numbers_and_text_and_never_long():
@@ -23,15 +22,6 @@ def test_numbers_are_of_the_largest_layers_dense_ones_with_all_kept():
     numbers = layer_numbers(allocation, analysis.curves(allocation))
     assert len(numbers) == 2 * MOST_NUMBERED and "compression/layers/4/kept" not in numbers
     assert numbers["compression/layers/24/kept"] == 1.0 and numbers["compression/layers/24/error"] == 0.0
-
-
-def test_a_table_of_ten_thousand_layers_is_short_and_keeps_its_totals():
-    names = [f"layer{index}" for index in range(10_000)]
-    shapes = dict.fromkeys(names, (2, 2))
-    long = Allocation(dict.fromkeys(names), {}, shapes, cost=40_000, dense_cost=40_000, budget=40_000, keep_ratio=1.0)
-    lines = short_table(long).splitlines()
-    assert len(lines) == MOST_LINES + 1 and "9603 lines" in "\n".join(lines)
-    assert lines[0].startswith("layer") and "0 of 10000 layers factorized" in "\n".join(lines[-4:])
 
 
 def test_what_answers_to_every_name_takes_no_figures():

@@ -13,12 +13,13 @@ def allocation(*errors, dense=1):
 
 
 def test_metrics_of_a_compression():
-    metrics = compression_metrics(allocation(0.5, 0.1, dense=2), (30, 100), (200, 1000), seconds=1.5)
+    metrics = compression_metrics(allocation(0.5, 0.1, dense=2), (30, 100), (200, 1000), 1.5, {"milliseconds": 2.0})
     assert {name: float(value) for name, value in metrics.compute().items()} == {
         "compression/worst_error": 0.5,
         "compression/mean_error": pytest.approx(0.15),
         "compression/layers_factorized": 2.0,
         "compression/seconds": 1.5,
+        "compression/milliseconds": 2.0,
         "compression/kept_parameters": pytest.approx(0.3),
         "compression/kept_multiply_adds": pytest.approx(0.2),
     }
