@@ -19,7 +19,8 @@ from lr_callback.layers import FactorizedLayer, dense_bias, weight_of
 from lr_callback.layers.layer_types import build, dense_weight, layer_type
 from lr_callback.mathematics.folding import Geometry, unfold_decoder, unfold_encoder
 from lr_callback.mathematics.importance import Importance, checked_importance, weighted_fold
-from lr_callback.mathematics.spectrum import split, truncate
+from lr_callback.mathematics.spectrum import split
+from lr_callback.mathematics.truncation import truncate
 from lr_callback.mathematics.weighting import diagonal_blocks, weighted_truncate
 from lr_callback.model.find import find_layers
 

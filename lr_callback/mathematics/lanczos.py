@@ -27,7 +27,7 @@ class Lanczos:
 
     def __init__(self, size: int, limits: Tensor, like: Tensor, start: Tensor | None = None) -> None:
         blocks, columns = limits.shape
-        self.vectors = (_unit_vector(size).to(like) if start is None else start).expand(blocks, columns, size)
+        self.vectors = (unit_vector(size).to(like) if start is None else start).expand(blocks, columns, size)
         self._before = torch.zeros_like(self.vectors)
         self._limits, self._limited = limits, bool(limits.isfinite().any())
         self._pivots = self._highest = torch.full_like(limits, -torch.inf)
@@ -92,7 +92,7 @@ class Lanczos:
         self._beside = list(torch.stack(self._beside)[:, rows, columns])
 
 
-def _unit_vector(size: int) -> Tensor:
+def unit_vector(size: int) -> Tensor:
     """Return a random vector, always the same."""
     start = torch.randn(size, generator=torch.Generator().manual_seed(size), dtype=torch.float64)
     return torch.nn.functional.normalize(start, dim=0)

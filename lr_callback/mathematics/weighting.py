@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from lr_callback.common.parallel import Workers
-from lr_callback.mathematics.spectrum import Slicing, balanced, is_wide, slicings, split
+from lr_callback.mathematics.spectrum import Slicing, is_wide, slicings, split
+from lr_callback.mathematics.truncation import balanced, leading_vectors
 
 _FLOOR = 1e-12
 _TASK = 2**18  # numbers of a task: below this, handing it to a worker costs more than it saves
@@ -147,9 +148,9 @@ def project(matrix: Tensor, rank: int, moments: Tensor) -> tuple[Tensor, Tensor]
     double, moments = matrix.double(), moments.double()
     if is_wide(double):
         seen = double * moments if moments.dim() == 1 else double @ moments
-        left = torch.linalg.eigh(seen @ double.mT).eigenvectors.flip(-1)[:, :rank]
+        left = leading_vectors((seen @ double.mT)[None], rank)[0]
     else:
         seen = double * moments.sqrt() if moments.dim() == 1 else double @ _cholesky(moments[None])[0]
-        vectors = torch.linalg.eigh(seen.mT @ seen).eigenvectors.flip(-1)[:, :rank]
+        vectors = leading_vectors((seen.mT @ seen)[None], rank)[0]
         left = torch.linalg.qr(seen @ vectors).Q
     return balanced(left, left.mT @ double)
