@@ -157,7 +157,7 @@ def _rebuild(
     if crew is None:
         return made
     made.set_factors(*factors(dense_weight(layer), made.geometry(made), choice, crew, importance, shrinkage))
-    if not all(bool(torch.isfinite(factor).all()) for factor in made.factors):
+    if not bool(torch.stack([torch.isfinite(factor).all() for factor in made.factors]).all()):
         raise ValueError(
             f"{name}: the factors must be finite, found NaN or infinity in those of rank {choice.rank} in "
             f"{made.factors[0].dtype}. Exclude the layer, or train in a dtype of a larger range. Nothing was changed."

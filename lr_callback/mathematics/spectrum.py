@@ -198,7 +198,7 @@ def _to_singular(eigenvalues: Tensor) -> Tensor:
 
 
 def scaled_left_vectors(
-    slicing: Slicing, workers: Workers, scale: float = 1.0, dtype: torch.dtype = torch.float64
+    slicing: Slicing, workers: Workers, scale: float | Tensor = 1.0, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor]:
     """Return the left singular vectors of every slice, each as long as its singular value.
 

@@ -98,9 +98,9 @@ def _products(slices: Tensor, blocks: Tensor, workers: Workers) -> Tensor:
 def _cholesky(blocks: Tensor) -> Tensor:
     """Return ``L_i`` with ``L_i L_i^T = C_i``, of second moments ``(b, s, s)`` of any rank."""
     squares = blocks.diagonal(dim1=1, dim2=2)
-    floor = float(squares.mean()) * _FLOOR + torch.finfo(torch.float64).tiny
+    floor = squares.mean() * _FLOOR + torch.finfo(torch.float64).tiny
     for raised in (floor, floor * 1e3, floor * 1e6):
-        result = torch.linalg.cholesky_ex(blocks + torch.diag_embed(torch.full_like(squares, raised)))
+        result = torch.linalg.cholesky_ex(blocks + torch.diag_embed(raised.expand_as(squares)))
         root: Tensor = result.L
         if not bool(result.info.any()):
             return root
