@@ -2,15 +2,17 @@
 
     python benchmarks/peers.py --data DIR
 
-with torch-pruning and tltorch installed (a way whose package is missing is a row that says so). ``--networks`` and
-``--ratios`` measure a part; what was measured before of the others is kept. Without ``--data`` only networks with
+with torch-pruning and tltorch installed (a way whose package is missing is a row that says so). ``--networks``,
+``--ratios`` and ``--ways`` measure a part; what was measured before of the others is kept, each row with the day and
+the processor. A row is compared with the dense network of its own rounds. Without ``--data`` only networks with
 random weights are measured.
 
 Ways are those of ``ways.py``. All networks of a size are built first, and take turns then: the time of each is divided
 by that of the dense network in the same round, and what is kept is the median over the rounds, so that a busy machine
 disturbs all alike. Batches of 32 images on two threads, in eval mode and inference mode; convolutional networks have
 their channels last in memory. Bytes are those of the saved state dict. Seconds are from the dense network to the
-smaller one: to decide, to search and to build. Multiply-adds are what torch's flop counter counts of the network that
+smaller one: to measure, to decide, to search and to build. A budget in time, ``cost="latency"``, is the largest under
+which the multiply-adds are at most those asked. Multiply-adds are what torch's flop counter counts of the network that
 is built, halved: it does not count the products of queries, keys and values.
 
 ResNet18 and ViT-B/16 have random weights: the error is the distance of their outputs from the dense ones, relative to
@@ -35,7 +37,7 @@ from typing import Any
 import torch
 from accuracy import accuracy, images, laid_out
 from analysis import network, seconds
-from environment import RESULTS, keep, markdown
+from environment import RESULTS, environment, keep, markdown
 from networks import trained
 from torch import nn
 from ways import OURS, WAYS, WITH_DATA, Subject, multiply_adds
@@ -76,12 +78,12 @@ def untrained(name: str) -> nn.Module:
     return model
 
 
-def measured(of: Subject, ratio: float, data: CIFAR10Data | None, rounds: int) -> list[Row]:
+def measured(of: Subject, ratio: float, data: CIFAR10Data | None, rounds: int, ways: Sequence[str]) -> list[Row]:
     """Build a network in each way, let them take turns, and return a row for each; the first is the dense one."""
     models: dict[str, nn.Module] = {"dense": laid_out_model(of.make())}
     rows: dict[str, Row] = {"dense": {"seconds": 0.0, "left_dense": left_dense(models["dense"], of)}}
     total = multiply_adds(models["dense"], of)
-    for name in WAYS:
+    for name in ways:
         rows[name], model = built(name, of, ratio)
         if model is not None:
             models[name] = laid_out_model(model)
@@ -92,7 +94,15 @@ def measured(of: Subject, ratio: float, data: CIFAR10Data | None, rounds: int) -
         rows[name] |= {"bytes": size(model), "error": distance(model, models["dense"], of)}
         rows[name] |= {} if data is None else accuracies(deepcopy(model), data)
         print(of.name, ratio, name, rows[name], flush=True)
-    return [{"network": of.name, "ratio": ratio, "rounds": rounds, "way": name, **row} for name, row in rows.items()]
+    where = environment()
+    same = {
+        "network": of.name,
+        "ratio": ratio,
+        "rounds": rounds,
+        "date": where["date"],
+        "processor": where["processor"],
+    }
+    return [{**same, "way": name, **row} for name, row in rows.items()]
 
 
 def left_dense(model: nn.Module, of: Subject) -> float:
@@ -156,7 +166,7 @@ def accuracies(model: nn.Module, data: CIFAR10Data) -> Row:
 
 
 MEASURES = {
-    "milliseconds": ("faster", min, "{:.1f} ms", 0.05),
+    "speed_up": ("faster", max, "{:.2f} times", 0.05),
     "bytes": ("smaller on disk", min, "{:,} bytes", 0.0),
     "seconds": ("built sooner", min, "{:.1f} s", 0.2),
     "error": ("nearer to the dense outputs", min, "{:.3f}", 0.0),
@@ -215,7 +225,11 @@ def text(rows: Iterable[Row]) -> str:
     written = [
         "`of the reduction`: the speed-up, divided by how many times fewer the multiply-adds are; 1 is all of it. "
         "Tucker layers stand in place of convolutions with kernels above 1, except the first, and of Linear layers "
-        "outside attention, except the last. Only the callback's default sees training images; nothing is trained."
+        "outside attention, except the last. Only the callback's default sees training images; nothing is trained. "
+        "A speed-up is against the dense network in the same rounds; rows may be of different runs (`peers.json` has "
+        "the `date` and the `processor` of those of a part), so that "
+        "milliseconds of two rows do not compare as speed-ups do. The budget in time is the largest under which the "
+        "multiply-adds are at most those asked."
     ]
     for (name, ratio), part in parts.items():
         lines = wins(part)
@@ -234,11 +248,24 @@ def text(rows: Iterable[Row]) -> str:
     return "\n\n".join(written)
 
 
-def before(measured_now: Iterable[tuple[str, float]]) -> list[Row]:
-    """Return the rows of an earlier run that are not measured now."""
-    file, now = RESULTS / "peers.json", set(measured_now)
+def merged(known: Iterable[Row], new: Sequence[Row]) -> list[Row]:
+    """Return rows in order, the new ones in place of the same of before; a part of the ways leaves the dense one."""
+    listed, whole = {_key(row): row for row in known}, set(WAYS) <= {row["way"] for row in new}
+    listed |= {_key(row): row for row in new if whole or row["way"] != "dense" or _key(row) not in listed}
+    networks, ways = [*RANDOM, *TRAINED], ["dense", *WAYS]
+    order = sorted(listed, key=lambda key: (networks.index(key[0]), -key[1], ways.index(key[2])))
+    return [listed[key] for key in order]
+
+
+def _key(row: Row) -> tuple[str, float, str]:
+    return row["network"], row["ratio"], row["way"]
+
+
+def kept_rows() -> list[Row]:
+    """Return the rows of earlier runs."""
+    file = RESULTS / "peers.json"
     rows: list[Row] = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
-    return [row for row in rows if (row["network"], row["ratio"]) not in now]
+    return rows
 
 
 def main() -> None:
@@ -247,21 +274,19 @@ def main() -> None:
     parser.add_argument("--data", help="folder of CIFAR-10 and of the trained networks, cifar10_NAME.pt")
     parser.add_argument("--networks", nargs="+", choices=[*RANDOM, *TRAINED])
     parser.add_argument("--ratios", nargs="+", type=float, default=list(RATIOS))
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), metavar="WAY")
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
     torch.set_num_threads(THREADS)
     warnings.filterwarnings("ignore", category=UserWarning)  # the libraries' own, of what they were asked for
     networks = arguments.networks or [*RANDOM, *(TRAINED if arguments.data else ())]
     wanted = [(name, ratio) for name in networks for ratio in arguments.ratios]
-    rows = before(wanted)
     for name, ratio in wanted:
         data = images(arguments.data, CALIBRATION["batch_size"]) if name in TRAINED else None
-        rows += measured(subject(name, data), ratio, data, arguments.rounds)
-    order = [*RANDOM, *TRAINED]
-    rows.sort(key=lambda row: (order.index(row["network"]), -row["ratio"]))
-    command = "python benchmarks/peers.py --data DIR"
-    title = "Against what a user would pick instead"
-    keep("peers", title, command, {"calibration": CALIBRATION, "rows": rows}, text(rows))
+        new = measured(subject(name, data), ratio, data, arguments.rounds, arguments.ways)
+        rows = merged(kept_rows(), new)
+        command, title = "python benchmarks/peers.py --data DIR", "Against what a user would pick instead"
+        keep("peers", title, command, {"calibration": CALIBRATION, "rows": rows}, text(rows))
 
 
 if __name__ == "__main__":

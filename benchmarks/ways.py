@@ -17,13 +17,16 @@ from math import lcm
 from types import ModuleType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, channels_last, nn
 from torchvision.models import VisionTransformer
 
 import lr_callback as lrc
+from lr_callback.analysis.analyze import analyze, survey
 from lr_callback.commands.study.pruning import kept_layers
+from lr_callback.decisions.candidates import LayerCandidates
 from lr_callback.decisions.methods.alds import best_method
 from lr_callback.model.observe import observe
+from lr_callback.model.pricing import Prices
 
 STEPS = 10
 """Halvings of a knob's range."""
@@ -67,6 +70,31 @@ def low_rank(model: nn.Module, subject: Subject, ratio: float, method: lrc.Metho
     allocation = lrc.allocate(model, ratio, method=method, cost="multiply_adds", example_input=subject.example)
     lrc.factorize_(model, allocation)
     return model
+
+
+def timed(model: nn.Module, subject: Subject, ratio: float) -> nn.Module:
+    """Choose ranks under a budget in time, the largest under which the multiply-adds are at most those asked.
+
+    Times are measured on the batch, layer by layer, in the memory format that the network is compared in.
+    """
+    model, method = model.to(memory_format=channels_last), lrc.ALDS(max_slices=1)
+    seen = observe(model, subject.batch, method)
+    found = analyze(model, method, prices=Prices("latency", seen))
+    counted = survey(model, method, prices=Prices("multiply_adds", seen))
+
+    def size(dropped: float) -> float:
+        chosen = found.allocate(1 - dropped).factorized
+        saved = (counted.layers[name].dense_cost - _cost(counted.layers[name], one) for name, one in chosen.items())
+        return (counted.dense_cost - sum(saved)) / (ratio * counted.dense_cost)
+
+    _, dropped = bracket(size, min(STRONGEST, 1 - found.reachable[0]))
+    lrc.factorize_(model, found.allocate(1 - dropped))
+    return model
+
+
+def _cost(layer: LayerCandidates, choice: lrc.Factorization) -> int:
+    key = choice.folding, choice.num_slices
+    return next(one.cost(choice.rank) for one in layer.candidates if (one.folding, one.num_slices) == key)
 
 
 def refitted(model: nn.Module, subject: Subject, ratio: float) -> nn.Module:
@@ -229,12 +257,16 @@ def imported(name: str, packages: str) -> ModuleType:
 
 
 OURS = "lr_callback"
+IN_TIME = f'{OURS}, one slice, `cost="latency"`'
+"""The one way whose budget is in time; the multiply-adds that come of it are at most those asked."""
+
 WITH_DATA = f"{OURS}, the callback's default, refitted"
 """The one way that sees training images."""
 
 WAYS: Mapping[str, Way] = {
     f"{OURS}, `ALDS()`": partial(low_rank, method=lrc.ALDS()),
     f"{OURS}, one slice, ranks of 16": partial(low_rank, method=lrc.ALDS(max_slices=1, rank_multiple=16)),
+    IN_TIME: timed,
     WITH_DATA: refitted,
     "plain SVD, one fraction": partial(low_rank, method=lrc.UniformRank()),
     "torch-pruning": pruned,

@@ -19,7 +19,8 @@ from lr_callback.layers import FactorizedLayer, dense_bias, weight_of
 from lr_callback.layers.layer_types import build, dense_weight, layer_type
 from lr_callback.mathematics.folding import Geometry, unfold_decoder, unfold_encoder
 from lr_callback.mathematics.importance import Importance, checked_importance, weighted_fold
-from lr_callback.mathematics.spectrum import split, truncate
+from lr_callback.mathematics.spectrum import split
+from lr_callback.mathematics.truncation import truncate
 from lr_callback.mathematics.weighting import diagonal_blocks, weighted_truncate
 from lr_callback.model.find import find_layers
 from lr_callback.units.latency import Progress
@@ -160,7 +161,7 @@ def _rebuild(
     if crew is None:
         return made
     made.set_factors(*factors(dense_weight(layer), made.geometry(made), choice, crew, importance, shrinkage))
-    if not all(bool(torch.isfinite(factor).all()) for factor in made.factors):
+    if not bool(torch.stack([torch.isfinite(factor).all() for factor in made.factors]).all()):
         raise ValueError(
             f"{name}: the factors must be finite, found NaN or infinity in those of rank {choice.rank} in "
             f"{made.factors[0].dtype}. Exclude the layer, or train in a dtype of a larger range. Nothing was changed."

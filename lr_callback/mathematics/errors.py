@@ -53,7 +53,7 @@ def operator_error(slicing: Slicing, limit: Tensor, workers: Workers) -> Tensor:
         return slice_error(slicing, limit, workers)
     dtype = torch.float64 if slicing.slices.dtype == torch.float64 else torch.float32
     # Squares of weights of any size must fit the working precision: scale by the longest row or column.
-    scale = float(slicing.gram.diagonal(dim1=-2, dim2=-1).amax().sqrt())
+    scale = slicing.gram.diagonal(dim1=-2, dim2=-1).amax().sqrt()
     vectors, values = scaled_left_vectors(slicing, workers, scale, dtype)
     blocks = torch.split(vectors, slicing.num_slices)
     residual = torch.stack([residual_norms(block, len(limit) - 1, workers, limit / scale) for block in blocks])
@@ -129,13 +129,16 @@ def relative_errors(
         made = weighted_slicings(matrix, moments, counts, workers)
     for slicing in made:
         count = slicing.num_slices
-        limit = torch.full((last.get(count, 0) + 1,), torch.inf, dtype=torch.float64)
+        limit = torch.full((last.get(count, 0) + 1,), torch.inf, dtype=torch.float64, device=matrix.device)
         if prices is not None and count in prices:
-            limit = _best_so_far(absolute, prices, prices[count] * torch.arange(len(limit)))
-        absolute[count] = measure(slicing, limit, workers).cpu()
+            limit = _best_so_far(absolute, prices, prices[count] * _ranks(limit))
+        absolute[count] = measure(slicing, limit, workers)
         del slicing  # what it holds must not be there when the next one is made
-    norm = absolute[1][0] if float(absolute[1][0]) > 0 else torch.ones_like(absolute[1][0])
-    return {count: absolute[count] / norm for count in last}
+    norm = torch.where(absolute[1][0] > 0, absolute[1][0], 1.0)
+    # What is on another device is computed there to the end, and comes over at once.
+    relative = (torch.cat([absolute[count] for count in last]) / norm).cpu()
+    parts = torch.split(relative, [len(absolute[count]) for count in last])
+    return {count: part.clone() for count, part in zip(last, parts, strict=True)}
 
 
 def _triangle(matrix: Tensor) -> Tensor:
@@ -147,11 +150,15 @@ def _best_so_far(absolute: Mapping[int, Tensor], prices: Mapping[int, int], cost
     """Return the smallest error already computed at each of the costs, or below it; infinity if there is none."""
     known = [count for count in absolute if count in prices]
     if not known:
-        return torch.full(costs.shape, torch.inf, dtype=torch.float64)
-    paid, order = torch.cat([prices[count] * torch.arange(len(absolute[count])) for count in known]).sort(stable=True)
+        return torch.full(costs.shape, torch.inf, dtype=torch.float64, device=costs.device)
+    paid, order = torch.cat([prices[count] * _ranks(absolute[count]) for count in known]).sort(stable=True)
     best = torch.cat([absolute[count] for count in known])[order].cummin(0).values
     # Keeping nothing is the same whatever the number of slices.
     return torch.where(costs > 0, best[torch.searchsorted(paid, costs, right=True) - 1], 0.0)
+
+
+def _ranks(like: Tensor) -> Tensor:
+    return torch.arange(len(like), device=like.device)
 
 
 def find_measure(error: str) -> Measure:

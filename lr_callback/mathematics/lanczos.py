@@ -27,9 +27,9 @@ class Lanczos:
 
     def __init__(self, size: int, limits: Tensor, like: Tensor, start: Tensor | None = None) -> None:
         blocks, columns = limits.shape
-        self.vectors = (_unit_vector(size).to(like) if start is None else start).expand(blocks, columns, size)
+        self.vectors = (unit_vector(size).to(like) if start is None else start).expand(blocks, columns, size)
         self._before = torch.zeros_like(self.vectors)
-        self._limits, self._limited = limits, bool(limits.isfinite().any())
+        self._limits = limits
         self._pivots = self._highest = torch.full_like(limits, -torch.inf)
         self._scale = torch.zeros_like(self.vectors[..., 0])
         self._diagonal: list[Tensor] = []
@@ -51,9 +51,8 @@ class Lanczos:
         images.addcmul_(self.vectors, diagonal.unsqueeze(-1), value=-1)
         images.addcmul_(self._before, beside.unsqueeze(-1), value=-1)
         norms = torch.linalg.vector_norm(images, dim=-1)
-        if self._limited:
-            self._pivots = torch.addcdiv(diagonal - self._limits, beside.square(), self._pivots, value=-1)
-            self._highest = torch.maximum(self._highest, self._pivots)
+        self._pivots = torch.addcdiv(diagonal - self._limits, beside.square(), self._pivots, value=-1)
+        self._highest = torch.maximum(self._highest, self._pivots)
         self._scale = torch.maximum(self._scale, diagonal)
         # An invariant subspace ends a column: zero vectors add zeros to its tridiagonal matrix, which is harmless.
         alive = norms > self._scale * torch.finfo(images.dtype).eps
@@ -62,8 +61,8 @@ class Lanczos:
         self._diagonal.append(diagonal)
         self._beside.append(torch.where(alive, norms, 0.0))
 
-    def largest(self, chosen: Tensor) -> Tensor:
-        """Return the largest Ritz value, float64, of the columns chosen by a mask ``(blocks, columns)``."""
+    def largest(self, chosen: Tensor | tuple[Tensor, ...]) -> Tensor:
+        """Return the largest Ritz value, float64, of columns chosen by a mask ``(blocks, columns)``, or its indices."""
         diagonal, beside = torch.stack(self._diagonal, -1)[chosen], torch.stack(self._beside[1:], -1)[chosen]
         values: Tensor = torch.linalg.eigvalsh(_tridiagonal(diagonal, beside))
         return values[:, -1]
@@ -92,7 +91,7 @@ class Lanczos:
         self._beside = list(torch.stack(self._beside)[:, rows, columns])
 
 
-def _unit_vector(size: int) -> Tensor:
+def unit_vector(size: int) -> Tensor:
     """Return a random vector, always the same."""
     start = torch.randn(size, generator=torch.Generator().manual_seed(size), dtype=torch.float64)
     return torch.nn.functional.normalize(start, dim=0)

@@ -58,7 +58,8 @@ def residual_norms(scaled: Tensor, last: int, workers: Workers, limit: Tensor | 
     if columns == 1 and by_rank.shape[-1] > _SCREENED:
         useless = screen(by_rank, useless, workers)
     blocks = [max(solved - first, columns) - columns for first in range(0, solved, columns)]
-    ends = [first + columns - 1 for first in blocks[::-1] if useless[first : first + columns].any()]
+    wanted = (useless > 0).tolist()
+    ends = [first + columns - 1 for first in blocks[::-1] if any(wanted[first : first + columns])]
     for ranks, values in _over_tails(by_rank, ends, workers, partial(_solve, by_rank, useless, columns)):
         squared[ranks] = torch.minimum(squared[ranks], values)  # the first two blocks may overlap
     norms = _never_rising(squared).clamp(min=0).sqrt()
@@ -139,15 +140,15 @@ def _solve(by_rank: Tensor, useless: Tensor, columns: int, task: tuple[list[int]
     going = chunk.useless > 0
     if shared.shape[-1] > _SMALL:
         going = _Iteration(chunk, found).run(going)
-    if going.any():
-        found[going] = _dense(chunk, going)
+    chosen = going.nonzero(as_tuple=True)
+    if len(chosen[0]):
+        found[chosen] = _dense(chunk, *chosen)
     return ranks, torch.where(found < chunk.useless, found, torch.inf)
 
 
-def _dense(chunk: _Chunk, chosen: Tensor) -> Tensor:
+def _dense(chunk: _Chunk, blocks: Tensor, columns: Tensor) -> Tensor:
     """Return the largest eigenvalues of some ranks of a chunk, by dense decompositions."""
-    blocks, columns = chosen.nonzero(as_tuple=True)
-    each = chunk.rows.view(len(chosen), -1, chunk.num_slices, chunk.rows.shape[-1]).double()
+    each = chunk.rows.view(len(chunk.shared), -1, chunk.num_slices, chunk.rows.shape[-1]).double()
     own = torch.nn.functional.pad((each.mT @ each).flip(1).cumsum(1).flip(1), (0, 0, 0, 0, 0, 1))
     values: Tensor = torch.linalg.eigvalsh(chunk.shared[blocks].double() + own[blocks, columns])
     return values[:, -1]
@@ -171,17 +172,17 @@ class _Iteration:
     def run(self, going: Tensor) -> Tensor:
         """Advance the ranks of a mask ``(blocks, columns)`` until none is left; return which could not be settled."""
         shape, lanczos = going.shape, self._lanczos
-        going = self._drop(going)
-        while going.any() and lanczos.steps < _MOST_STEPS:
+        going, width = self._drop(going)
+        while width and lanczos.steps < _MOST_STEPS:
             mask = self._mask()
             for _ in range(_STRIDE):
                 lanczos.advance(self._images(mask))
             going = going & ~lanczos.over
-            if lanczos.steps >= _FIRST and lanczos.steps % _STEPS == 0 and going.any():
+            if lanczos.steps >= _FIRST and lanczos.steps % _STEPS == 0:
                 going = going & ~self._look(going)
-            going = self._drop(going)
+            going, width = self._drop(going)
         pending = torch.zeros(len(self._found), dtype=torch.bool, device=going.device)
-        pending[self._places[going]] = True
+        pending[self._places] = going
         return pending.view(shape)
 
     def _images(self, mask: Tensor) -> Tensor:
@@ -201,21 +202,26 @@ class _Iteration:
 
     def _look(self, going: Tensor) -> Tensor:
         """Return which of the ranks that are going on have settled, and note the values."""
-        places, values = self._places[going], self._lanczos.largest(going)
+        chosen = going.nonzero(as_tuple=True)
+        places, values = self._places[chosen], self._lanczos.largest(chosen)
         settled = values - self._values[places] <= 8 * torch.finfo(self._rows.dtype).eps * values
         self._values[places] = values
-        self._found[places[settled]] = values[settled]
-        return torch.zeros_like(going).masked_scatter(going, settled)
+        self._found[places] = torch.where(settled, values, self._found[places])
+        return torch.zeros_like(going).index_put(chosen, settled)
 
-    def _drop(self, going: Tensor) -> Tensor:
-        """Let what is not going on go, once that makes the products half as large."""
-        counts = going.sum(1)
-        blocks, width = counts.nonzero().flatten(), int(counts.max())
-        if 2 * len(blocks) * width > going.numel() or not width:
-            return going
+    def _drop(self, going: Tensor) -> tuple[Tensor, int]:
+        """Let what is not going on go, once that makes the products half as large.
+
+        Returns what goes on, and how many of a block do at most: what the host must know, in one transfer.
+        """
+        counts = going.sum(1).tolist()
+        left, width = [block for block, count in enumerate(counts) if count], max(counts)
+        if 2 * len(left) * width > going.numel() or not width:
+            return going, width
+        blocks = torch.tensor(left, device=going.device)
         columns = (~going[blocks]).to(torch.uint8).argsort(dim=1, stable=True)[:, :width]
         self._lanczos.keep(blocks, columns)
         self._places = self._places[blocks].gather(1, columns)
         if len(blocks) < len(going):
             self._rows, self._shared = self._rows[blocks], self._shared[blocks]
-        return going[blocks].gather(1, columns)
+        return going[blocks].gather(1, columns), width

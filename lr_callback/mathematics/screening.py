@@ -31,9 +31,8 @@ def screen(by_rank: Tensor, useless: Tensor, workers: Workers) -> Tensor:
         workers: where the products are computed.
     """
     rows, num_slices = by_rank.flatten(0, 1), by_rank.shape[1]
-    left, starts = useless, None
+    left, starts, going = useless, None, useless.nonzero().flatten()
     for _ in range(_ROUNDS):
-        going = (left > 0).nonzero().flatten()
         if not len(going):
             break
         halves = _spread(going).chunk(2)  # whatever the number of workers: fixed parts have fixed bits
@@ -43,7 +42,8 @@ def screen(by_rank: Tensor, useless: Tensor, workers: Workers) -> Tensor:
         # Products in working precision: a bound must be above its limit by more than their rounding.
         left = torch.where(bounds * (1 - 32 * torch.finfo(rows.dtype).eps) >= left, 0.0, left)
         starts = vectors[best]
-        if int((left > 0).sum()) > _WORTH * len(going):
+        before, going = going, left.nonzero().flatten()
+        if len(going) > _WORTH * len(before):
             break
     return left
 

@@ -1,4 +1,4 @@
-"""Spectra: the singular values of every slicing of a layer, and the factors of one slicing.
+"""Spectra: the singular values of every slicing of a layer, and the singular vectors of one slicing.
 
 Singular values are roots of the eigenvalues of Gram matrices in float64, on the smaller side of each slice. That is
 several times cheaper than an SVD and resolves about 1e-7 of the largest value, far below any error worth choosing.
@@ -20,6 +20,7 @@ from lr_callback.common.parallel import Workers
 _EPSILON = torch.finfo(torch.float64).eps
 _LARGE = 2**19  # elements of a Gram matrix that is decomposed alone
 _PARTS = 4  # of the rows of a Gram matrix, each computed up to its last column only
+_WHOLE = 64  # up to this side a Gram matrix is computed in one part: smaller products take longer than they save
 _TASK = 2**18  # elements of a task: below this, handing it to a worker costs more than it saves
 _BLOCK = 2**17  # elements that a worker converts to float64 at a time: as fast as more, and takes less memory
 
@@ -92,11 +93,11 @@ def slicings(
 def _derived(matrix: Tensor, order: Sequence[int], have: int, workers: Workers) -> Iterator[Slicing]:
     """Yield slicings in an order, all wide or all tall; ``have`` is the one that the others derive from, if they do."""
     groups = matrix.shape[0] if matrix.dim() == 3 else 1
-    base = _gram(split(matrix, have), workers) if order else matrix
+    base = gram_matrices(split(matrix, have), workers) if order else matrix
     for index, count in enumerate(order):
         slices = split(matrix, count)
         gram = base if count == have else _derive(base, groups * count)
-        gram = _gram(slices, workers) if gram is None else gram
+        gram = gram_matrices(slices, workers) if gram is None else gram
         if _serves(count, have, order[index + 1 :], finer=not is_wide(slices)):
             # The others derive from this one: no more than two sets are ever there.
             base, have = gram, count
@@ -125,7 +126,7 @@ def _derive(base: Tensor, count: int) -> Tensor | None:
     return None
 
 
-def _gram(slices: Tensor, workers: Workers) -> Tensor:
+def gram_matrices(slices: Tensor, workers: Workers) -> Tensor:
     """Multiply each slice ``(rows, columns)`` with its transpose, on the smaller side, in float64; the lower half."""
     oriented = slices if is_wide(slices) else slices.mT
     count, side = oriented.shape[:2]
@@ -136,9 +137,10 @@ def _gram(slices: Tensor, workers: Workers) -> Tensor:
         _add_products(total[part, rows, : rows.stop], oriented[part], rows)
 
     # Parts of the rows, whatever the number of workers: fixed parts have fixed bits. The largest come first.
-    edges = [side * part // _PARTS for part in range(_PARTS, -1, -1)]
+    parts = 1 if side <= _WHOLE else _PARTS
+    edges = [side * part // parts for part in range(parts, -1, -1)]
     rows = [slice(start, stop) for stop, start in itertools.pairwise(edges)]
-    workers.map(task, [(part, some) for part in _ranges(oriented) for some in rows])
+    workers.map(task, [(part, some) for part in task_ranges(oriented) for some in rows])
     return total
 
 
@@ -160,7 +162,7 @@ def _decompose(
     workers.map(one_after_the_other, [parts[lane::lanes] for lane in range(lanes)])
 
 
-def _ranges(matrices: Tensor) -> list[slice]:
+def task_ranges(matrices: Tensor) -> list[slice]:
     """Split a batch of matrices ``(k, n, m)`` along ``k`` into tasks of a worthwhile size."""
     size = max(1, _TASK // max(1, matrices.shape[-2] * matrices.shape[-1]))
     return [slice(start, start + size) for start in range(0, matrices.shape[0], size)]
@@ -184,7 +186,7 @@ def singular_values(gram: Tensor, workers: Workers) -> Tensor:
     def task(part: slice) -> None:
         eigenvalues[part] = torch.linalg.eigvalsh(gram[part])
 
-    _decompose(task, gram, _ranges(gram), 1, workers)
+    _decompose(task, gram, task_ranges(gram), 1, workers)
     return _to_singular(eigenvalues)
 
 
@@ -196,7 +198,7 @@ def _to_singular(eigenvalues: Tensor) -> Tensor:
 
 
 def scaled_left_vectors(
-    slicing: Slicing, workers: Workers, scale: float = 1.0, dtype: torch.dtype = torch.float64
+    slicing: Slicing, workers: Workers, scale: float | Tensor = 1.0, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor]:
     """Return the left singular vectors of every slice, each as long as its singular value.
 
@@ -220,7 +222,7 @@ def scaled_left_vectors(
         torch.mul(made, 1 / scale, out=vectors[part])
 
     larger = slicing.slices if slicing.gram[0].numel() < slicing.slices[0].numel() else slicing.gram
-    _decompose(task, slicing.gram, _ranges(larger), 4, workers)
+    _decompose(task, slicing.gram, task_ranges(larger), 4, workers)
     return vectors, values
 
 
@@ -232,53 +234,3 @@ def _scaled(gram: Tensor, slices: Tensor, dtype: torch.dtype) -> tuple[Tensor, T
     if is_wide(slices):
         return rows.mul_(values.unsqueeze(-1)), values
     return torch.bmm(rows.to(dtype), slices.mT.to(dtype)), values
-
-
-def truncate(slices: Tensor, rank: int, workers: Workers) -> tuple[Tensor, Tensor]:
-    """Return balanced factors of the best rank-``rank`` approximation of each slice.
-
-    Args:
-        slices: ``(k, rows, columns)``.
-        rank: ``j``, 1 to the smaller side.
-        workers: where the decompositions are computed.
-
-    Returns:
-        Left factors ``(k, rows, j)``, ``U sqrt(S)``, and right factors ``(k, j, columns)``, ``sqrt(S) V``, float64.
-
-    Source: Eckart, Young (1936), Mirsky (1960); arXiv 2107.11442, section 2.1.
-
-    Example::
-
-        >>> import torch
-        >>> from lr_callback.common.parallel import workers
-        >>> slices = torch.eye(4).repeat(2, 1, 1)
-        >>> with workers() as crew:
-        ...     left, right = truncate(slices, 4, crew)
-        >>> torch.allclose(left @ right, slices.double())
-        True
-    """
-    tall = not is_wide(slices)
-    oriented = slices.mT if tall else slices
-    parts = workers.map(lambda part: _truncate_wide(oriented[part], rank), _ranges(oriented))
-    left = torch.cat([part[0] for part in parts])
-    right = torch.cat([part[1] for part in parts])
-    return (right.mT, left.mT) if tall else (left, right)
-
-
-def _truncate_wide(slices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Project wide slices on their leading left singular vectors, and share the scale between both factors."""
-    double = slices.double()
-    _, vectors = torch.linalg.eigh(double @ double.mT)
-    left = vectors.flip(-1)[..., :rank]
-    return balanced(left, left.mT @ double)
-
-
-def balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Share the scale of ``right`` ``(..., j, columns)`` row by row with the columns of ``left`` ``(..., rows, j)``."""
-    norms = right.norm(dim=-1)
-    largest = norms.amax(dim=-1, keepdim=True)
-    # A singular value of zero leaves its unit vector on the left: with both factors zero it could never train.
-    empty = norms <= largest * (_EPSILON * right.shape[-1])
-    root = torch.where(empty, 1.0, norms).sqrt()
-    right = torch.where(empty.unsqueeze(-1), 0.0, right / root.unsqueeze(-1))
-    return left * root.unsqueeze(-2), right

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from lr_callback.common.parallel import Workers
-from lr_callback.mathematics.spectrum import Slicing, balanced, is_wide, slicings, split
+from lr_callback.mathematics.spectrum import Slicing, is_wide, slicings, split
+from lr_callback.mathematics.truncation import balanced, leading_vectors
 
 _FLOOR = 1e-12
 _TASK = 2**18  # numbers of a task: below this, handing it to a worker costs more than it saves
@@ -97,9 +98,9 @@ def _products(slices: Tensor, blocks: Tensor, workers: Workers) -> Tensor:
 def _cholesky(blocks: Tensor) -> Tensor:
     """Return ``L_i`` with ``L_i L_i^T = C_i``, of second moments ``(b, s, s)`` of any rank."""
     squares = blocks.diagonal(dim1=1, dim2=2)
-    floor = float(squares.mean()) * _FLOOR + torch.finfo(torch.float64).tiny
+    floor = squares.mean() * _FLOOR + torch.finfo(torch.float64).tiny
     for raised in (floor, floor * 1e3, floor * 1e6):
-        result = torch.linalg.cholesky_ex(blocks + torch.diag_embed(torch.full_like(squares, raised)))
+        result = torch.linalg.cholesky_ex(blocks + torch.diag_embed(raised.expand_as(squares)))
         root: Tensor = result.L
         if not bool(result.info.any()):
             return root
@@ -147,9 +148,9 @@ def project(matrix: Tensor, rank: int, moments: Tensor) -> tuple[Tensor, Tensor]
     double, moments = matrix.double(), moments.double()
     if is_wide(double):
         seen = double * moments if moments.dim() == 1 else double @ moments
-        left = torch.linalg.eigh(seen @ double.mT).eigenvectors.flip(-1)[:, :rank]
+        left = leading_vectors((seen @ double.mT)[None], rank)[0]
     else:
         seen = double * moments.sqrt() if moments.dim() == 1 else double @ _cholesky(moments[None])[0]
-        vectors = torch.linalg.eigh(seen.mT @ seen).eigenvectors.flip(-1)[:, :rank]
+        vectors = leading_vectors((seen.mT @ seen)[None], rank)[0]
         left = torch.linalg.qr(seen @ vectors).Q
     return balanced(left, left.mT @ double)

@@ -20,7 +20,7 @@ from lr_callback.decisions.methods import cost_of
 from lr_callback.layers.layer_types import build
 from lr_callback.mathematics.errors import ERRORS
 from lr_callback.mathematics.folding import FOLDINGS, Geometry, fold, slice_counts, unfold_decoder, unfold_encoder
-from lr_callback.mathematics.spectrum import truncate
+from lr_callback.mathematics.truncation import truncate
 
 METHODS = [
     lrc.ALDS,

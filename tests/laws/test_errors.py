@@ -18,7 +18,7 @@ from lr_callback.mathematics.folding import (
     unfold_decoder,
     unfold_encoder,
 )
-from lr_callback.mathematics.spectrum import truncate
+from lr_callback.mathematics.truncation import truncate
 
 RESOLUTION = 1e-6  # a root of an eigenvalue in float64 resolves about 1e-7 of the largest
 

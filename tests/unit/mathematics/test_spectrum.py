@@ -1,4 +1,4 @@
-"""Spectra and factors against torch.linalg.svd in float64 of each slice."""
+"""Spectra against torch.linalg.svd in float64 of each slice."""
 
 import pytest
 import torch
@@ -11,7 +11,6 @@ from lr_callback.mathematics.spectrum import (
     singular_values,
     slicings,
     split,
-    truncate,
 )
 
 SHAPES = [(1, 1), (1, 12), (12, 1), (8, 12), (12, 8), (7, 13), (40, 12), (10, 48), (6, 36), (48, 48)]
@@ -112,47 +111,3 @@ def test_scaled_left_vectors_rebuild_every_slice_at_every_rank(shape, crew):
         for rank in {0, 1, slicing.full_rank // 2, slicing.full_rank - 1}:
             rest, expected = scaled[:, rank:], left[..., rank:] * values[:, None, rank:]
             torch.testing.assert_close(rest.mT @ rest, expected @ expected.mT, rtol=1e-8, atol=1e-8)
-
-
-@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 4, 9), (3, 9, 4), (2, 6, 6), (12, 5, 1), (1, 300, 1200)], ids=str)
-@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-def test_truncation_leaves_exactly_what_the_svd_leaves(share, shape, crew):
-    slices = draw(*shape)
-    full = min(shape[1:])
-    rank = max(1, round(share * full))
-    left, right = truncate(slices, rank, crew)
-    assert left.shape == (shape[0], shape[1], rank) and right.shape == (shape[0], rank, shape[2])
-    values = torch.linalg.svdvals(slices)
-    residual = slices - left @ right
-    largest = torch.nn.functional.pad(values, (0, 1))[:, rank]
-    torch.testing.assert_close(torch.linalg.matrix_norm(residual, 2), largest, rtol=1e-9, atol=1e-10)
-    tail = values[:, rank:].square().sum(-1).sqrt()
-    torch.testing.assert_close(torch.linalg.matrix_norm(residual), tail, rtol=1e-9, atol=1e-10)
-
-
-@pytest.mark.parametrize("shape", [(3, 4, 9), (3, 9, 4), (2, 6, 6)], ids=str)
-def test_the_scale_is_shared_evenly_between_both_factors(shape, crew):
-    slices = draw(*shape)
-    left, right = truncate(slices, 3, crew)
-    values = torch.diag_embed(torch.linalg.svdvals(slices)[:, :3])
-    torch.testing.assert_close(left.mT @ left, values)
-    torch.testing.assert_close(right @ right.mT, values)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_factors_are_float64_whatever_the_weight_is(dtype, crew):
-    slices = draw(2, 4, 6).to(dtype)
-    left, right = truncate(slices, 4, crew)
-    assert (left.dtype, right.dtype) == (torch.float64, torch.float64)
-    torch.testing.assert_close(left @ right, slices.double(), rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("shape", [(2, 5, 8), (2, 8, 5)], ids=str)
-def test_a_deficient_slice_is_rebuilt_at_full_rank_with_a_factor_that_can_still_train(shape, crew):
-    slices = deficient(*shape, rank=2)
-    slices[1] = 0
-    left, right = truncate(slices, 5, crew)
-    torch.testing.assert_close(left @ right, slices, rtol=1e-10, atol=1e-10)
-    # A product of two zeros has no gradient: for each rank one of the two factors must not vanish.
-    assert (torch.maximum(left.norm(dim=-2), right.norm(dim=-1)) > 1e-6).all()
-    assert left.isfinite().all() and right.isfinite().all()
