@@ -23,7 +23,7 @@ import torch
 from lr_callback.common.written import is_number
 from lr_callback.units.latency.timing import Timing
 
-VERSION = 1
+VERSION = 2
 STEADY = 0.25
 """Spread of runs up to which their time is kept."""
 _VARIABLE = "LR_CALLBACK_CACHE"

@@ -1,7 +1,9 @@
 """Measure: the times of all layers of a model, and of what is not in them.
 
 Layers are measured one by one, each with the inputs that it has in a run of the model, in eval mode; the whole model in
-the same way. What the whole takes beyond its layers is the rest, which no factorization changes.
+the same way. What the whole takes beyond its layers is the rest, which no factorization changes. Layers and model have
+their memory from what was freed before: what the system takes to give it anew is not a share of a layer's time, which
+is smaller where the layer is, and comes and goes with what else a process has done.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from lr_callback.units.latency.bench import Bench, form_of
 from lr_callback.units.latency.curves import Curve, Key, LayerTimes, measured_curve
 from lr_callback.units.latency.files import Times, device_facts
 from lr_callback.units.latency.inputs import LayerInput
+from lr_callback.units.latency.memory import reused_memory, room_for
 from lr_callback.units.latency.timing import Stopwatch, Timing, of_runs, timed
 
 SPREAD_SAID, SPREAD_REFUSED = 0.15, 2.0
@@ -106,8 +109,9 @@ def measure(
     """
     bench = Bench(any_weight(next(iter(layers.values()))).device)
     found: dict[str, LayerTimes] = {}
+    room = room_for(call for calls in inputs.values() for call in calls)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), reused_memory(room, bench.device):
             for done, (name, layer) in enumerate(layers.items()):
                 if progress is not None:
                     progress(done, len(layers), name)

@@ -69,15 +69,15 @@ def test_a_file_of_another_device_is_refused():
 @pytest.mark.parametrize(
     "text",
     [
-        '{"version": 1, "device": {}, "times": {"layer": {"dense": [5, Infinity]}}}',
-        '{"version": 1, "device": {}, "times": {"layer": {"dense": [1' + 400 * "0" + ", 0.1]}}}",
+        '{"version": 2, "device": {}, "times": {"layer": {"dense": [5, Infinity]}}}',
+        '{"version": 2, "device": {}, "times": {"layer": {"dense": [1' + 400 * "0" + ", 0.1]}}}",
         "[" * 100_000,
         "{",
         "[]",
         '{"version": 99, "device": {}, "times": {}}',
-        '{"version": 1, "device": {}, "times": {"layer": {"dense": [0, 0.1]}}}',
-        '{"version": 1, "device": {}, "times": {"layer": {"dense": [5]}}}',
-        '{"version": 1, "device": {}, "times": {"layer": 3}}',
+        '{"version": 2, "device": {}, "times": {"layer": {"dense": [0, 0.1]}}}',
+        '{"version": 2, "device": {}, "times": {"layer": {"dense": [5]}}}',
+        '{"version": 2, "device": {}, "times": {"layer": 3}}',
     ],
 )
 def test_a_damaged_file_is_told_of_and_written_anew(text):
