@@ -13,12 +13,18 @@ under one in time, ``cost="latency"``, for which the share of the dense time tha
 that was measured. ``at best`` is what the first could be if the time of the layers fell as their multiply-adds do and
 the rest, which no factorization changes, stayed: the share of the rest is that of the eager run. ViT is timm's, whose
 attention is made of Linear layers.
+
+glibc gives large blocks back to the system when they are freed, or does not, by what else the process has freed before:
+the same network then takes more or less time from one moment to the next. The program starts itself with the settings
+that let it keep them, which ``docs/SPEED.md`` recommends.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from statistics import median
@@ -41,6 +47,9 @@ from lr_callback.units.latency import Stopwatch
 NETWORKS = ("resnet18", "resnet50", "vgg16", "vit_base_patch16_224")
 RATIOS = (0.5, 0.3, 0.2)
 BATCH, THREADS, SEED = 32, 2, 0
+
+KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+"""Environment in which glibc keeps what is freed."""
 
 Row = dict[str, Any]
 
@@ -185,6 +194,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--counted-only", action="store_true", help="leave out the budget in time")
     chosen = parser.parse_args()
+    if not KEEP.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP})
     torch.set_num_threads(THREADS)
     torch._inductor.config.freezing = True
     file = RESULTS / "speed.json"

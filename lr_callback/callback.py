@@ -64,9 +64,9 @@ class LowRankCompression(Checkpointed):
         method: how to choose ranks; None: ``ALDS("activation", "loss", power=4, shrinkage=0.5)``, which weighs errors
             by what comes into the layers and what they do to the outputs; where that cannot be measured ``ALDS()``,
             with a warning.
-        cost: ``parameters``, ``bytes`` of the state dict's tensors, ``multiply_adds`` or ``latency`` as of the first
-            training batch (for epoch 0 of the ``example_input_array``); or your own: a function, or the path to import
-            one by, that says what any module costs (:mod:`lr_callback.units.own_cost`).
+        cost: ``parameters``, ``bytes`` of the state dict's tensors, ``multiply_adds`` or ``latency`` of a run on the
+            module's ``example_input_array``, without one on the first training batch; or your own: a function, or the
+            path to import one by, that says what any module costs (:mod:`lr_callback.units.own_cost`).
         include: patterns of layers; only these are factorized. By default all. A glob pattern of names (``layer1.*``),
             a type (``type:Linear``), ``place:first`` or ``place:last`` (:mod:`lr_callback.model.patterns`).
         exclude: patterns of layers that stay dense.
@@ -147,11 +147,11 @@ class LowRankCompression(Checkpointed):
         self._gallery = Gallery(figures, locals())
         goal = one_goal(keep_ratio, budget, max_error, cost, max_accuracy_drop)
         units = units_of(goal, cost)
-        super().__init__(units, method, distill, distill_temperature, learning_rate_rewind)
+        super().__init__(units, distill, distill_temperature, learning_rate_rewind)
         check_optimizer_state(optimizer_state)
         self.schedule = Schedule(goal, epochs, ramp, when)
         self.repairing = Repairing(refit, recalibrate_batchnorm, calibration_batches, correct_biases, rebase_batchnorm)
-        self.scope = Scope(method, include, exclude, embeddings, overrides, tuple(map(str, units)))
+        self.scope = Scope(method, include, exclude, embeddings, overrides)
         self.optimizer_state = optimizer_state
         self.show_table, self.snapshots, self.reset_monitors = show_table, snapshots, reset_monitors
         check_flags(self._gallery, "figures")
@@ -207,9 +207,9 @@ class LowRankCompression(Checkpointed):
         align_averages(pl_module, self.averages(trainer, pl_module))
         if self.learning_rate_rewind:
             self._record = replace(self._record, start=start_of(trainer, self._record.start))
-        self._counting.check_device(pl_module)
-        if 0 in self.events or is_smoke_test(trainer):
-            self._counting.observe_example(trainer, pl_module)
+        self._counting.check_known(pl_module, self.scope.to_time)
+        if 0 in self.events or is_smoke_test(trainer) or pl_module.example_input_array is not None:
+            self._counting.observe_example(trainer, pl_module, self.scope.to_time)
         if not self._counting.is_due:
             self._check_budgets(trainer, pl_module)
         else:
@@ -260,7 +260,7 @@ class LowRankCompression(Checkpointed):
             keep_places(pl_module, undo)
             if not factorized_in(pl_module):
                 self._snapshot(trainer, "dense", again=False)
-            self._counting.observe_example(trainer, pl_module)
+            self._counting.observe_example(trainer, pl_module, self.scope.to_time)
             scope, calls, importance = self.repairing.measure(trainer, pl_module, self.scope)
             analysis = scope.analyze(trainer, pl_module, self._counting.prices, importance)
             check_same_weights(trainer, pl_module)
@@ -283,7 +283,7 @@ class LowRankCompression(Checkpointed):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         """Count the multiply-adds of the first batch; log the distillation."""
         self._distilling.log(pl_module)
-        if not self._counting.count(trainer):
+        if not self._counting.count(trainer, pl_module, self.scope.to_time):
             return
         if self._counting.required:
             self._check_budgets(trainer, pl_module)

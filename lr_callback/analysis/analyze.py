@@ -19,9 +19,9 @@ from lr_callback.mathematics.folding import Geometry
 from lr_callback.mathematics.importance import Importance, checked_importance, warn_of_unknown
 from lr_callback.model.find import Found, find_layers
 from lr_callback.model.observe import Observation, observe
-from lr_callback.model.overrides import Override, check_timed, overridden, pinned, read_overrides
-from lr_callback.model.pricing import Prices, dense_again, layer_costs, leave_out_unused, no_gain
-from lr_callback.units.latency import Progress
+from lr_callback.model.overrides import Override, overridden, pinned, read_overrides
+from lr_callback.model.pricing import Prices, dense_again, layer_costs, leave_out_unused, no_gain, wanted_times
+from lr_callback.units.latency import Progress, Wanted
 from lr_callback.units.own_cost import read_cost
 
 
@@ -84,15 +84,32 @@ def allocate(
     cost = read_cost(cost)
     goal = check_goal(one_goal(keep_ratio, budget, max_error, cost))
     units = units_of(goal, cost)
-    check_timed(read_overrides(overrides), [unit for unit in units if isinstance(unit, str)])
     is_counted = not OBSERVED.isdisjoint(units)
-    timed_for = check_method(method) if LATENCY in units else None
+    layers: dict[str, Any] = {"include": include, "exclude": exclude, "embeddings": embeddings, "overrides": overrides}
+    timed_for = to_time(model, method, **layers) if LATENCY in units else None
     is_observed, kept = is_counted or example_input is not None, ACTIVATION_MEMORY in units
     seen = observe(model, example_input, timed_for, activations=kept) if is_observed else None
     used = None if is_counted else seen
     prices = [Prices(unit, seen) for unit in units]
-    layers: dict[str, Any] = {"include": include, "exclude": exclude, "embeddings": embeddings, "overrides": overrides}
     return analyze(model, method, prices=prices, used=used, importance=importance, **layers).allocate(goal)
+
+
+def to_time(
+    model: nn.Module,
+    method: Method | None = None,
+    *,
+    include: Sequence[str] | str | None = None,
+    exclude: Sequence[str] | str | None = None,
+    embeddings: bool = False,
+    overrides: Mapping[str, object] | None = None,
+) -> dict[str, Wanted]:
+    """Return what is to be measured of each layer for a budget in time; arguments as of :func:`allocate`.
+
+    Raises:
+        ValueError: If a pattern matches no layer.
+    """
+    found = find_layers(model, include, exclude)
+    return wanted_times(found, overridden(read_overrides(overrides), model, found), check_method(method), embeddings)
 
 
 def analyze(
@@ -135,7 +152,6 @@ def analyze(
         checked_importance(method.error, importance, method.needs_effects)
         found = find_layers(model, include, exclude)
         leave_out_unused(found, used)
-        check_timed(read_overrides(overrides), [one.unit for one in paid])
         own = overridden(read_overrides(overrides), model, found)
         return found, _units(found, paid, True, embeddings), own, _totals(model, paid)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -65,6 +67,20 @@ def _put_back(module: nn.Module, name: str, buffer: Tensor, before: Tensor) -> N
 
 
 @contextmanager
+def kept_random() -> Iterator[None]:
+    """Put back the random states that a model may draw from: torch's, Python's, and numpy's where that is imported."""
+    numpy, own = sys.modules.get("numpy"), random.getstate()
+    drawn = None if numpy is None else numpy.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(own)
+        if numpy is not None:
+            numpy.random.set_state(drawn)
+
+
+@contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """Put a model into eval mode without gradients; give back modes, buffers and the random state afterwards."""
     modes = {module: module.training for module in model.modules()}
@@ -72,7 +88,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     try:
         # The fused path of nn.TransformerEncoder hides its products from the counter.
         torch.backends.mha.set_fastpath_enabled(False)
-        with torch.no_grad(), torch.random.fork_rng(), kept_buffers(model):
+        with torch.no_grad(), kept_random(), kept_buffers(model):
             model.eval()
             yield
     finally:

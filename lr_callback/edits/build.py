@@ -142,7 +142,7 @@ def _work(layer: nn.Module, choice: Factorization | None) -> float:
 def _is_as_chosen(layer: nn.Module, choice: Factorization | None) -> bool:
     if choice is None or not isinstance(layer, FactorizedLayer):
         return choice is None and not isinstance(layer, FactorizedLayer)
-    return _structure(layer) == (choice.folding, choice.num_slices, choice.rank)
+    return layer.structure == (choice.folding, choice.num_slices, choice.rank)
 
 
 def _rebuild(
@@ -167,10 +167,6 @@ def _rebuild(
             f"{made.factors[0].dtype}. Exclude the layer, or train in a dtype of a larger range. Nothing was changed."
         )
     return made
-
-
-def _structure(layer: FactorizedLayer) -> tuple[str, int, int]:
-    return layer.folding, layer.num_slices, layer.rank
 
 
 def factors(

@@ -10,7 +10,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lr_callback.decisions.allocation import Allocation
 from lr_callback.decisions.costs import Unit
 from lr_callback.decisions.curves import Curves
-from lr_callback.decisions.methods import Method
 from lr_callback.files.hook import release_structure
 from lr_callback.host.counting import Counting
 from lr_callback.host.distilling import Distilling
@@ -25,7 +24,6 @@ class Checkpointed(CallbackBase):
 
     Args:
         units: of the budgets.
-        method: by which ranks are chosen, or None.
         distill: weight of the distillation loss, or None.
         temperature: of its softmaxes.
         learning_rate_rewind: whether learning rates are rewound to where they began.
@@ -37,21 +35,20 @@ class Checkpointed(CallbackBase):
     def __init__(
         self,
         units: tuple[Unit, ...],
-        method: Method | None,
         distill: float | None,
         temperature: float,
         learning_rate_rewind: bool,
     ) -> None:
         super().__init__()
-        self._options, self.learning_rate_rewind = (units, method, distill, temperature), learning_rate_rewind
+        self._options, self.learning_rate_rewind = (units, distill, temperature), learning_rate_rewind
         self._forget()
         self._resuming = Resuming()
         self.snapshots = False
 
     def _forget(self) -> None:
         """Begin anew: an earlier run of this callback may have been with another model or other batches."""
-        units, method, weight, temperature = self._options
-        self._record, self._counting = Record(), Counting(units, method)
+        units, weight, temperature = self._options
+        self._record, self._counting = Record(), Counting(units)
         self._distilling = Distilling(weight, temperature)
 
     @property

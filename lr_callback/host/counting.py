@@ -1,22 +1,24 @@
-"""Counting: what a run's network does and takes, on its example input or on the first batch that it trains on."""
+"""Counting: what a run's network does and takes, on its example input, or on the first batch that it trains on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lr_callback.decisions.costs import ACTIVATION_MEMORY, LATENCY, OBSERVED, Unit, check_cost
-from lr_callback.decisions.methods import Method, best_method
 from lr_callback.host.strategies import processes_of
 from lr_callback.host.trainer import observe_example
-from lr_callback.model.observe import Observation
+from lr_callback.model.observe import Observation, Timed
 from lr_callback.model.pricing import Prices
 from lr_callback.model.probe import Probe
 from lr_callback.observation.progress import progress_line
-from lr_callback.units.latency import Progress, check_clock, device_facts
+from lr_callback.units.latency import Progress, Wanted, check_clock, device_facts
+
+ToTime = Callable[[LightningModule], Mapping[str, Wanted]]
+"""From a module to what is to be measured of each of its layers, by name, for a budget in time."""
 
 
 class Counting:
@@ -24,7 +26,6 @@ class Counting:
 
     Args:
         units: of the budgets; where one of them is observed, a network that cannot be run is an error.
-        method: by which ranks are chosen; None: the one for a training that can be run for it.
 
     Attributes:
         units: of the budgets.
@@ -35,12 +36,12 @@ class Counting:
         ValueError: If there is no such unit.
     """
 
-    def __init__(self, units: tuple[Unit, ...], method: Method | None = None) -> None:
+    def __init__(self, units: tuple[Unit, ...]) -> None:
         for unit in units:
             if isinstance(unit, str):
                 check_cost(unit)
         self._kept = ACTIVATION_MEMORY in units
-        self._timed_for = (method or best_method()) if LATENCY in units else None
+        self._is_timed = LATENCY in units
         self.units, self.required = units, not OBSERVED.isdisjoint(units)
         self._probe: Probe | None = None
         self._possible = True
@@ -56,19 +57,29 @@ class Counting:
         """What is paid for, in each unit; not before there is an observation, where one takes it."""
         return [Prices(unit, self.observation) for unit in self.units]
 
-    def observe_example(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count on the module's example input, where a budget in multiply-adds is due before any batch was seen.
+    def observe_example(self, trainer: Trainer, pl_module: LightningModule, to_time: ToTime) -> None:
+        """Count on the module's example input, where budgets wait for a run.
+
+        Args:
+            trainer: of the run.
+            pl_module: that is run.
+            to_time: says what is to be measured of which layer.
 
         Raises:
             MisconfigurationException: If the module has none.
+            ValueError: If it cannot be run on it.
         """
         if self.is_due:
             with self._progress(trainer) as progress:
-                options = (self._timed_for, progress, self._kept)
+                options = (self._timed(pl_module, to_time), progress, self._kept)
                 self.observation = _of_the_first(trainer, lambda: observe_example(trainer, pl_module, *options))
 
-    def check_device(self, pl_module: LightningModule) -> None:
-        """Forget what a run before did not need, or measured on another device, or with other threads.
+    def check_known(self, pl_module: LightningModule, to_time: ToTime) -> None:
+        """Forget what lacks something that a run before did not need, or measured on another device.
+
+        Args:
+            pl_module: that is run.
+            to_time: see :meth:`observe_example`.
 
         Raises:
             ValueError: If times are to be measured, and a file of those of another device stands in their place.
@@ -76,22 +87,31 @@ class Counting:
         """
         if self._kept and self.observation is not None and self.observation.activations is None:
             self.observation = None  # of a run before, that did not need it
-        if self._timed_for is None:
+        if not self._is_timed:
             return
         found = None if self.observation is None else self.observation.latencies
-        if found is not None and found.device == device_facts(pl_module.device):
+        here = found is not None and found.device == device_facts(pl_module.device)
+        if found is not None and here and not found.lacks(self._called(to_time(pl_module))):
             return
         check_clock(pl_module.device)
         if self.observation is not None:
             self.observation = None
+            what = "all layers that may be factorized now" if here else "this device"
+            way_out = "" if here else " Resume on the former device, with as many threads, to have its choice."
             rank_zero_warn(
-                "LowRankCompression: the checkpoint has no times of this device, they are measured again: what is "
-                "chosen next is the fastest here, and may differ from what a run on the former device would choose. "
-                "Resume on that one, with as many threads, to have its choice."
+                f"LowRankCompression: the checkpoint has no times of {what}, they are measured again: what is chosen "
+                f"next is the fastest here, and may differ from what the run before would choose.{way_out}"
             )
 
+    def _called(self, wanted: Mapping[str, Wanted]) -> dict[str, Wanted]:
+        assert self.observation is not None
+        return {name: one for name, one in wanted.items() if self.observation.calls.get(name)}
+
+    def _timed(self, pl_module: LightningModule, to_time: ToTime) -> Mapping[str, Wanted] | None:
+        return to_time(pl_module) if self._is_timed else None
+
     def _progress(self, trainer: Trainer) -> AbstractContextManager[Progress | None]:
-        return nullcontext() if self._timed_for is None else progress_line(trainer, "latency")
+        return progress_line(trainer, "latency") if self._is_timed else nullcontext()
 
     def watch(self, pl_module: LightningModule) -> None:
         """Watch a batch that begins, if none was seen: how the network is called is not known before."""
@@ -99,24 +119,32 @@ class Counting:
             self._probe = Probe(pl_module)
             self._probe.start()
 
-    def count(self, trainer: Trainer) -> bool:
-        """Count on the batch that was watched, which has ended; return whether there was one."""
+    def count(self, trainer: Trainer, pl_module: LightningModule, to_time: ToTime) -> bool:
+        """Count on the batch that was watched, which has ended; return whether there was one.
+
+        Args:
+            trainer: of the run.
+            pl_module: whose calls were watched.
+            to_time: see :meth:`observe_example`.
+        """
         probe, self._probe = self._probe, None
         if probe is None:
             return False
         probe.stop()
         with self._progress(trainer) as progress:
-            self.observation = _of_the_first(trainer, lambda: self._observe(probe, progress))
+            timed_for = self._timed(pl_module, to_time)
+            self.observation = _of_the_first(trainer, lambda: self._observe(probe, timed_for, progress))
         self._possible = self.observation is not None
         return True
 
-    def _observe(self, probe: Probe, progress: Progress | None) -> Observation | None:
+    def _observe(self, probe: Probe, timed_for: Timed | None, progress: Progress | None) -> Observation | None:
         """Count the calls again; a model that cannot be run again does without, where it can."""
         try:
-            return probe.observe(self._timed_for, progress, self._kept)
+            return probe.observe(timed_for, progress, self._kept)
         except Exception as error:
             if self.required:
                 raise
+            error = error.__cause__ if isinstance(error.__cause__, Exception) else error
             rank_zero_warn(
                 "LowRankCompression: multiply-adds are not reported, the network's calls of the first batch could not "
                 f"be repeated in eval mode ({type(error).__name__}: {error}). The compression is not affected. To have "

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.optim import SparseAdam
 
-from lr_callback.analysis.analyze import analyze, survey
+from lr_callback.analysis.analyze import analyze, survey, to_time
 from lr_callback.calibration.fisher import WITHOUT
 from lr_callback.common.table import wrap
 from lr_callback.decisions.analysed import Analysis
@@ -23,10 +23,11 @@ from lr_callback.host.events import check_flags
 from lr_callback.host.strategies import processes_of
 from lr_callback.mathematics.importance import Importance
 from lr_callback.model.find import find_layers
-from lr_callback.model.overrides import check_timed, read_overrides
+from lr_callback.model.overrides import read_overrides
 from lr_callback.model.patterns import check_patterns
 from lr_callback.model.pricing import Prices
 from lr_callback.observation.progress import progress_line
+from lr_callback.units.latency import Wanted
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,6 @@ class Scope:
         exclude: glob patterns of layer names that stay dense.
         embeddings: whether ``nn.Embedding`` layers are factorized, too.
         overrides: pattern of layers -> what each becomes, whatever the others do.
-        units: of the budgets.
 
     Raises:
         TypeError: If ``chosen`` is no method, ``embeddings`` no switch, a pattern no text, or ``overrides`` no mapping.
@@ -51,14 +51,13 @@ class Scope:
     exclude: list[str] | None = None
     embeddings: bool = False
     overrides: Mapping[str, Any] | None = None
-    units: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
         check_method(self.chosen)
         check_patterns(include=self.include, exclude=self.exclude)
         check_flags(self, "embeddings")
-        check_timed(read_overrides(self.overrides), self.units)
+        read_overrides(self.overrides)
 
     @property
     def method(self) -> Method:
@@ -74,6 +73,10 @@ class Scope:
     def without_calibration(self) -> Scope:
         """The same where no batches can be had: a method that was left open needs none."""
         return self if self.chosen is not None else replace(self, chosen=check_method(None))
+
+    def to_time(self, pl_module: LightningModule) -> dict[str, Wanted]:
+        """Return what is to be measured of each layer for a budget in time."""
+        return to_time(pl_module, self.method, **self._layers)
 
     def check_budgets(self, pl_module: LightningModule, goals: Iterable[Goal], prices: Sequence[Prices]) -> None:
         """Refuse fractions to keep that no choice of ranks meets; an error or an accuracy can always be met.

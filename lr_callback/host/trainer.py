@@ -12,11 +12,10 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lr_callback.common.table import listed
 from lr_callback.decisions.allocation import Allocation
-from lr_callback.decisions.methods import Method
 from lr_callback.edits.optimizers import optimizers_in, with_inner
 from lr_callback.edits.projection import OptimizerState, can_project
 from lr_callback.model.find import factorized_in
-from lr_callback.model.observe import Observation, observe
+from lr_callback.model.observe import Observation, Timed, observe
 from lr_callback.units.latency import Progress
 
 
@@ -97,7 +96,7 @@ def schedulers_of(trainer: Trainer) -> list[Any]:
 def observe_example(
     trainer: Trainer,
     pl_module: LightningModule,
-    timed_for: Method | None = None,
+    timed_for: Timed | None = None,
     progress: Progress | None = None,
     activations: bool = False,
 ) -> Observation:
@@ -112,6 +111,7 @@ def observe_example(
 
     Raises:
         MisconfigurationException: If the module has none.
+        ValueError: If the module cannot be run on it.
     """
     example = pl_module.example_input_array
     if example is None:
@@ -121,4 +121,5 @@ def observe_example(
             "set. Set it, or compress at epoch 1 or later."
         )
     moved = move_data_to_device(example, pl_module.device)
-    return observe(pl_module, trainer.precision_plugin.convert_input(moved), timed_for, progress, activations)
+    given = trainer.precision_plugin.convert_input(moved)
+    return observe(pl_module, given, timed_for, progress, activations, named="example_input_array")

@@ -161,6 +161,11 @@ class FactorizedLayer(nn.Module, ABC):
         return decoder[1] // self.num_slices
 
     @property
+    def structure(self) -> tuple[str, int, int]:
+        """Folding, number of slices and rank: which of the forms of its dense layer it is."""
+        return self.folding, self.num_slices, self.rank
+
+    @property
     def ordered_weight(self) -> Tensor:
         """The product of the factors, ordered as in :mod:`~lr_callback.mathematics.folding`; differentiable."""
         return compose(*self.ordered_factors, self.num_slices, self.geometry(self).groups)

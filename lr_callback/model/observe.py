@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,12 @@ from lr_callback.decisions.methods import Method
 from lr_callback.layers import FactorizedLayer
 from lr_callback.layers.layer_types import layer_type, saved_cost
 from lr_callback.model.find import find_layers, replaceable_in
+from lr_callback.model.running import check_can_run, told
 from lr_callback.units.activations import Activations, count_kept
-from lr_callback.units.latency import Latencies, LayerInput, Progress, measure
+from lr_callback.units.latency import Latencies, LayerInput, Progress, Wanted, measure
+
+Timed: TypeAlias = Method | Mapping[str, Wanted]
+"""What is to be known of the times of all layers, or of each by its name."""
 
 
 @dataclass(frozen=True)
@@ -96,21 +100,25 @@ def _to_compose(layer: FactorizedLayer) -> int:
 def observe(
     model: nn.Module,
     example_input: object,
-    timed_for: Method | None = None,
+    timed_for: Timed | None = None,
     progress: Progress | None = None,
     activations: bool = False,
+    named: str = "example_input",
 ) -> Observation:
     """Run a model on an example, in eval mode and without gradients; leave it as it was.
 
     Args:
         model: any module.
         example_input: a tensor, a tuple or list of positional arguments, or a dict of named ones.
-        timed_for: the method among whose forms it is to choose by time; None: nothing is timed.
+        timed_for: the method among whose forms it is to choose by time, for all layers or by name; None: nothing is
+            timed.
         progress: told of each layer that is timed.
         activations: whether to run it once more, as it is trained, and count what is kept for the backward pass.
+        named: how the caller calls the example, for the text of an error.
 
     Raises:
-        ValueError: If there is no example input, nothing to time, or times in a file are of another device.
+        ValueError: If there is no example input, the model cannot be run on it, there is nothing to time, or times in a
+            file are of another device.
         RuntimeError: If the clock is too noisy to time anything.
 
     Example::
@@ -118,7 +126,10 @@ def observe(
         >>> observe(nn.Linear(6, 5), torch.zeros(2, 6)).dense_multiply_adds
         60
     """
-    return observe_run(model, _call_of(model, example_input), timed_for, progress, (example_input,) * activations)
+    check_can_run(model)
+    way_out = "give what its forward takes, or keep parameters or bytes, which need no run"
+    run = told(model, _call_of(model, example_input), f"`{named}`: {type(model).__name__} must run on it", way_out)
+    return observe_run(model, run, timed_for, progress, (example_input,) * activations)
 
 
 def _call_of(model: nn.Module, example_input: object) -> Callable[[], object]:
@@ -136,7 +147,7 @@ def _call_of(model: nn.Module, example_input: object) -> Callable[[], object]:
 def observe_run(
     model: nn.Module,
     run: Callable[[], object],
-    timed_for: Method | None = None,
+    timed_for: Timed | None = None,
     progress: Progress | None = None,
     given: Sequence[object] = (),
 ) -> Observation:
@@ -180,15 +191,20 @@ def _timed(
     model: nn.Module,
     run: Callable[[], object],
     inputs: Mapping[str, Sequence[LayerInput]],
-    method: Method,
+    timed_for: Timed,
     progress: Progress | None,
 ) -> Latencies:
-    """Time a run of a model, and each of the layers that it calls in the forms that a method may choose."""
-    layers = {name: layer for name, layer in find_layers(model).layers.items() if inputs[name]}
+    """Time a run of a model, and each of the layers that it calls in the forms that they may have.
+
+    A layer that is not to be factorized, and is not so far, is a part of the rest.
+    """
+    found = {name: layer for name, layer in find_layers(model).layers.items() if inputs[name]}
+    wanted = {name: Wanted(timed_for) for name in found} if isinstance(timed_for, Method) else timed_for
+    layers = {name: one for name, one in found.items() if name in wanted or isinstance(one, FactorizedLayer)}
     if not layers:
         raise ValueError("cost='latency': the run must call a layer that can be factorized, and it calls none.")
     with untouched(model), as_written():
-        return measure(model, layers, inputs, run, method, progress)
+        return measure(model, layers, inputs, run, wanted, progress)
 
 
 class _Watched:

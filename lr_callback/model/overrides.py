@@ -8,7 +8,7 @@ folding of the method unless ``num_slices`` and ``folding`` say more. The others
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import floor
 from typing import Any, cast
@@ -18,7 +18,7 @@ from torch import nn
 from lr_callback.common.table import listed
 from lr_callback.common.written import is_number
 from lr_callback.decisions.candidates import Frontier, LayerCandidates, frontier
-from lr_callback.decisions.costs import LATENCY, LayerCost
+from lr_callback.decisions.costs import LayerCost
 from lr_callback.decisions.methods import ALDS, Choice, Method
 from lr_callback.decisions.methods.alds import Error
 from lr_callback.mathematics.folding import FOLDINGS
@@ -119,20 +119,6 @@ def read_overrides(overrides: object) -> dict[str, Override]:
     for pattern in overrides:
         check_place("overrides", pattern)
     return {pattern: _read(pattern, value) for pattern, value in overrides.items()}
-
-
-def check_timed(overrides: Mapping[str, Override], units: Iterable[str]) -> None:
-    """Refuse ranks of a user's own where time is a budget: only what a method may choose is timed.
-
-    Raises:
-        ValueError: If there is one.
-    """
-    named = [pattern for pattern, one in overrides.items() if one.rank is not None]
-    if named and LATENCY in units:
-        raise ValueError(
-            f"`overrides`: {named[0]!r}: a rank cannot be asked for where latency is a budget, its time is not known: "
-            "time is measured for what the method may choose. Give `keep_ratio` or 'dense', or another `cost`."
-        )
 
 
 def _read(pattern: str, value: object) -> Override:

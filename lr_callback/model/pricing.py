@@ -17,8 +17,9 @@ from lr_callback.layers.layer_types import layer_cost, layer_type, saved_cost
 from lr_callback.mathematics.folding import Geometry
 from lr_callback.model.find import Found, check_weight, find_layers, replaceable_in
 from lr_callback.model.observe import Observation
+from lr_callback.model.overrides import Override
 from lr_callback.units.activations import ActivationCost, Activations
-from lr_callback.units.latency import Latencies, LayerTimes, MeasuredCost
+from lr_callback.units.latency import Latencies, LayerTimes, MeasuredCost, Wanted
 from lr_callback.units.own_cost import OwnCost
 
 Part = TypeVar("Part")
@@ -217,6 +218,23 @@ def dense_again(model: nn.Module, skipped: Mapping[str, str]) -> dict[str, tuple
     return {name: layer_cost(layer).geometry.weight_shape for name, layer in layers.items() if name in skipped}
 
 
+def wanted_times(
+    found: Found, pins: Mapping[str, Override], method: Method, embeddings: bool = False
+) -> dict[str, Wanted]:
+    """Return what is to be measured of each layer that can be factorized, where time is paid for.
+
+    Args:
+        found: what can be factorized.
+        pins: name of a layer -> what it becomes whatever the others do.
+        method: of the others.
+        embeddings: whether embeddings are factorized, too.
+    """
+    kinds = {name: layer_type(layer) for name, layer in found.layers.items()}
+    asked = [name for name, kind in kinds.items() if embeddings or kind is None or kind.only_if_asked is None]
+    own = {name: Wanted(one.method(method), one.rank) for name, one in pins.items()}
+    return {name: own.get(name) or Wanted(method) for name in asked}
+
+
 def leave_out_unused(found: Found, observation: Observation | None) -> None:
     """Move the layers that a run neither called nor read to the skipped ones; without a run, none."""
     if observation is None:
@@ -247,7 +265,7 @@ def layer_costs(found: Found, prices: Prices, skip_zero: bool = True, embeddings
 def no_gain(geometry: Geometry, method: Method) -> str:
     """Return why a layer is skipped that has no candidate."""
     if not method.slice_counts(geometry):
-        return f"none of the numbers of slices that are allowed divides its {geometry.weight_shape[1]} input channels"
+        return method.why_no_slices(geometry)
     depthwise = geometry.groups == geometry.in_channels > 1
     what = "a depthwise convolution" if depthwise else "too small"
     return f"{what}: no rank costs less than the dense layer"

@@ -10,9 +10,9 @@ from torch.utils.hooks import RemovableHandle
 
 from lr_callback.common.example import Example
 from lr_callback.common.untouched import untouched
-from lr_callback.decisions.methods import Method
 from lr_callback.model.heard import Invocation, copied
-from lr_callback.model.observe import Observation, observe_run
+from lr_callback.model.observe import Observation, Timed, observe_run
+from lr_callback.model.running import told
 from lr_callback.units.latency import Progress, timed
 
 _SECONDS = 0.5
@@ -100,7 +100,7 @@ class Probe:
         return [call.repeat(self._model.get_submodule(self._names[call.module]), self._copies) for call in self._calls]
 
     def observe(
-        self, timed_for: Method | None = None, progress: Progress | None = None, activations: bool = False
+        self, timed_for: Timed | None = None, progress: Progress | None = None, activations: bool = False
     ) -> Observation:
         """Count the multiply-adds of the recorded calls, and see how each layer is called in them.
 
@@ -108,9 +108,14 @@ class Probe:
             timed_for: see :func:`lr_callback.model.observe.observe`.
             progress: told of each layer that is timed.
             activations: see :func:`lr_callback.model.observe.observe`.
+
+        Raises:
+            ValueError: If the calls cannot be made again.
         """
+        what = "the network's calls of the first batch must be possible again"
+        way_out = "let them run so, set the module's `example_input_array`, or keep parameters or bytes"
         given = [(call.arguments, call.named) for call in self._calls] if activations else ()
-        return observe_run(self._model, self.repeat, timed_for, progress, given)
+        return observe_run(self._model, told(self._model, self.repeat, what, way_out), timed_for, progress, given)
 
     def milliseconds(self) -> float:
         """Return the median time of the recorded calls, in eval mode, measured for half a second where runs differ."""

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from lr_callback.common.untouched import as_written, untouched
@@ -75,3 +76,46 @@ def _teller(watched: nn.Module, see: Seen) -> Callable[[nn.Module, tuple[Tensor,
             see(layer, inputs[0] if inputs else named[argument], outputs)
 
     return tell
+
+
+def told(model: nn.Module, run: Callable[[], object], what: str, way_out: str) -> Callable[[], object]:
+    """Return the same run of a model, which says where it fails.
+
+    Args:
+        model: that is run.
+        run: calls it.
+        what: must be possible.
+        way_out: what to do about it.
+    """
+
+    def tell() -> object:
+        try:
+            return run()
+        except Exception as error:  # whatever the model raises
+            mode = "as it is trained" if model.training else "in eval mode without gradients"
+            raise ValueError(
+                f"{what} {mode}, and raised {type(error).__name__}: {' '.join(str(error).split())[:400]}; {way_out}. "
+                "Nothing was changed."
+            ) from error
+
+    return tell
+
+
+def check_can_run(model: nn.Module) -> None:
+    """Refuse a model without values, before it is run.
+
+    Raises:
+        ValueError: If a parameter or buffer is not initialised yet (a lazy layer), or on the meta device.
+    """
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        if is_lazy(value):
+            raise ValueError(
+                f"{name}: must be initialised before the model is run to count or time it, found a lazy one, whose "
+                "shape the first batch decides; run one batch first. Nothing was changed."
+            )
+        if value.device.type == "meta":
+            raise ValueError(
+                f"{name}: must be on a device where the model can be run to count or time it, found it on the meta "
+                "device; call `model.to_empty(device=...)` and load its weights, or keep parameters or bytes, which "
+                "need no run. Nothing was changed."
+            )

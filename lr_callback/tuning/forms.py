@@ -35,8 +35,8 @@ def forms_of(layer: FactorizedLayer) -> dict[str, Structure | None]:
         >>> forms_of(FactorizedLinear(nn.Linear(12, 8), num_slices=3, rank=2))["one block"]
         ('kernel_in_encoder', 1, 6)
     """
-    folding, count, rank = layer.folding, layer.num_slices, layer.rank
-    forms: dict[str, Structure | None] = {AS_BUILT: (folding, count, rank)}
+    folding, count, rank = layer.structure
+    forms: dict[str, Structure | None] = {AS_BUILT: layer.structure}
     if count > 1 and count * rank <= layer.geometry(layer).full_rank(folding, 1):
         forms[ONE_BLOCK] = (folding, 1, count * rank)
     return {**forms, DENSE: None}

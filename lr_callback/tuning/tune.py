@@ -186,12 +186,14 @@ def _timed_layers(
     progress: Progress | None,
 ) -> dict[str, LayerForms]:
     bench, found = Bench(device), {}
-    for done, (name, layer) in enumerate(layers.items()):
-        if progress is not None:
-            progress(done, len(layers), name)
-        times = {form: bench.timing(layer, inputs[name], made) for form, made in forms_of(layer).items()}
-        found[name] = LayerForms(layer.folding, layer.num_slices, layer.rank, times)
-    bench.known.save()
+    try:
+        for done, (name, layer) in enumerate(layers.items()):
+            if progress is not None:
+                progress(done, len(layers), name)
+            times = {form: bench.timing(layer, inputs[name], made) for form, made in forms_of(layer).items()}
+            found[name] = LayerForms(*layer.structure, times)
+    finally:
+        bench.known.save()
     return found
 
 

@@ -1,5 +1,7 @@
 """What cannot work is refused early, with the reason and the way out, and leaves everything as it was."""
 
+import re
+
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -103,11 +105,50 @@ def test_budget_in_multiply_adds_out_of_reach_is_refused_after_the_first_batch(f
     assert refused(fit, new_module(), compression, ValueError, r"at least [\d,]+ multiply-adds, got") == 1
 
 
-def test_budget_in_multiply_adds_on_an_example_is_refused_before_the_first_step(fit, new_module):
+@pytest.mark.parametrize("epoch", [0, 2])
+@pytest.mark.parametrize(
+    ("budget", "match"),
+    [
+        ({"multiply_adds": 0.001}, r"at least [\d,]+ multiply-adds, got"),
+        ({"parameters": 0.9, "multiply_adds": 0.001}, r"`budget`: 0\.9 of parameters, 0\.001 of multiply-adds: "),
+        (
+            {"parameters": 0.3, "activation_memory": 0.5},
+            r"the activation memory that is not in these layers is more",
+        ),
+    ],
+)
+def test_budget_out_of_reach_on_an_example_is_refused_before_the_first_step(fit, new_module, epoch, budget, match):
     module = new_module()
     module.example_input_array = torch.zeros(1, 1, 8, 8)
-    compression = LowRankCompression(0.001, 0, cost="multiply_adds")
-    assert refused(fit, module, compression, ValueError, r"at least [\d,]+ multiply-adds, got") == 0
+    compression = LowRankCompression(epochs=epoch, budget=budget, method=ALDS())
+    assert refused(fit, module, compression, ValueError, match) == 0
+
+
+@pytest.mark.parametrize("cost", ["multiply_adds", "latency"])
+def test_an_example_that_the_module_does_not_take_is_refused_before_the_first_step(fit, new_module, cost):
+    module = new_module()
+    module.example_input_array = torch.zeros(1, 3, 8, 8)
+    match = (
+        r"`example_input_array`: \w+ must run on it in eval mode without gradients, and raised RuntimeError: .*; give "
+        r"what its forward takes, or keep parameters or bytes, which need no run\. Nothing was changed\."
+    )
+    assert refused(fit, module, LowRankCompression(0.5, 2, cost=cost), ValueError, match) == 0
+
+
+def test_calls_that_cannot_be_made_again_are_told_of_where_they_are_needed(fit, new_module):
+    class OnlyTrained(nn.Module):
+        def forward(self, inputs):
+            if not self.training:
+                raise NotImplementedError("no eval mode")
+            return inputs
+
+    module = new_module()
+    module.network.insert(0, OnlyTrained())
+    match = (
+        r"the network's calls of the first batch must be possible again in eval mode without gradients, and raised "
+        r"NotImplementedError: no eval mode; let them run so, set the module's `example_input_array`, or keep"
+    )
+    assert refused(fit, module, LowRankCompression(0.5, 2, cost="multiply_adds"), ValueError, match) == 1
 
 
 @pytest.mark.parametrize("argument", ["include", "exclude"])
@@ -214,3 +255,27 @@ def test_what_is_no_pattern_is_refused_by_name(argument, value):
 def test_what_is_neither_true_nor_false_is_refused_by_name(argument):
     with pytest.raises(TypeError, match=f"`{argument}` must be True or False, got 'no'"):
         LowRankCompression(**{argument: "no"})
+
+
+@pytest.mark.parametrize(
+    ("options", "unit"),
+    [
+        ({"cost": "multiply_adds"}, "multiply-adds"),
+        ({"budget": {"parameters": 0.9, "activation_memory": 3.0}}, "bytes of activation memory"),
+        ({"cost": lambda module: sum(one.numel() for one in module.parameters())}, r"\S+"),
+    ],
+)
+def test_what_can_be_reached_is_told_in_the_unit_of_each_budget_before_the_first_step(
+    fit, new_module, messages, options, unit
+):
+    module = new_module()
+    module.example_input_array = torch.zeros(4, 1, 8, 8)
+
+    class Stop(Callback):
+        def on_train_start(self, trainer, pl_module):
+            raise KeyError("enough")
+
+    with pytest.raises(KeyError, match="enough"):
+        fit(module, LowRankCompression(epochs=2, **options), Stop())
+    (told,) = [line for line in messages if line.startswith("Low-rank compression can go down to")]
+    assert re.search(rf"[\d.]+ % of [\d,.]+ {unit}", told)

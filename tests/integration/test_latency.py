@@ -83,13 +83,36 @@ def test_the_slow_layer_is_made_faster_and_the_budget_holds(tmp_path):
     assert "microseconds" in found.summary()
 
 
-def test_a_run_says_what_can_be_reached_in_time(tmp_path, capsys):
-    run(compression(), tmp_path)
-    assert "of parameters" not in capsys.readouterr().err
-    callback = compression(0.001)
+class Steps(Callback):
+    """Count what has been said when the training begins, and the batches."""
+
+    def __init__(self, messages):
+        self.messages, self.told, self.count = messages, 0, 0
+
+    def on_train_start(self, trainer, pl_module):
+        self.told = sum("can go down to" in text and "microseconds" in text for text in self.messages)
+
+    def on_train_batch_start(self, *_):
+        self.count += 1
+
+
+@pytest.mark.parametrize("example", [None, torch.zeros(128, 64)], ids=["first batch", "example"])
+def test_a_run_says_what_can_be_reached_in_time(tmp_path, messages, example):
+    module, steps = Wide(), Steps(messages)
+    module.example_input_array = example
+    run(compression(), tmp_path, module, more=[steps])
+    assert (steps.told, steps.count) == (0 if example is None else 1, 4)
+    assert sum("can go down to" in text for text in messages) == 1
+
+
+@pytest.mark.parametrize("example", [None, torch.zeros(128, 64)], ids=["first batch", "example"])
+def test_a_time_out_of_reach_is_refused_as_soon_as_it_is_known(tmp_path, messages, example):
+    module, steps, callback = Wide(), Steps(messages), compression(0.001)
+    module.example_input_array = example
     with pytest.raises(ValueError, match=r"the budget must be at least [\d,]+ microseconds, got"):
-        run(callback, tmp_path)
+        run(callback, tmp_path, module, more=[steps])
     assert callback.allocation is None
+    assert steps.count == (1 if example is None else 0)
 
 
 def test_the_times_of_a_run_are_those_of_its_checkpoints(tmp_path):
@@ -115,6 +138,17 @@ def test_times_of_another_device_are_measured_again(tmp_path):
         run(again, tmp_path, module, ckpt_path=file)
     assert again._counting.observation.latencies.device == device_facts(torch.device("cpu"))
     assert again.allocation is not None
+
+
+def test_a_resumed_run_with_other_patterns_measures_what_it_lacks(tmp_path):
+    file = tmp_path / "before.ckpt"
+    first, again, module = compression(include=["network.2"]), compression(), Wide()
+    run(first, tmp_path, more=[Saves(file)])
+    assert list(first._counting.observation.latencies.layers) == ["network.2"]
+    module.example_input_array = torch.zeros(128, 64)
+    with pytest.warns(UserWarning, match="no times of all layers that may be factorized now, they are measured again"):
+        run(again, tmp_path, module, ckpt_path=file)
+    assert set(again._counting.observation.latencies.layers) == {"network.0", "network.2", "network.4"}
 
 
 @pytest.mark.parametrize("epochs", [0, 1])

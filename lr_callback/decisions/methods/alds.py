@@ -115,6 +115,14 @@ class ALDS(Method):
         counts = super().slice_counts(geometry)
         return [count for count in counts if count == 1 or channels // count % self.rank_multiple == 0]
 
+    def why_no_slices(self, geometry: Geometry) -> str:
+        """Return why a layer can have none of the numbers of slices that are allowed."""
+        dividing, channels = super().slice_counts(geometry), geometry.in_channels // geometry.groups
+        if not dividing:
+            return super().why_no_slices(geometry)
+        told = ", ".join(f"{channels // count} with {count} slices" for count in dividing)
+        return f"ranks cannot be multiples of {self.rank_multiple}: each slice's input channels must be, and are {told}"
+
     @property
     def needs_effects(self) -> bool:
         """Whether the objective is ``loss``."""

@@ -88,6 +88,10 @@ class Method(ABC):
         counts = geometry.slice_counts(self.max_slices)
         return counts if self.slices is None else [count for count in counts if count in self.slices]
 
+    def why_no_slices(self, geometry: Geometry) -> str:
+        """Return why a layer can have none of the numbers of slices that are allowed."""
+        return f"none of the numbers of slices that are allowed divides its {geometry.weight_shape[1]} input channels"
+
     def candidates(
         self,
         weight: Tensor,

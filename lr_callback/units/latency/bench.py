@@ -23,7 +23,7 @@ Form = tuple[str, int, int] | None
 
 def form_of(layer: nn.Module) -> Form:
     """Return the form that a layer has."""
-    return (layer.folding, layer.num_slices, layer.rank) if isinstance(layer, FactorizedLayer) else None
+    return layer.structure if isinstance(layer, FactorizedLayer) else None
 
 
 class Bench:

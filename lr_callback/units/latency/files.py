@@ -12,10 +12,12 @@ import os
 import platform
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import astuple
 from math import inf
 from pathlib import Path
+from time import sleep, time
 from typing import Any
 
 import torch
@@ -23,9 +25,11 @@ import torch
 from lr_callback.common.written import is_number
 from lr_callback.units.latency.timing import Timing
 
-VERSION = 1
+VERSION = 2
 STEADY = 0.25
 """Spread of runs up to which their time is kept."""
+LEFT_BEHIND = 20.0
+"""Seconds after which a lock is of a process that is no more."""
 _VARIABLE = "LR_CALLBACK_CACHE"
 
 
@@ -100,20 +104,23 @@ class Times:
         }
         if not any(steady.values()):
             return
-        merged = self._read(tell=False)
-        for layer, forms in steady.items():
-            merged.setdefault(layer, {}).update(forms)
-        times = {layer: {form: [*astuple(time)] for form, time in forms.items()} for layer, forms in merged.items()}
-        text = json.dumps({"version": VERSION, "device": self._facts, "times": times})
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            _write(self.path, text)
+            with _alone(self.path.with_suffix(".lock")):
+                self._merge(steady)
         except OSError as error:
             warnings.warn(
                 f"Measured times are not kept for the next run: {error.strerror} ({self.path.parent}). Set "
                 f"{_VARIABLE} to a folder that can be written.",
                 stacklevel=2,
             )
+
+    def _merge(self, new: Mapping[str, Mapping[str, Timing]]) -> None:
+        merged = self._read(tell=False)
+        for layer, forms in new.items():
+            merged.setdefault(layer, {}).update(forms)
+        times = {layer: {form: [*astuple(time)] for form, time in forms.items()} for layer, forms in merged.items()}
+        _write(self.path, json.dumps({"version": VERSION, "device": self._facts, "times": times}))
 
     def _read(self, tell: bool) -> dict[str, dict[str, Timing]]:
         try:
@@ -133,6 +140,34 @@ class Times:
         return {
             layer: {form: Timing(*time) for form, time in forms.items()} for layer, forms in written["times"].items()
         }
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """Wait until no other process is between reading and writing, and let none be while this one is.
+
+    A lock is held for milliseconds: an old one is of a process that was killed, and is removed.
+    """
+    while True:
+        try:
+            os.close(os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            break
+        except FileExistsError:
+            if _age(lock) > LEFT_BEHIND:
+                lock.unlink(missing_ok=True)
+            sleep(0.005)
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+
+
+def _age(path: Path) -> float:
+    """Return the seconds since a file was written; of one that is gone none."""
+    try:
+        return time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def _write(path: Path, text: str) -> None:

@@ -18,6 +18,7 @@ class LayerInput:
         shape: of the tensor, the batch included.
         dtype: of its entries.
         channels_last: whether it has that memory format.
+        strides: of a tensor that neither has that format nor is contiguous, such as a transposed one; else none.
         autocast: dtype of autocast during the call; None: off.
 
     Example::
@@ -30,6 +31,7 @@ class LayerInput:
     dtype: torch.dtype
     channels_last: bool = False
     autocast: torch.dtype | None = None
+    strides: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, inputs: Tensor) -> LayerInput:
@@ -37,7 +39,9 @@ class LayerInput:
         last, kind = CHANNELS_LAST.get(inputs.dim()), inputs.device.type
         is_last = last is not None and inputs.is_contiguous(memory_format=last) and not inputs.is_contiguous()
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        return cls(tuple(inputs.shape), inputs.dtype, is_last, autocast)
+        is_plain = is_last or inputs.layout != torch.strided or inputs.is_contiguous()
+        strides = () if is_plain else inputs.stride()
+        return cls(tuple(inputs.shape), inputs.dtype, is_last, autocast, strides)
 
     def made(self, device: torch.device, numbers: int) -> Tensor:
         """Return such an input, with the same entries each time and without a draw from the random state.
@@ -46,16 +50,25 @@ class LayerInput:
             device: that it is on.
             numbers: above all entries, where these are whole numbers (of rows to look up).
         """
-        count = torch.arange(torch.Size(self.shape).numel(), device=device)
-        if not self.dtype.is_floating_point:
-            return (count % numbers).to(self.dtype).reshape(self.shape)
-        values = torch.sin(count.float()).to(self.dtype).reshape(self.shape)
+        count = torch.arange(self._entries, device=device)
+        flat = torch.sin(count.float()) if self.dtype.is_floating_point else count % numbers
+        if self.strides:
+            return flat.to(self.dtype).as_strided(self.shape, self.strides)
+        values = flat.to(self.dtype).reshape(self.shape)
         return values.contiguous(memory_format=CHANNELS_LAST[values.dim()]) if self.channels_last else values
+
+    @property
+    def _entries(self) -> int:
+        """Number of those that it has in memory: more than in the tensor where it is a part of a larger one."""
+        if not self.strides or 0 in self.shape:
+            return torch.Size(self.shape).numel()
+        return 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
 
     def __str__(self) -> str:
         """Return it as text, by which it is known in files."""
         parts = ["x".join(map(str, self.shape)), dtype_name(self.dtype)]
         parts += ["channels_last"] if self.channels_last else []
+        parts += [f"strides {'x'.join(map(str, self.strides))}"] if self.strides else []
         return " ".join([*parts, *([f"autocast {dtype_name(self.autocast)}"] if self.autocast is not None else [])])
 
 

@@ -1,7 +1,9 @@
 """Measure: the times of all layers of a model, and of what is not in them.
 
 Layers are measured one by one, each with the inputs that it has in a run of the model, in eval mode; the whole model in
-the same way. What the whole takes beyond its layers is the rest, which no factorization changes.
+the same way. What the whole takes beyond its layers is the rest, which no factorization changes. Layers and model have
+their memory from what was freed before: what the system takes to give it anew is not a share of a layer's time, which
+is smaller where the layer is, and comes and goes with what else a process has done.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +26,7 @@ from lr_callback.units.latency.bench import Bench, form_of
 from lr_callback.units.latency.curves import Curve, Key, LayerTimes, measured_curve
 from lr_callback.units.latency.files import Times, device_facts
 from lr_callback.units.latency.inputs import LayerInput
+from lr_callback.units.latency.memory import reused_memory, room_for
 from lr_callback.units.latency.timing import Stopwatch, Timing, of_runs, timed
 
 SPREAD_SAID, SPREAD_REFUSED = 0.15, 2.0
@@ -33,6 +36,30 @@ _LEAST_ROUNDS, _MOST_ROUNDS, _SECONDS = 5, 50, 1.0
 
 Progress = Callable[[int, int, str], None]
 """Called before each layer with the number done, the number of all, and its name."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be known of a layer.
+
+    Args:
+        method: whose foldings and numbers of slices it may have.
+        rank: that it will have, whatever is faster; None: any.
+    """
+
+    method: Method
+    rank: int | None = None
+
+    def keys(self, layer: nn.Module) -> Iterator[Key]:
+        """Yield the foldings and numbers of slices of a layer that are to be measured."""
+        cost = layer_cost(layer)
+        counts = self.method.slice_counts(cost.geometry)
+        for folding in cost.distinct_foldings(self.method.foldings):
+            yield from ((folding, count) for count in counts)
+
+    def is_known(self, times: LayerTimes) -> bool:
+        """Return whether times tell of the rank, if one is given."""
+        return self.rank is None or any(self.rank in curve.times for curve in times.curves.values())
 
 
 @dataclass(frozen=True)
@@ -55,6 +82,10 @@ class Latencies:
     def dense(self) -> int:
         """Nanoseconds of the whole model with all layers dense."""
         return self.rest + sum(layer.dense for layer in self.layers.values())
+
+    def lacks(self, wanted: Mapping[str, Wanted]) -> list[str]:
+        """Return the layers of which something is wanted that was not measured."""
+        return [name for name, of in wanted.items() if name not in self.layers or not of.is_known(self.layers[name])]
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain data."""
@@ -87,17 +118,17 @@ def measure(
     layers: Mapping[str, nn.Module],
     inputs: Mapping[str, Sequence[LayerInput]],
     run: Callable[[], object],
-    method: Method,
+    wanted: Mapping[str, Wanted],
     progress: Progress | None = None,
 ) -> Latencies:
-    """Measure the layers of a model, and the model.
+    """Measure layers of a model, and the model; what its other layers take is a part of the rest.
 
     Args:
         model: as it stands.
-        layers: name -> its layers, dense or factorized; all on one device.
+        layers: name -> those to measure, dense or factorized; all on one device, one at least.
         inputs: name -> of its calls in a run.
         run: calls the model.
-        method: whose foldings and numbers of slices are measured.
+        wanted: name -> what is to be known of a layer; without it only what it takes dense.
         progress: told of each layer.
 
     Raises:
@@ -106,12 +137,13 @@ def measure(
     """
     bench = Bench(any_weight(next(iter(layers.values()))).device)
     found: dict[str, LayerTimes] = {}
+    room = room_for(call for calls in inputs.values() for call in calls)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), reused_memory(room, bench.device):
             for done, (name, layer) in enumerate(layers.items()):
                 if progress is not None:
                     progress(done, len(layers), name)
-                found[name] = _times(bench, layer, inputs.get(name, ()), method)
+                found[name] = _times(bench, layer, inputs.get(name, ()), wanted.get(name))
             whole, share = _model(bench, model, layers, inputs, run)
             before = sum(_standing(bench, layer, inputs.get(name, ())) for name, layer in layers.items())
     finally:
@@ -134,32 +166,31 @@ def check_clock(device: torch.device) -> None:
     _check_spread(timed(lambda: numbers @ numbers, device).spread)
 
 
-def _times(bench: Bench, layer: nn.Module, calls: Sequence[LayerInput], method: Method) -> LayerTimes:
-    """Return what a layer takes in all of its calls, dense and in each form that a method may choose."""
+def _times(bench: Bench, layer: nn.Module, calls: Sequence[LayerInput], wanted: Wanted | None) -> LayerTimes:
+    """Return what a layer takes in all of its calls, dense and in each form that it may have."""
     dense = sum(bench.time(layer, call, None) for call in calls)
-    cost = layer_cost(layer)
     curves: dict[Key, Curve] = {}
-    for folding in cost.distinct_foldings(method.foldings):
-        for count in method.slice_counts(cost.geometry):
-            found = _curve(bench, layer, calls, (folding, count), dense, method.rank_multiple)
-            if found is not None:
-                curves[folding, count] = found
+    if wanted is not None:
+        found = {key: _curve(bench, layer, calls, key, dense, wanted) for key in wanted.keys(layer)}
+        curves = {key: curve for key, curve in found.items() if curve is not None}
     return LayerTimes(dense, curves)
 
 
 def _curve(
-    bench: Bench, layer: nn.Module, calls: Sequence[LayerInput], key: Key, dense: int, rank_multiple: int
+    bench: Bench, layer: nn.Module, calls: Sequence[LayerInput], key: Key, dense: int, wanted: Wanted
 ) -> Curve | None:
+    def time(rank: int) -> int:
+        return sum(bench.time(layer, call, (*key, rank)) for call in calls)
+
+    geometry = layer_cost(layer).geometry
+    if wanted.rank is not None:
+        return Curve(1, {wanted.rank: time(wanted.rank)}) if wanted.rank <= geometry.full_rank(*key) else None
     # A form with as many parameters as the dense layer has as much to read and, two calls being slower than one, more
     # to do: it is not faster.
     last = layer_cost(layer).last_rank(*key)
     if last < 1:
         return None
-
-    def time(rank: int) -> int:
-        return sum(bench.time(layer, call, (*key, rank)) for call in calls)
-
-    return measured_curve(time, last, dense, key[1] * layer_cost(layer).geometry.groups, rank_multiple)
+    return measured_curve(time, last, dense, key[1] * geometry.groups, wanted.method.rank_multiple)
 
 
 def _standing(bench: Bench, layer: nn.Module, calls: Sequence[LayerInput]) -> int:

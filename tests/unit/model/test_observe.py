@@ -1,8 +1,10 @@
 """Observe: a model is run once, counted, and left as it was."""
 
 import json
+import random
 from collections.abc import Mapping
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -97,7 +99,8 @@ def test_the_model_and_the_random_state_are_left_as_they_were():
 
 def test_after_an_error_in_the_model_it_is_left_as_it_was_too():
     model = network()
-    with pytest.raises(RuntimeError, match="channels"):
+    match = r"`example_input`: \w+ must run on it in eval mode without gradients, and raised RuntimeError: .*channels"
+    with pytest.raises(ValueError, match=match):
         observe(model, torch.zeros(2, 4, 8, 8))
     assert all(module.training for module in model.modules())
     assert not any(module._forward_hooks for module in model.modules())
@@ -111,6 +114,23 @@ def test_inside_untouched_no_gradients_are_kept_and_nothing_trains():
         assert not model(torch.zeros(1, 3, 8, 8)).requires_grad
         assert not torch.backends.mha.get_fastpath_enabled()
     assert torch.backends.mha.get_fastpath_enabled() == enabled
+
+
+def test_inside_untouched_no_random_state_moves():
+    def drawn():
+        return torch.rand(1).item(), random.random(), numpy.random.rand()
+
+    def seed():
+        torch.manual_seed(0), random.seed(0), numpy.random.seed(0)
+
+    model = network()
+    seed()
+    expected = drawn()
+    seed()
+    with pytest.raises(KeyError), untouched(model):
+        drawn()
+        raise KeyError
+    assert drawn() == expected
 
 
 def test_the_products_of_a_transformer_are_counted_in_eval_mode_too():
@@ -164,9 +184,19 @@ def test_buffers_that_a_forward_writes_are_given_back(run):
 
 def test_buffers_are_given_back_after_an_error_too():
     model = Counting()
-    with pytest.raises(RuntimeError, match="shapes"):
+    with pytest.raises(ValueError, match=r"raised RuntimeError: .*shapes"):
         observe(model, torch.ones(1, 7))
     assert not model.calls.any() and not model.sum.any()
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+def test_a_model_without_values_is_not_run():
+    lazy, nowhere = nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(4)), nn.Sequential(nn.Linear(4, 4, device="meta"))
+    with pytest.raises(ValueError, match=r"1\.weight: must be initialised before .*; run one batch first\. Nothing"):
+        observe(lazy, torch.ones(1, 4))
+    assert isinstance(lazy[1], nn.LazyLinear)
+    with pytest.raises(ValueError, match=r"0\.weight: must be on a device where the model can be run .*to_empty"):
+        observe(nowhere, torch.ones(1, 4))
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.* is deprecated:FutureWarning")

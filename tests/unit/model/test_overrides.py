@@ -173,6 +173,16 @@ def test_only_the_numbers_of_slices_that_are_allowed_are_tried():
     assert "slices" not in lrc.ALDS().to_dict()
 
 
+def test_slices_whose_ranks_cannot_be_multiples_are_told_so():
+    """4 slices divide the channels, and each has a number of them that is no multiple of 3."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 48), nn.Linear(48, 64))
+    skipped = lrc.allocate(model, 0.95, method=lrc.ALDS(slices=[4], rank_multiple=3)).skipped
+    assert set(skipped) == {"0", "1"}
+    assert (
+        skipped["0"] == "ranks cannot be multiples of 3: each slice's input channels must be, and are 16 with 4 slices"
+    )
+
+
 @pytest.mark.parametrize("multiple", [2, 4, 8])
 def test_a_rank_multiple_holds_for_what_is_built(multiple):
     model = network()

@@ -91,6 +91,17 @@ def test_an_interrupted_measurement_changes_nothing(monkeypatch):
     assert list(model.modules()) == modules
 
 
+def test_an_interrupted_measurement_keeps_the_times_that_it_has(own_cache):
+    def stop_at_the_second(done, total, name):
+        if done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tune(network(), IMAGES, progress=stop_at_the_second)
+    (file,) = (own_cache / "lr_callback" / "latency").iterdir()
+    assert "dense" in file.read_text("utf-8")
+
+
 def test_channels_last_is_timed_only_where_it_is_another_format():
     model = nn.Sequential(network()[4:])
     assert "channels_last" not in tune(model, torch.zeros(2, 128)).whole

@@ -3,12 +3,15 @@
 import json
 import os
 import re
+import subprocess
+import sys
+from time import time
 
 import pytest
 import torch
 
 from lr_callback.units.latency import Timing, device_facts
-from lr_callback.units.latency.files import Times, folder
+from lr_callback.units.latency.files import LEFT_BEHIND, Times, folder
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -36,6 +39,36 @@ def test_two_runs_at_once_keep_what_both_measured():
         times.save()
     assert [Times(CPU).get(name, "dense") for name in ("one", "two")] == [TIME, TIME]
     assert [file.name for file in folder().iterdir()] == [first.path.name]
+
+
+WRITER = """
+import sys, torch
+from lr_callback.units.latency import Timing
+from lr_callback.units.latency.files import Times
+for count in range(30):
+    times = Times(torch.device("cpu"))
+    times.put(f"{sys.argv[1]} {count}", "dense", Timing(1 + count, 0.0))
+    times.save()
+"""
+
+
+def test_processes_that_write_at_once_lose_nothing():
+    names = ["one", "two", "three"]
+    running = [subprocess.Popen([sys.executable, "-c", f"{WRITER}", name]) for name in names]
+    assert [process.wait() for process in running] == [0, 0, 0]
+    (file,) = folder().iterdir()
+    written = json.loads(file.read_text("utf-8"))["times"]
+    assert sorted(written) == sorted(f"{name} {count}" for name in names for count in range(30))
+
+
+def test_a_lock_that_a_killed_process_left_is_removed():
+    lock = kept("first").path.with_suffix(".lock")
+    lock.touch()
+    before = time() - 2 * LEFT_BEHIND
+    os.utime(lock, (before, before))
+    assert kept("second").get("second", "dense") == TIME
+    assert not lock.exists()
+    assert Times(CPU).get("second", "dense") == TIME
 
 
 def test_nothing_new_writes_nothing():
@@ -69,15 +102,15 @@ def test_a_file_of_another_device_is_refused():
 @pytest.mark.parametrize(
     "text",
     [
-        '{"version": 1, "device": {}, "times": {"layer": {"dense": [5, Infinity]}}}',
-        '{"version": 1, "device": {}, "times": {"layer": {"dense": [1' + 400 * "0" + ", 0.1]}}}",
+        '{"version": 2, "device": {}, "times": {"layer": {"dense": [5, Infinity]}}}',
+        '{"version": 2, "device": {}, "times": {"layer": {"dense": [1' + 400 * "0" + ", 0.1]}}}",
         "[" * 100_000,
         "{",
         "[]",
         '{"version": 99, "device": {}, "times": {}}',
-        '{"version": 1, "device": {}, "times": {"layer": {"dense": [0, 0.1]}}}',
-        '{"version": 1, "device": {}, "times": {"layer": {"dense": [5]}}}',
-        '{"version": 1, "device": {}, "times": {"layer": 3}}',
+        '{"version": 2, "device": {}, "times": {"layer": {"dense": [0, 0.1]}}}',
+        '{"version": 2, "device": {}, "times": {"layer": {"dense": [5]}}}',
+        '{"version": 2, "device": {}, "times": {"layer": 3}}',
     ],
 )
 def test_a_damaged_file_is_told_of_and_written_anew(text):

@@ -46,3 +46,22 @@ def test_making_one_draws_no_random_numbers():
     before = torch.get_rng_state()
     LayerInput((4, 4), torch.float32).made(torch.device("cpu"), 1)
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    "seen",
+    [torch.ones(6, 4).t(), torch.ones(2, 8, 6, 6)[:, ::2], torch.ones(3, 1).expand(3, 5), torch.ones(2, 5, 9)[..., :4]],
+    ids=["transposed", "every other channel", "expanded", "a part"],
+)
+def test_another_layout_is_made_again_and_is_another_input(seen):
+    described = LayerInput.of(seen)
+    made = described.made(seen.device, 1)
+    assert (made.shape, made.stride()) == (seen.shape, seen.stride())
+    assert made.isfinite().all()
+    assert str(described) != str(LayerInput.of(seen.contiguous()))
+    assert f"strides {'x'.join(map(str, seen.stride()))}" in str(described)
+
+
+def test_indices_of_another_layout_are_rows_of_the_table():
+    seen = torch.zeros(7, 3, dtype=torch.int64).t()
+    assert set(LayerInput.of(seen).made(seen.device, 5).flatten().tolist()) == set(range(5))

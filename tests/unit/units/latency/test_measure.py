@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import lr_callback as lrc
-from lr_callback.analysis.analyze import analyze
+from lr_callback.analysis.analyze import analyze, to_time
 from lr_callback.model.find import find_layers
 from lr_callback.model.observe import Observation, observe
 from lr_callback.model.pricing import Prices
@@ -98,13 +98,45 @@ def test_foldings_are_priced_under_the_names_that_they_are_timed_under():
     assert set(found.latencies.layers["0"].curves) <= {(name, 1) for name in priced.distinct_foldings(method.foldings)}
 
 
-@pytest.mark.parametrize("budget", [{"latency": 0.9}, {"parameters": 0.9, "latency": 0.9}])
-def test_a_rank_of_ones_own_is_refused_where_time_is_a_budget(budget):
-    match = r"`overrides`: '0': a rank cannot be asked for where latency is a budget, its time is not known"
+@pytest.mark.filterwarnings("ignore:Latency. repeated runs differ")
+@pytest.mark.parametrize("budget", [{"latency": 0.99}, {"parameters": 0.99, "latency": 0.99}])
+def test_a_rank_of_ones_own_is_measured_and_kept(budget):
+    """At 7 of 512 no block would be chosen, and much is saved."""
+    overrides = {"0": {"rank": 7, "num_slices": 2, "folding": "kernel_in_decoder"}}
+    model = network()
+    found = lrc.allocate(model, budget=budget, method=METHOD, overrides=overrides, example_input=torch.randn(64, 512))
+    chosen = found.layers["0"]
+    assert (chosen.folding, chosen.num_slices, chosen.rank) == ("kernel_in_decoder", 2, 7)
+    assert Times(CPU).get(Bench(CPU).name(model[0], LayerInput((64, 512), torch.float32)), "kernel_in_decoder/2/7")
+
+
+@pytest.mark.parametrize(
+    ("override", "match"),
+    [
+        ({"rank": 7, "num_slices": 3}, r"`overrides`: 0 cannot have 3 slice\(s\): they must divide its input channels"),
+        ({"rank": 600}, r"`overrides`: '0': no rank of 0 costs less than the dense layer"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Latency. repeated runs differ")
+def test_a_rank_that_a_layer_cannot_have_is_refused_where_time_is_a_budget(override, match):
+    options = {"cost": "latency", "method": METHOD, "example_input": torch.randn(8, 512)}
     with pytest.raises(ValueError, match=match):
-        lrc.allocate(network(), budget=budget, overrides={"0": {"rank": 7}}, example_input=torch.randn(8, 512))
-    with pytest.raises(ValueError, match=match):
-        lrc.LowRankCompression(budget=budget, overrides={"0": {"rank": 7}})
+        lrc.allocate(network(), 0.9, overrides={"0": override}, **options)
+
+
+@pytest.mark.filterwarnings("ignore:Latency. repeated runs differ")
+def test_only_what_may_be_factorized_is_measured_and_more_when_it_may():
+    model, images = network(), torch.randn(64, 512)
+    few = observe(model, images, to_time(model, METHOD, exclude=["2"], overrides={"3": "dense"})).latencies
+    assert list(few.layers) == ["0"]
+    assert few.rest > 0
+    assert few.lacks(to_time(model, METHOD)) == ["2", "3"]
+    assert few.lacks(to_time(model, METHOD, include=["0"], overrides={"0": {"rank": 7}})) == ["0"]
+    assert not few.lacks(to_time(model, METHOD, include=["0"]))
+    first = Times(CPU).get(Bench(CPU).name(model[0], LayerInput((64, 512), torch.float32)), "dense")
+    more = observe(model, images, METHOD).latencies
+    assert list(more.layers) == ["0", "2", "3"]
+    assert Times(CPU).get(Bench(CPU).name(model[0], LayerInput((64, 512), torch.float32)), "dense") == first
 
 
 def test_overrides_by_ratio_and_dense_ones_go_with_time():
