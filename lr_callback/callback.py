@@ -146,8 +146,7 @@ class LowRankCompression(Checkpointed):
         cost = read_cost(cost)
         self._gallery = Gallery(figures, locals())
         goal = one_goal(keep_ratio, budget, max_error, cost, max_accuracy_drop)
-        units = units_of(goal, cost)
-        super().__init__(units, distill, distill_temperature, learning_rate_rewind)
+        super().__init__(units_of(goal, cost), monitor, distill, distill_temperature, learning_rate_rewind)
         check_optimizer_state(optimizer_state)
         self.schedule = Schedule(goal, epochs, ramp, when)
         self.repairing = Repairing(refit, recalibrate_batchnorm, calibration_batches, correct_biases, rebase_batchnorm)
@@ -255,7 +254,7 @@ class LowRankCompression(Checkpointed):
         """
         started, processes = perf_counter(), processes_of(trainer)
         with held(), ExitStack() as undo:
-            for noted in (vars(self), vars(self._counting), vars(self._distilling)):
+            for noted in map(vars, (self, self._counting, self._distilling, self._logged)):
                 undo.callback(noted.update, dict(noted))
             keep_places(pl_module, undo)
             if not factorized_in(pl_module):
@@ -274,7 +273,8 @@ class LowRankCompression(Checkpointed):
             seconds = processes.first(lambda: perf_counter() - started)
             part = write_part(trainer, "cut", undo) if self.snapshots else None
             told = (allocation, self._counting.observation, seconds, self.show_table, curves, self._gallery)
-            processes.agree(lambda: tell(trainer, pl_module, *told, self._accuracy.measured))
+            known = self._logged.before(trainer, self._accuracy.measured)
+            processes.agree(lambda: tell(trainer, pl_module, *told, known))
             self._record = self._record.after(allocation, self.schedule.passed(trainer), curves)
             undo.pop_all()
             self._record = self._record.with_files(publish(trainer, part))

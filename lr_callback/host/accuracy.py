@@ -26,6 +26,7 @@ from lr_callback.edits.build import build_layers, check_allocation
 from lr_callback.edits.surgery import standing_in
 from lr_callback.host.calibration import isolated_rng
 from lr_callback.host.copies import copied_module
+from lr_callback.host.logged import accuracies_in
 from lr_callback.host.strategies import processes_of
 from lr_callback.host.validating import INSTEAD, check_validation, validate
 from lr_callback.mathematics.importance import Importance
@@ -153,7 +154,7 @@ def _the_accuracy(logged: Mapping[str, float]) -> str:
     Raises:
         MisconfigurationException: If there is none, or more than one.
     """
-    found = [name for name in logged if "acc" in name.lower() and not _is_fork(name, logged)]
+    found = accuracies_in(logged)
     if len(found) != 1:
         raise MisconfigurationException(
             "LowRankCompression: without `monitor` the validation must log one metric with 'acc' in its name, found "
@@ -165,11 +166,6 @@ def _the_accuracy(logged: Mapping[str, float]) -> str:
 
 def _names(logged: Iterable[str]) -> str:
     return ", ".join(sorted(logged)) or "nothing"
-
-
-def _is_fork(name: str, logged: Mapping[str, float]) -> bool:
-    """Return whether a name is the second one of a metric that is logged by step and by epoch."""
-    return any(name == f"{other}{end}" for other in logged for end in ("_step", "_epoch"))
 
 
 def _smallest(reachable: float, holds: Callable[[float], bool]) -> float | None:

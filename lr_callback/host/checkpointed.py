@@ -13,6 +13,7 @@ from lr_callback.decisions.curves import Curves
 from lr_callback.files.hook import release_structure
 from lr_callback.host.counting import Counting
 from lr_callback.host.distilling import Distilling
+from lr_callback.host.logged import Logged
 from lr_callback.host.packages import CallbackBase
 from lr_callback.host.record import Record
 from lr_callback.host.resume import Resuming, note_groups
@@ -24,6 +25,7 @@ class Checkpointed(CallbackBase):
 
     Args:
         units: of the budgets.
+        monitor: name of the accuracy that validations log, or None.
         distill: weight of the distillation loss, or None.
         temperature: of its softmaxes.
         learning_rate_rewind: whether learning rates are rewound to where they began.
@@ -35,20 +37,21 @@ class Checkpointed(CallbackBase):
     def __init__(
         self,
         units: tuple[Unit, ...],
+        monitor: str | None,
         distill: float | None,
         temperature: float,
         learning_rate_rewind: bool,
     ) -> None:
         super().__init__()
-        self._options, self.learning_rate_rewind = (units, distill, temperature), learning_rate_rewind
+        self._options, self.learning_rate_rewind = (units, monitor, distill, temperature), learning_rate_rewind
         self._forget()
         self._resuming = Resuming()
         self.snapshots = False
 
     def _forget(self) -> None:
         """Begin anew: an earlier run of this callback may have been with another model or other batches."""
-        units, weight, temperature = self._options
-        self._record, self._counting = Record(), Counting(units)
+        units, monitor, weight, temperature = self._options
+        self._record, self._counting, self._logged = Record(), Counting(units), Logged(monitor)
         self._distilling = Distilling(weight, temperature)
 
     @property
@@ -93,6 +96,10 @@ class Checkpointed(CallbackBase):
         """Watch the first batch: how the network is called is not known before; distil."""
         self._counting.watch(pl_module)
         self._distilling.watch(pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the accuracy of the first validation after a compression."""
+        self._logged.after(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hooks of ours behind."""

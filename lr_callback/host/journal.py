@@ -25,7 +25,7 @@ def tell(
     show_table: bool,
     curves: Curves,
     gallery: Gallery,
-    accuracy: tuple[float, float] | None = None,
+    accuracies: Mapping[str, float],
 ) -> None:
     """Log the metrics of a compression, give loggers its figures, and print its table.
 
@@ -38,11 +38,15 @@ def tell(
         show_table: whether to print.
         curves: of the allocation.
         gallery: of the run.
-        accuracy: as validations measured it before the compression and right after it, if they did.
+        accuracies: of the network, by the names that they are logged by, those that are known.
     """
     parameters = (held_parameters(pl_module), dense_parameters(pl_module))
     metrics = compression_metrics(
-        allocation, parameters, _multiply_adds(pl_module, observation), seconds, measured(allocation, accuracy)
+        allocation,
+        parameters,
+        _multiply_adds(pl_module, observation),
+        seconds,
+        {**accuracies, **_milliseconds(allocation)},
     )
     metrics.to(pl_module.device)
     for name, metric in metrics.items():
@@ -63,23 +67,10 @@ def log_multiply_adds(trainer: Trainer, pl_module: LightningModule, observation:
         log_now(trainer, {name: value})
 
 
-def measured(allocation: Allocation, accuracy: tuple[float, float] | None) -> dict[str, float]:
-    """Return the accuracies and the milliseconds of one run of the model, of these what is known.
-
-    Args:
-        allocation: whose costs may be times.
-        accuracy: before the compression and right after it.
-
-    Example::
-
-        >>> allocation = Allocation({}, {}, {}, 2_500_000, 5_000_000, 2_500_000, 0.5, unit="latency")
-        >>> measured(allocation, accuracy=(0.9, 0.8))
-        {'accuracy_before': 0.9, 'accuracy_after': 0.8, 'milliseconds': 2.5}
-    """
-    names = ("accuracy_before", "accuracy_after")
-    known = dict(zip(names, accuracy, strict=True)) if accuracy is not None else {}
+def _milliseconds(allocation: Allocation) -> dict[str, float]:
+    """Return the time of one run of the model, where it is among the costs."""
     own = {allocation.unit: allocation.cost} | {unit: one.cost for unit, one in allocation.others.items()}
-    return {**known, **({"milliseconds": own[LATENCY] / 1e6} if LATENCY in own else {})}
+    return {"milliseconds": own[LATENCY] / 1e6} if LATENCY in own else {}
 
 
 def _multiply_adds(pl_module: LightningModule, observation: Observation | None) -> tuple[int, int] | None:

@@ -82,7 +82,7 @@ class Noting(lrc.LowRankCompression):
 
 
 OF_THE_SEARCH = ("compression/seconds", "compression/accuracy_before", "compression/accuracy_after")
-"""Names of metrics that a run which searches has of its own."""
+"""Names of metrics whose values a run that searches has of its own."""
 
 
 def state_of(trainer, module):
@@ -133,7 +133,7 @@ def test_the_run_is_that_with_the_ratio_that_was_found(
         assert factorized_in(module) and callback.kept[-1] < 1
         logged = read_metrics(logger.log_dir)
         measured = [logged.pop(name, None) for name in OF_THE_SEARCH][1:]
-        assert all(measured) if "max_accuracy_drop" in asked else not any(measured)
+        assert all(measured) or ("max_accuracy_drop" not in asked and not any(measured))
         return callback.kept, {**state_of(trainer, module), "loggers": logged}, files.best_model_path
 
     kept, own, file = run(max_accuracy_drop=0.05)
