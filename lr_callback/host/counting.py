@@ -15,7 +15,7 @@ from lr_callback.model.observe import Observation, Timed
 from lr_callback.model.pricing import Prices
 from lr_callback.model.probe import Probe
 from lr_callback.observation.progress import progress_line
-from lr_callback.units.latency import Progress, Wanted, check_clock, device_facts
+from lr_callback.units.latency import NoisyClockError, Progress, Wanted, check_clock, device_facts
 
 ToTime = Callable[[LightningModule], Mapping[str, Wanted]]
 """From a module to what is to be measured of each of its layers, by name, for a budget in time."""
@@ -162,6 +162,17 @@ class Counting:
 def _of_the_first(trainer: Trainer, observe: Callable[[], Observation | None]) -> Observation | None:
     """Return the first process's observation: batches of others may be of other sizes, and a budget is one for all.
 
-    All of them observe: a network that talks to its copies on other processes must not do so alone.
+    All of them observe: a network that talks to its copies on other processes must not do so alone. How well the
+    others could measure times is no matter.
     """
-    return processes_of(trainer).gather(observe)[0]
+    processes = processes_of(trainer)
+
+    def own() -> Observation | None:
+        try:
+            return observe()
+        except NoisyClockError:
+            if processes.rank == 0:
+                raise
+            return None
+
+    return processes.gather(own)[0]

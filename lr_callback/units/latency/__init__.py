@@ -4,7 +4,7 @@ from lr_callback.units.latency.bench import Bench
 from lr_callback.units.latency.curves import Curve, LayerTimes, MeasuredCost
 from lr_callback.units.latency.files import device_facts
 from lr_callback.units.latency.inputs import LayerInput
-from lr_callback.units.latency.measure import Latencies, Progress, Wanted, check_clock, measure
+from lr_callback.units.latency.measure import Latencies, NoisyClockError, Progress, Wanted, check_clock, measure
 from lr_callback.units.latency.timing import Stopwatch, Timing, timed, timed_in_turns
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "LayerInput",
     "LayerTimes",
     "MeasuredCost",
+    "NoisyClockError",
     "Progress",
     "Stopwatch",
     "Timing",

@@ -249,15 +249,19 @@ def _in_turns(
     return of_runs([whole for whole, _ in rounds]), of_runs([1e9 * own / whole for whole, own in rounds])
 
 
+class NoisyClockError(RuntimeError):
+    """Repeated runs differ too much to choose by their times."""
+
+
 def _check_spread(spread: float) -> None:
     """Warn of runs that differ, and refuse such that differ too much.
 
     Raises:
-        RuntimeError: If they do.
+        NoisyClockError: If they do.
     """
     text = f"repeated runs differ by {spread:.0%} of their median (quartiles, the mean over all that was measured)"
     if spread > SPREAD_REFUSED:
-        raise RuntimeError(
+        raise NoisyClockError(
             f"Latency: the clock is too noisy to choose by: {text}. Measure while nothing else runs on this machine, "
             "or keep multiply-adds instead."
         )
