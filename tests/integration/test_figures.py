@@ -139,8 +139,30 @@ def test_csv_gets_numbers_of_the_largest_layers_beside_tensorboard(fit, tmp_path
 
 
 @pytest.mark.parametrize("options", [{"logger": False}, {"logger": True, "fast_dev_run": True}])
-def test_without_a_logger_nothing_is_drawn(fit, options):
-    assert fit(**options).callbacks[0].curves is not None
+def test_without_a_logger_nothing_is_drawn_nor_said_of_loggers(fit, options, caplog):
+    with caplog.at_level("INFO"):
+        assert fit(**options).callbacks[0].curves is not None
+    assert "takes no figures" not in caplog.text
+
+
+class Twice(Marked):
+    """Its optimizer steps twice in a batch, as those of two networks that learn from each other."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch, index):
+        for _ in range(2):
+            self.optimizers().zero_grad()
+            self.manual_backward(super().training_step(batch, index))
+            self.optimizers().step()
+        self.log("loss", 0.0)
+
+
+def test_what_a_cut_logs_stands_where_the_metrics_of_its_epoch_begin(fit, tmp_path):
+    found = events(fit(TensorBoardLogger(tmp_path), Twice()).logger)
+    assert [one.step for one in found.Scalars("loss")] == [0, 1, 2, 3]
+    assert {one.step for tag in FIGURES for one in found.Images(tag)} == {2}
+    assert [one.step for one in found.Scalars("compression/kept_parameters")] == [2]
 
 
 def test_figures_can_be_left_out(fit, tmp_path):
