@@ -47,9 +47,11 @@ def tell(
     metrics.to(pl_module.device)
     for name, metric in metrics.items():
         pl_module.log(name, metric, on_step=False, on_epoch=True, logger=False, metric_attribute=name)
-    log_now(trainer, {name: float(value) for name, value in metrics.compute().items()})
+    values = {name: float(value) for name, value in metrics.compute().items()}
+    log_now(trainer, values)
     if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):  # whose loggers keep nothing
-        gallery.show(trainer.loggers, allocation, curves, logged_step(trainer))
+        logged = [name.removeprefix("compression/") for name in values]
+        gallery.show(trainer.loggers, allocation, curves, logged_step(trainer), logged)
     if show_table:
         show(trainer, f"Low-rank compression at the start of epoch {trainer.current_epoch}\n{allocation}")
 

@@ -5,7 +5,7 @@ Whatever fails here is said once, as a warning, and left out: a figure is no rea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import cache, partial
 from typing import TYPE_CHECKING
 
@@ -42,7 +42,9 @@ class Gallery:
         self.figures, self._arguments = figures, readable_arguments(arguments)
         self._begun, self._said = set[tuple[int, str]](), set[tuple[str, ...]]()
 
-    def show(self, loggers: Iterable[Logger], allocation: Allocation, curves: Curves, step: int) -> None:
+    def show(
+        self, loggers: Iterable[Logger], allocation: Allocation, curves: Curves, step: int, logged: Collection[str]
+    ) -> None:
         """Give figures and the table to the loggers that take them, and numbers of some layers to the others.
 
         Args:
@@ -50,6 +52,7 @@ class Gallery:
             allocation: that was carried out.
             curves: of it.
             step: of the run.
+            logged: names of the metrics that the loggers get beside them, as in a layout of charts.
         """
         drawings: Drawings = {
             "allocation": cache(lambda: plot_allocation(allocation)[0]),
@@ -57,9 +60,17 @@ class Gallery:
             "tradeoff": cache(lambda: plot_tradeoff(curves)[0]),
         }
         for logger in loggers if self.figures else ():
-            self._attempt(logger, partial(self._give, logger, allocation, curves, drawings, step))
+            self._attempt(logger, partial(self._give, logger, allocation, curves, drawings, step, logged))
 
-    def _give(self, logger: Logger, allocation: Allocation, curves: Curves, drawings: Drawings, step: int) -> None:
+    def _give(
+        self,
+        logger: Logger,
+        allocation: Allocation,
+        curves: Curves,
+        drawings: Drawings,
+        step: int,
+        logged: Collection[str],
+    ) -> None:
         board = board_of(logger)
         if board is None:
             self._say_no_figures(logger)
@@ -68,7 +79,7 @@ class Gallery:
         run = id(logger), str(logger.version)  # a number can be that of another logger later
         if run not in self._begun:
             self._begun.add(run)
-            self._attempt(logger, partial(board.begin, self._arguments))
+            self._attempt(logger, partial(board.begin, self._arguments, logged))
         if board.text is not None:
             self._attempt(logger, partial(board.text, "compression/table", str(allocation), step))
         for name, draw in drawings.items():

@@ -91,6 +91,7 @@ def test_tensorboard_holds_figures_text_and_a_layout(fit, tmp_path):
     assert "    keep_ratio             0.5" in text(found, "compression/arguments")
     [layout] = found.Tensors("custom_scalars__config__")
     assert b"compression/kept_parameters" in layout.tensor_proto.string_val[0]
+    assert b"compression/milliseconds" not in layout.tensor_proto.string_val[0]
     assert {"compression/worst_error", "compression/kept_parameters"} <= set(found.Tags()["scalars"])
 
 
@@ -109,6 +110,26 @@ def test_each_cut_has_its_figures_and_the_layout_comes_once(fit, tmp_path):
     [layout] = found.Tensors("custom_scalars__config__")
     assert b"my-compression/kept_parameters" in layout.tensor_proto.string_val[0]
     assert "my-compression/kept_parameters" in found.Tags()["scalars"]
+
+
+class Validated(Marked):
+    """Any size of it is as good."""
+
+    def val_dataloader(self):
+        return DataLoader(TensorDataset(torch.randn(8, 16)), 4)
+
+    def validation_step(self, batch, index):
+        self.log("accuracy", 0.5)
+
+
+def test_layout_has_charts_of_what_only_some_runs_log(fit, tmp_path):
+    options = {"method": ALDS(slices=[1]), "refit": None, "show_table": False}
+    compression = LowRankCompression(max_accuracy_drop=0.1, epochs=1, **options)
+    found = events(fit(TensorBoardLogger(tmp_path), Validated(), compression).logger)
+    [layout] = found.Tensors("custom_scalars__config__")
+    assert b"compression/accuracy_after" in layout.tensor_proto.string_val[0]
+    assert b"compression/milliseconds" not in layout.tensor_proto.string_val[0]
+    assert [one.value for one in found.Scalars("compression/accuracy_after")] == [0.5]
 
 
 def test_resumed_run_has_the_curves_and_draws_the_next_cut(fit, tmp_path):
