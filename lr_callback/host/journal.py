@@ -51,9 +51,11 @@ def tell(
     metrics.to(pl_module.device)
     for name, metric in metrics.items():
         pl_module.log(name, metric, on_step=False, on_epoch=True, logger=False, metric_attribute=name)
-    log_now(trainer, {name: float(value) for name, value in metrics.compute().items()})
-    if trainer.is_global_zero:
-        gallery.show(trainer.loggers, allocation, curves, trainer.global_step)
+    values = {name: float(value) for name, value in metrics.compute().items()}
+    log_now(trainer, values)
+    if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):  # whose loggers keep nothing
+        logged = [name.removeprefix("compression/") for name in values]
+        gallery.show(trainer.loggers, allocation, curves, logged_step(trainer), logged)
     if show_table:
         show(trainer, f"Low-rank compression at the start of epoch {trainer.current_epoch}\n{allocation}")
 
@@ -83,4 +85,9 @@ def _multiply_adds(pl_module: LightningModule, observation: Observation | None) 
 def log_now(trainer: Trainer, values: Mapping[str, float]) -> None:
     """Tell the loggers, at this step."""
     for logger in trainer.loggers:
-        logger.log_metrics(dict(values), step=trainer.global_step)
+        logger.log_metrics(dict(values), step=logged_step(trainer))
+
+
+def logged_step(trainer: Trainer) -> int:
+    """Return the step at which Lightning logs: ``global_step`` is another where one batch takes several, or none."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped

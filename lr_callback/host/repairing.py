@@ -9,14 +9,14 @@ from typing import Any, Literal
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
 from lr_callback.calibration.collect import collect_moments
 from lr_callback.calibration.effects import measure_effects
 from lr_callback.calibration.fisher import fisher_importance
 from lr_callback.calibration.gains import batchnorm_importance
-from lr_callback.common.table import listed
+from lr_callback.common.table import listed, printable, readable, wrap
 from lr_callback.common.untouched import putting_back, untouched
 from lr_callback.edits.optimizers import optimizers_in
 from lr_callback.edits.surgery import standing_in
@@ -29,6 +29,7 @@ from lr_callback.mathematics.importance import Importance, checked_importance
 from lr_callback.model.following import batchnorm_layers, held_by
 from lr_callback.model.probe import Probe
 from lr_callback.observation.progress import Told, progress_line
+from lr_callback.observation.report import show
 from lr_callback.repair.recalibrate import correct_biases_, recalibrate_batchnorm_
 from lr_callback.repair.refit import Inputs, refit_
 
@@ -207,7 +208,8 @@ class Repairing:
             return False
         kept = [name for name in replaced if name not in left]
         if kept and gentle:
-            rank_zero_info(_KEPT.format(len(kept), listed(kept)))
+            names = listed([printable(readable(name)) for name in kept])
+            show(trainer, wrap(_KEPT.format(len(kept), names)))
         return True
 
 

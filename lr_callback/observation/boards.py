@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -22,9 +22,11 @@ CHARTS: Mapping[str, tuple[str, ...]] = {
     "kept": ("kept_parameters", "kept_multiply_adds"),
     "error of the layers": ("worst_error", "mean_error"),
     "layers factorized": ("layers_factorized",),
+    "accuracy, before and right after": ("accuracy_before", "accuracy_after"),
+    "milliseconds of one run": ("milliseconds",),
     "seconds that it took": ("seconds",),
 }
-"""The layout of charts: title -> names of metrics."""
+"""The layout of charts: title -> names of metrics; a chart of which a run logs none is left out."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,12 @@ class Board:
     Args:
         figure: called with a name, a figure and a step.
         text: called with a name, a text and a step; None: it takes none.
-        begin: called once, with the arguments of the callback.
+        begin: called once, with the arguments of the callback and the names of the metrics that the run logs.
     """
 
     figure: Callable[[str, Figure, int], object]
     text: Callable[[str, str, int], object] | None
-    begin: Callable[[Arguments], object]
+    begin: Callable[[Arguments, Collection[str]], object]
 
 
 class _Writer(Protocol):
@@ -104,14 +106,15 @@ def _add_text(writer: _Writer, name: str, text: str, step: int) -> None:
     writer.add_text(name, "\n".join(f"    {line}" for line in text.splitlines()), step)
 
 
-def _begin_tensorboard(logger: Logger, writer: _Writer, arguments: Arguments) -> None:
+def _begin_tensorboard(logger: Logger, writer: _Writer, arguments: Arguments, logged: Collection[str]) -> None:
     """Give TensorBoard the arguments and a layout; the arguments as hyperparameters, too, where a run has no others.
 
     Of one run it shows the hyperparameters that came first, and no more: those of the user stay alone.
     """
     prefix = getattr(logger, "_prefix", "")
     start = f"{prefix}{getattr(logger, 'LOGGER_JOIN_CHAR', '-')}" if prefix else ""
-    tags = {title: [f"{start}compression/{name}" for name in names] for title, names in CHARTS.items()}
+    shown = {title: names for title, names in CHARTS.items() if not {*names}.isdisjoint(logged)}
+    tags = {title: [f"{start}compression/{name}" for name in names] for title, names in shown.items()}
     rows = [[name, str(value)] for name, value in arguments.items()]
     _add_text(writer, "compression/arguments", align(["argument", "value"], rows), 0)
     if getattr(logger, "hparams", None) == {}:
@@ -126,5 +129,5 @@ def _add_hyperparameters(writer: _Writer, arguments: Arguments, metrics: Iterabl
         writer._get_file_writer().add_summary(summary)
 
 
-def _log_arguments(logger: Logger, arguments: Arguments) -> None:
+def _log_arguments(logger: Logger, arguments: Arguments, logged: Collection[str]) -> None:
     logger.log_hyperparams({f"compression/{name}": value for name, value in arguments.items()})

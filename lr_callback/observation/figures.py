@@ -36,8 +36,8 @@ MOST_ROWS = 40
 MOST_PANELS = 24
 """Of a figure of spectra."""
 
-_LEAST = 1e-7
-"""Of the largest singular value: what is resolved of them."""
+_LEAST = 1e-5
+"""Of the largest singular value: what is no more is rounding, of a layer that was cut before, and sets no scale."""
 _FLAT = 0.02
 """Spectra that stay above it are drawn on a linear scale."""
 
@@ -122,7 +122,7 @@ def plot_spectra(curves: Curves, layers: Sequence[str] | None = None, ax: Axes |
     _check_curves(curves, "plot_spectra")
     shown = _shown(curves, layers)
     lines = {name: _line(curves.layers[name]) for name in shown}
-    lowest = min((value for _, values, _ in lines.values() for value in values), default=1.0)
+    lowest = min((one for _, values, _ in lines.values() for one in values if one > _LEAST), default=1.0)
     if ax is not None:
         return _in_one(curves, lines, lowest, ax)
     columns = min(4, max(1, len(shown)))

@@ -5,13 +5,14 @@ Whatever fails here is said once, as a warning, and left out: a figure is no rea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import cache, partial
 from typing import TYPE_CHECKING
 
 from lightning.pytorch.loggers import Logger
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
+from lr_callback.common.table import readable
 from lr_callback.decisions.allocation import Allocation
 from lr_callback.decisions.curves import Curves
 from lr_callback.observation.boards import Arguments, Board, board_of
@@ -41,7 +42,9 @@ class Gallery:
         self.figures, self._arguments = figures, readable_arguments(arguments)
         self._begun, self._said = set[tuple[int, str]](), set[tuple[str, ...]]()
 
-    def show(self, loggers: Iterable[Logger], allocation: Allocation, curves: Curves, step: int) -> None:
+    def show(
+        self, loggers: Iterable[Logger], allocation: Allocation, curves: Curves, step: int, logged: Collection[str]
+    ) -> None:
         """Give figures and the table to the loggers that take them, and numbers of some layers to the others.
 
         Args:
@@ -49,6 +52,7 @@ class Gallery:
             allocation: that was carried out.
             curves: of it.
             step: of the run.
+            logged: names of the metrics that the loggers get beside them, as in a layout of charts.
         """
         drawings: Drawings = {
             "allocation": cache(lambda: plot_allocation(allocation)[0]),
@@ -56,9 +60,17 @@ class Gallery:
             "tradeoff": cache(lambda: plot_tradeoff(curves)[0]),
         }
         for logger in loggers if self.figures else ():
-            self._attempt(logger, partial(self._give, logger, allocation, curves, drawings, step))
+            self._attempt(logger, partial(self._give, logger, allocation, curves, drawings, step, logged))
 
-    def _give(self, logger: Logger, allocation: Allocation, curves: Curves, drawings: Drawings, step: int) -> None:
+    def _give(
+        self,
+        logger: Logger,
+        allocation: Allocation,
+        curves: Curves,
+        drawings: Drawings,
+        step: int,
+        logged: Collection[str],
+    ) -> None:
         board = board_of(logger)
         if board is None:
             self._say_no_figures(logger)
@@ -67,7 +79,7 @@ class Gallery:
         run = id(logger), str(logger.version)  # a number can be that of another logger later
         if run not in self._begun:
             self._begun.add(run)
-            self._attempt(logger, partial(board.begin, self._arguments))
+            self._attempt(logger, partial(board.begin, self._arguments, logged))
         if board.text is not None:
             self._attempt(logger, partial(board.text, "compression/table", str(allocation), step))
         for name, draw in drawings.items():
@@ -127,6 +139,7 @@ def layer_numbers(allocation: Allocation, curves: Curves) -> dict[str, float]:
     numbers: dict[str, float] = {}
     for name in largest:
         layer = allocation.layers[name]
-        numbers[f"compression/layers/{name}/kept"] = 1.0 if layer is None else layer.cost / layer.dense_cost
-        numbers[f"compression/layers/{name}/error"] = 0.0 if layer is None else layer.relative_error
+        told = f"compression/layers/{readable(name)}"
+        numbers[f"{told}/kept"] = 1.0 if layer is None else layer.cost / layer.dense_cost
+        numbers[f"{told}/error"] = 0.0 if layer is None else layer.relative_error
     return numbers

@@ -91,6 +91,7 @@ def test_tensorboard_holds_figures_text_and_a_layout(fit, tmp_path):
     assert "    keep_ratio             0.5" in text(found, "compression/arguments")
     [layout] = found.Tensors("custom_scalars__config__")
     assert b"compression/kept_parameters" in layout.tensor_proto.string_val[0]
+    assert b"compression/milliseconds" not in layout.tensor_proto.string_val[0]
     assert {"compression/worst_error", "compression/kept_parameters"} <= set(found.Tags()["scalars"])
 
 
@@ -109,6 +110,26 @@ def test_each_cut_has_its_figures_and_the_layout_comes_once(fit, tmp_path):
     [layout] = found.Tensors("custom_scalars__config__")
     assert b"my-compression/kept_parameters" in layout.tensor_proto.string_val[0]
     assert "my-compression/kept_parameters" in found.Tags()["scalars"]
+
+
+class Validated(Marked):
+    """Any size of it is as good."""
+
+    def val_dataloader(self):
+        return DataLoader(TensorDataset(torch.randn(8, 16)), 4)
+
+    def validation_step(self, batch, index):
+        self.log("accuracy", 0.5)
+
+
+def test_layout_has_charts_of_what_only_some_runs_log(fit, tmp_path):
+    options = {"method": ALDS(slices=[1]), "refit": None, "show_table": False}
+    compression = LowRankCompression(max_accuracy_drop=0.1, epochs=1, **options)
+    found = events(fit(TensorBoardLogger(tmp_path), Validated(), compression).logger)
+    [layout] = found.Tensors("custom_scalars__config__")
+    assert b"compression/accuracy_after" in layout.tensor_proto.string_val[0]
+    assert b"compression/milliseconds" not in layout.tensor_proto.string_val[0]
+    assert [one.value for one in found.Scalars("compression/accuracy_after")] == [0.5]
 
 
 def test_resumed_run_has_the_curves_and_draws_the_next_cut(fit, tmp_path):
@@ -139,8 +160,30 @@ def test_csv_gets_numbers_of_the_largest_layers_beside_tensorboard(fit, tmp_path
 
 
 @pytest.mark.parametrize("options", [{"logger": False}, {"logger": True, "fast_dev_run": True}])
-def test_without_a_logger_nothing_is_drawn(fit, options):
-    assert fit(**options).callbacks[0].curves is not None
+def test_without_a_logger_nothing_is_drawn_nor_said_of_loggers(fit, options, caplog):
+    with caplog.at_level("INFO"):
+        assert fit(**options).callbacks[0].curves is not None
+    assert "takes no figures" not in caplog.text
+
+
+class Twice(Marked):
+    """Its optimizer steps twice in a batch, as those of two networks that learn from each other."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch, index):
+        for _ in range(2):
+            self.optimizers().zero_grad()
+            self.manual_backward(super().training_step(batch, index))
+            self.optimizers().step()
+        self.log("loss", 0.0)
+
+
+def test_what_a_cut_logs_stands_where_the_metrics_of_its_epoch_begin(fit, tmp_path):
+    found = events(fit(TensorBoardLogger(tmp_path), Twice()).logger)
+    assert [one.step for one in found.Scalars("loss")] == [0, 1, 2, 3]
+    assert {one.step for tag in FIGURES for one in found.Images(tag)} == {2}
+    assert [one.step for one in found.Scalars("compression/kept_parameters")] == [2]
 
 
 def test_figures_can_be_left_out(fit, tmp_path):

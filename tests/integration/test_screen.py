@@ -10,6 +10,7 @@ import termios
 import threading
 
 import pytest
+import torch
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from torch import nn
 
@@ -109,3 +110,13 @@ def test_names_with_markup_and_control_characters_are_printed_as_text(fit, new_m
     rows = screen.text.partition("start of epoch 1")[2]
     for name in ("network.[bold]a[/x]  ", "network.:smile:  ", "network.gr\\xf6\\xdfe\\x1b[2J  "):
         assert f"\n{name}" in rows
+
+
+@BARS
+def test_layers_that_a_refit_leaves_are_told_of_above_the_bar(fit, new_module, screen, bar):
+    torch.manual_seed(0)
+    module = new_module()
+    module.network = Marked()
+    with screen:
+        fit(module, bar(), LowRankCompression(0.5, 1, calibration_batches=1), enable_progress_bar=True, max_epochs=2)
+    assert "layer(s) (network.[bold]a[/x], network.:smile:,\n  network.gr\\xf6\\xdfe\\x1b[2J" in screen.text

@@ -119,6 +119,17 @@ def test_steep_spectra_are_drawn_on_a_logarithmic_scale(drawn):
     drawn(figure)
 
 
+def test_layer_that_was_cut_before_does_not_press_the_spectra_of_the_others_flat(drawn):
+    torch.manual_seed(0)
+    before, other = nn.Linear(64, 64), nn.Linear(64, 64)
+    before.weight.data = torch.randn(64, 2) @ torch.randn(2, 64)
+    figure, panels = plot_spectra(analysed(nn.Sequential(before, other), 0.6, lrc.ALDS(slices=[1]))[1])
+    seen = panels[0][1].lines[0].get_ydata()
+    assert panels[0][0].get_yscale() == "linear" and panels[0][0].lines[0].get_ydata()[2] < 1e-4
+    assert panels[0][1].get_ylim()[0] <= min(seen) < max(seen) <= panels[0][1].get_ylim()[1]
+    drawn(figure)
+
+
 def test_tradeoff_has_the_points_of_the_curves_and_the_chosen_one(small):
     _, curves = small
     _, axes = plot_tradeoff(curves)

@@ -24,6 +24,14 @@ def test_numbers_are_of_the_largest_layers_dense_ones_with_all_kept():
     assert numbers["compression/layers/24/kept"] == 1.0 and numbers["compression/layers/24/error"] == 0.0
 
 
+def test_numbers_of_a_compiled_network_have_the_names_of_its_layers():
+    model = nn.Sequential(torch.compile(nn.Sequential(nn.Linear(32, 32))))
+    analysis = lrc.analyze(model, method=lrc.ALDS(slices=[1]))
+    allocation = analysis.allocate(0.5)
+    numbers = layer_numbers(allocation, analysis.curves(allocation))
+    assert list(numbers) == ["compression/layers/0.0/kept", "compression/layers/0.0/error"]
+
+
 def test_what_answers_to_every_name_takes_no_figures():
     class Everything:
         def __getattr__(self, name):
