@@ -118,15 +118,15 @@ def _milliseconds(runs: Sequence[Run | None], device: torch.device) -> list[floa
     return [one.nanoseconds / 1e6 for one in times]
 
 
-def call_of_step(model: LightningModule, datamodule: LightningDataModule | None) -> tuple[nn.Module, Example]:
-    """Return what a module's step calls on the first batch of its test or validation data, on the CPU, and how.
+def calls_of_step(model: LightningModule, datamodule: LightningDataModule | None) -> list[tuple[nn.Module, Example]]:
+    """Return the modules that a module's step calls on the first batch of its test or validation data, and how.
 
     Args:
-        model: is in no Trainer afterwards.
+        model: is in no Trainer afterwards, and on the CPU.
         datamodule: of the run; None: the model has its own loaders.
 
     Raises:
-        ValueError: If there is no such step, or no data for it, or it calls several modules one after the other.
+        ValueError: If there is no such step, or no data for it, or it calls no module.
     """
     watch = FirstBatch(model)
     with quiet():
@@ -145,8 +145,22 @@ def call_of_step(model: LightningModule, datamodule: LightningDataModule | None)
         if run is not None:
             run(model, datamodule=datamodule, verbose=False)
     model.trainer = None
-    calls = watch.probe.calls
-    modules = dict(reversed(calls))  # the first call of each
+    if not watch.probe.seen:
+        raise ValueError(
+            f"{type(model).__name__}: a test or validation step and data for it must say what is run and with which "
+            f"input, found {'no such step, or no data for it' if run is None else 'that it calls no module'}; say the "
+            "shape of its input by --input_shape."
+        )
+    return watch.probe.calls
+
+
+def call_of_step(model: LightningModule, datamodule: LightningDataModule | None) -> tuple[nn.Module, Example]:
+    """Return the one module that a module's step calls, and how; see :func:`calls_of_step`.
+
+    Raises:
+        ValueError: If there is none, or there are several, which are called one after the other.
+    """
+    modules = dict(reversed(calls_of_step(model, datamodule)))  # the first call of each
     if len(modules) != 1:
         raise ValueError(
             f"{type(model).__name__}: its test or validation step must call one module, to tell what is run and "

@@ -75,11 +75,11 @@ def plot_allocation(allocation: Allocation, ax: Axes | None = None) -> tuple[Fig
     scale = 1000 if allocation.unit == LATENCY else 1
     axes.barh(range(len(layers)), [dense / scale for _, _, dense in layers], color=DENSE, label="dense")
     axes.barh(range(len(layers)), [kept / scale for _, kept, _ in layers], height=0.5, color=KEPT, label="kept")
-    short = formatter(places=1)
+    short = formatter()
     for place, (_, kept, dense) in enumerate(rows):
         told, end = f" {kept / dense:.0%}", max(kept, dense) / scale
         if place >= len(layers):  # may be larger than all bars together
-            told, end = f" {short(kept / scale)} of {short(dense / scale)},{told}", 0.0
+            told, end = f" {short(_digits(kept / scale))} of {short(_digits(dense / scale))},{told}", 0.0
         axes.text(end, place, told, va="center", fontsize=7, color="#555555")
     axes.set_yticks(range(len(rows)), [drawn_name(name) for name, _, _ in rows], fontsize=8, **LITERAL)
     axes.set_ylim(len(rows) - 0.4, -0.6)
@@ -204,6 +204,11 @@ def _rows(allocation: Allocation) -> tuple[list[_Row], list[_Row]]:
     more = len(order) - len(shown)
     others = f"{more} smaller layers, everything else" if more else "everything else"
     return shown, [(others, max(0, kept), dense)] if dense > 0 else []
+
+
+def _digits(value: float) -> float:
+    """Return a number with its three first digits."""
+    return float(f"{value:.3g}")
 
 
 def _shown(curves: Curves, layers: Sequence[str] | None) -> list[str]:

@@ -53,7 +53,7 @@ def test_bars_are_the_costs_of_the_layers(small):
     dense, kept = ([bar.get_width() for bar in bars] for bars in axes.containers)
     assert dense == [64 * 96 + 96, 64 * 64 + 64] and labels(axes) == ["1", "0", "everything else"]
     assert kept == [allocation.layers["1"].cost, allocation.layers["0"].cost]
-    assert [text.get_text().strip() for text in axes.texts][-1] == "192.0 of 192.0, 100%"
+    assert [text.get_text().strip() for text in axes.texts][-1] == "192 of 192, 100%"
     assert axes.get_title(loc="left") == f"{allocation.cost / allocation.dense_cost:.1%} of parameters kept"
 
 
@@ -63,7 +63,7 @@ def test_rows_are_few_and_what_they_leave_out_is_summed_up():
     assert len(labels(axes)) == MOST_ROWS and labels(axes)[-1] == "21 smaller layers, everything else"
     dense, kept = (sum(bar.get_width() for bar in bars) for bars in axes.containers)
     rest = axes.texts[-1].get_text()
-    assert rest == f" {(allocation.cost - kept) / 1000:.1f}k of {(allocation.dense_cost - dense) / 1000:.1f}k, " + (
+    assert rest == f" {(allocation.cost - kept) / 1000:.3g}k of {(allocation.dense_cost - dense) / 1000:.3g}k, " + (
         f"{(allocation.cost - kept) / (allocation.dense_cost - dense):.0%}"
     )
 
