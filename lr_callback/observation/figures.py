@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import ceil, prod
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from lr_callback.decisions.allocation import Allocation
@@ -40,6 +41,8 @@ _LEAST = 1e-7
 """Of the largest singular value: what is resolved of them."""
 _FLAT = 0.02
 """Spectra that stay above it are drawn on a linear scale."""
+_LETTERS = 13
+"""Of a title of 9 points, in an inch."""
 
 
 def plot_allocation(allocation: Allocation, ax: Axes | None = None) -> tuple[Figure, Axes]:
@@ -86,7 +89,8 @@ def plot_allocation(allocation: Allocation, ax: Axes | None = None) -> tuple[Fig
     axes.margins(x=0.08)
     axes.xaxis.set_major_formatter(formatter())
     unit = "microseconds" if allocation.unit == LATENCY else spoken(allocation.unit)
-    dress(axes, unit, "", f"{allocation.cost / allocation.dense_cost:.1%} of {unit} kept")
+    kept_part = f"{allocation.cost / allocation.dense_cost:.1%}"
+    dress(axes, unit, "", f"{kept_part} of {spoken(allocation.unit)} kept")
     legend_above(axes)
     return figure, axes
 
@@ -137,7 +141,8 @@ def plot_spectra(curves: Curves, layers: Sequence[str] | None = None, ax: Axes |
     figure.supxlabel("rank (dashed: cut off here)", fontsize=9)
     figure.supylabel("relative to the largest", fontsize=9)
     others = len(curves.layers) - len(shown) + curves.left_out
-    figure.suptitle(f"{curves.spectrum}{f'; {others} other layers are not shown' if others else ''}", fontsize=9)
+    told = f"{curves.spectrum}{f'; {others} other layers are not shown' if others else ''}"
+    figure.suptitle(fill(told, round(_LETTERS * figure.get_figwidth())), fontsize=9)
     return figure, panels
 
 
