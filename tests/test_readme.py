@@ -40,7 +40,9 @@ def test_the_two_commands_are_those_that_ci_runs():
         "pip install -e '.[dev]' && pytest",
     ]
     steps = re.findall(r'^run "(.*?)"', (ROOT / ".ci" / "run").read_text(encoding="utf-8"), flags=re.MULTILINE)
-    assert steps[: len(shown)] == shown
+    first, page, second = steps[:3]
+    assert [first, second] == shown
+    assert page.startswith("${page:?") and "`a page of this: lr-callback report --checkpoint ...`" in README
 
 
 def test_arguments_table_is_the_signature():

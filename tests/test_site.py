@@ -16,6 +16,8 @@ import pytest
 import yaml
 
 import lr_callback as lrc
+import lr_callback.metrics.functional
+from lr_callback import metrics
 
 pytest.importorskip("mkdocs")
 griffe = pytest.importorskip("griffe")
@@ -116,6 +118,13 @@ def test_every_public_name_is_in_the_reference():
         for name in re.findall(r"^::: lr_callback\.(\w+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
     ]
     assert sorted(named) == sorted(lrc.__all__)
+
+
+def test_every_metric_is_in_the_reference_as_a_class_and_as_a_function(site):
+    page = pages(site)["api/metrics.html"]
+    for module in (metrics, metrics.functional):
+        for name in module.__all__:  # a function with the name of its file is taken for the file
+            assert re.search(rf'id="lr_callback\.metrics\.[\w.]*{name}"', page), name
 
 
 def test_every_public_name_has_a_docstring():

@@ -18,12 +18,21 @@ class Attempts:
     """
 
     def __init__(self, arguments: Sequence[str]) -> None:
-        self._names = {one.partition("=")[0].partition(".")[0] for one in arguments}
+        self._arguments = list(arguments)
+        self._names = {_name(one) for one in arguments}
         self.missing: list[Missing] = []
 
     def are_asked(self, *names: str) -> bool:
         """Return whether one of some arguments is given."""
         return not self._names.isdisjoint(names)
+
+    def words(self, *names: str) -> list[str]:
+        """Return the words of the command line that belong to some arguments, in their order."""
+        found, inside = [], False
+        for word in self._arguments:
+            inside = _name(word) in names if word.startswith("--") else inside
+            found += [word] * inside
+        return found
 
     def make(self, what: str, way: str, run: Callable[[], Found], *asked: str) -> Found | None:
         """Return what a call returns; if it raises, note that the page goes without.
@@ -41,6 +50,10 @@ class Attempts:
                 raise
             self.missing.append(Missing(what, _told(error), way))
             return None
+
+
+def _name(word: str) -> str:
+    return word.partition("=")[0].partition(".")[0]
 
 
 def _told(error: Exception) -> str:

@@ -16,7 +16,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from lr_callback.commands.stages import call_of_step
+from lr_callback.commands.stages import call_of_step, calls_of_step
 from lr_callback.common.example import Example
 from lr_callback.decisions.allocation import Allocation
 from lr_callback.files.source import load
@@ -61,7 +61,7 @@ def parsed(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     """
     seen = _peek(arguments)
     if seen.checkpoint is not None:
-        parser.set_defaults(described_run(Path(seen.checkpoint), seen.config, seen.model))
+        parser.set_defaults(described_run(Path(seen.checkpoint), seen.config, seen.model, _class_path(seen.data)))
     chosen: Namespace = parser.instantiate_classes(parser.parse_args(list(arguments)))
     return chosen
 
@@ -69,18 +69,32 @@ def parsed(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
 def _peek(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the arguments that say where the others have their defaults."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--checkpoint", "--config", "--model"):
+    for name in ("--checkpoint", "--config", "--model", "--data"):
         parser.add_argument(name)
     return parser.parse_known_args(list(arguments))[0]
 
 
-def described_run(checkpoint: Path, config: str | None, model: str | None) -> dict[str, Any]:
+def named_model(words: Sequence[str]) -> str | None:
+    """Return the class of the model that a command line names without arguments of its own; else None."""
+    alone = not any(word.startswith("--model.") for word in words)
+    return _class_path(_peek(words).model) if alone else None
+
+
+def _class_path(named: str | None) -> str | None:
+    """Return what a command line names, if it is a class: it may be a file, too."""
+    return named if named is not None and "." in named and named.replace(".", "_").isidentifier() else None
+
+
+def described_run(
+    checkpoint: Path, config: str | None, model: str | None = None, data: str | None = None
+) -> dict[str, Any]:
     """Return how the run made its model and its data, as far as its files say so.
 
     Args:
         checkpoint: of the run.
         config: see :func:`configuration`.
         model: class of the model, where that is known; None: that of the files.
+        data: likewise of the data.
 
     Returns:
         ``model`` and ``data``, those that are known, each by ``class_path`` and ``init_args``.
@@ -88,7 +102,7 @@ def described_run(checkpoint: Path, config: str | None, model: str | None) -> di
     written = configuration(checkpoint, config)
     found = _described(written.get("model"), model) if config is not None else None
     found = found or _hyperparameters(checkpoint, model) or _described(written.get("model"), model)
-    parts = {"model": found, "data": _described(written.get("data"), None)}
+    parts = {"model": found, "data": _described(written.get("data"), data)}
     return {name: part for name, part in parts.items() if part is not None}
 
 
@@ -162,9 +176,21 @@ def check_model(chosen: Namespace) -> None:
     if chosen.model is None:
         raise ValueError(
             "--model must name a model, for example --model lr_callback.recipes.CifarResNet: "
-            f"{Path(chosen.checkpoint).name} does not say how its model is made, and there is no configuration of its "
-            "run in the folders above; got none. Or give the configuration: --config config.yaml."
+            f"{why_unknown(Path(chosen.checkpoint), chosen.config)}; got none. Or give a configuration that names it: "
+            "--config config.yaml."
         )
+
+
+def why_unknown(checkpoint: Path, config: str | None) -> str:
+    """Return why the files of a run do not say how its model is made.
+
+    Args:
+        checkpoint: of the run.
+        config: see :func:`configuration`.
+    """
+    if "model" in configuration(checkpoint, config):
+        return "the configuration of the run has the arguments of its model, and not the class"
+    return f"{checkpoint.name} does not say how its model is made, and there is no config.yaml of its run above it"
 
 
 def check_other_file(output: Path, checkpoint: Path, option: str = "--output") -> None:
@@ -231,19 +257,31 @@ def call_of(chosen: Namespace) -> tuple[nn.Module, Example]:
     """Return the module that is called, and how, by the command line, the model's example or the run's data.
 
     Raises:
-        ValueError: If none of these says so.
+        ValueError: If none of these says so, or several modules are called one after the other.
     """
+    return _example(chosen) or call_of_step(_lightning(chosen), chosen.data)
+
+
+def calls_of(chosen: Namespace) -> list[tuple[nn.Module, Example]]:
+    """Return all modules that are called, in order, and how; see :func:`call_of`."""
+    example = _example(chosen)
+    return calls_of_step(_lightning(chosen), chosen.data) if example is None else [example]
+
+
+def _example(chosen: Namespace) -> tuple[nn.Module, Example] | None:
     if chosen.input_shape is not None:
         return chosen.model, Example((_random(chosen.input_shape),))
     example = getattr(chosen.model, "example_input_array", None)
-    if example is not None:
-        return chosen.model, Example.of(example)
+    return None if example is None else (chosen.model, Example.of(example))
+
+
+def _lightning(chosen: Namespace) -> LightningModule:
     if not isinstance(chosen.model, LightningModule):
         raise ValueError(
             f"--input_shape must say what {type(chosen.model).__name__} is called with, for example "
             "--input_shape 1,3,32,32; got none."
         )
-    return call_of_step(chosen.model, chosen.data)
+    return chosen.model
 
 
 def _random(shape: str) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,7 +15,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import nn
 
-from lr_callback.commands.from_checkpoint import call_of, moved
+from lr_callback.commands.from_checkpoint import calls_of, moved
 from lr_callback.commands.stages import evaluation_of
 from lr_callback.common.example import Example
 from lr_callback.common.untouched import as_written, untouched
@@ -71,7 +71,7 @@ def sized(stages: tuple[Stage, ...], models: Mapping[str, nn.Module]) -> tuple[S
 
 
 def times_of(chosen: Namespace, models: Mapping[str, nn.Module], device: torch.device) -> Times:
-    """Run each network on one batch, in turns, and count its multiply-adds.
+    """Make the calls of one batch of each network, in turns, and count its multiply-adds.
 
     Args:
         chosen: model, data and shape of the input, of a command line.
@@ -81,28 +81,31 @@ def times_of(chosen: Namespace, models: Mapping[str, nn.Module], device: torch.d
     Raises:
         ValueError: If nothing says how the model is called, or it does not take that.
     """
-    called, example = call_of(chosen)
-    place = next(name for name, module in chosen.model.named_modules() if module is called)
-    example = moved(example, device)
+    names = {module: name for name, module in chosen.model.named_modules()}
+    calls = [(names[module], moved(example, device)) for module, example in calls_of(chosen)]
+    batch = _told(calls[0][1])
     with ExitStack() as stack:
         runs = []
         for model in models.values():
             stack.enter_context(untouched(model.to(device)))
-            runs.append(partial(example.call, model.get_submodule(place)))
-        counts = [_multiply_adds(model, run, example) for model, run in zip(models.values(), runs, strict=True)]
+            runs.append(partial(_run, model, calls))
+        counts = [_multiply_adds(model, run, batch) for model, run in zip(models.values(), runs, strict=True)]
         with as_written():
             times = timed_in_turns(runs, device)
-    return Times(
-        tuple(one.nanoseconds / 1e6 for one in times), tuple(counts), max(one.spread for one in times), _told(example)
-    )
+    return Times(tuple(one.nanoseconds / 1e6 for one in times), tuple(counts), max(one.spread for one in times), batch)
 
 
-def _multiply_adds(model: nn.Module, run: Callable[[], object], example: Example) -> int:
+def _run(model: nn.Module, calls: Sequence[tuple[str, Example]]) -> None:
+    for place, example in calls:
+        example.call(model.get_submodule(place))
+
+
+def _multiply_adds(model: nn.Module, run: Callable[[], object], batch: str) -> int:
     try:
         return observe_run(model, run).multiply_adds(model)
     except Exception as error:  # whatever the model raises
         raise ValueError(
-            f"the model must take a batch of {_told(example)}, found that it makes a {type(error).__name__}: "
+            f"the model must take a batch of {batch}, found that it makes a {type(error).__name__}: "
             f"{' '.join(str(error).split())[:400]}; say by --input_shape what it is called with"
         ) from error
 

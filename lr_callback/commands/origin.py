@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +69,14 @@ def arguments_of(written: Mapping[str, Any]) -> str:
     return yaml.safe_dump(given, sort_keys=False) if given else ""
 
 
-def commands_for(checkpoint: Path) -> dict[str, str]:
-    """Return what can be done with a checkpoint next -> the command line."""
-    quoted = shlex.quote(str(checkpoint))
+def commands_for(checkpoint: Path, named: Sequence[str] = ()) -> dict[str, str]:
+    """Return what can be done with a checkpoint next -> the command line.
+
+    Args:
+        checkpoint: the file.
+        named: words of a command line that say how the model is made, where its files do not.
+    """
+    quoted = shlex.join([str(checkpoint), *named])
     return {
         "A file for another program": f"lr-callback export --checkpoint {quoted} --format onnx",
         "The forms of its layers that are fastest on a device": f"lr-callback tune --checkpoint {quoted}",

@@ -21,8 +21,10 @@ from lr_callback.commands.from_checkpoint import (
     configuration,
     described_run,
     device_named,
+    named_model,
     parsed,
     weights_in,
+    why_unknown,
 )
 from lr_callback.commands.measured import evaluated, evaluator, networks, sized, timed_stages, times_of
 from lr_callback.commands.origin import arguments_of, commands_for, device_of, origin_of
@@ -34,9 +36,14 @@ from lr_callback.page.pictures import pictures_of
 
 _AGAIN = "make the page again after that"
 _ALL = "times, multiply-adds and accuracies"
-_WAY = "give the configuration of the run, `--config config.yaml`, or the class, `--model my_module.MyModule`"
+_WAY = (
+    "name the classes, `--model my_module.MyModule --data my_module.MyData`, or a configuration that names them, "
+    "`--config config.yaml`"
+)
 _ASKED = ("--model", "--data", "--config", "--input_shape", "--device")
 """Arguments that name what is measured."""
+_NAMED = ("--model", "--data", "--config", "--input_shape")
+"""Those that other commands on the same checkpoint take, too."""
 
 
 def report_command(arguments: Sequence[str]) -> str:
@@ -90,7 +97,8 @@ def _report(chosen: Namespace, attempts: Attempts) -> str:
     check_writable("--output", output, checkpoint)
     device = None if chosen.device is None else device_named(chosen.device)
     written = configuration(checkpoint, chosen.config)
-    facts = _told(checkpoint, said, written, chosen.config)
+    named = attempts.words(*_NAMED)
+    facts = _told(checkpoint, said, written, chosen.config, named)
     pictures = attempts.make("figures", _AGAIN, lambda: pictures_of(said.allocation, said.record.curves))
     facts = replace(facts, pictures=pictures or ())
     models = _networks(chosen, said, attempts)
@@ -103,16 +111,21 @@ def _report(chosen: Namespace, attempts: Attempts) -> str:
     return "\n".join([f"report: {output}", *map(str, facts.missing)])
 
 
-def _told(checkpoint: Path, said: Recorded, written: Mapping[str, Any], config: str | None) -> Facts:
-    """Return what the checkpoint and the configuration of its run say by themselves."""
+def _told(
+    checkpoint: Path, said: Recorded, written: Mapping[str, Any], config: str | None, named: Sequence[str]
+) -> Facts:
+    """Return what the checkpoint, the configuration of its run, and the names on the command line say by themselves."""
+    model = named_model(named)
+    by_name = None if model is None else {"class_path": model}
+    described = described_run(checkpoint, config, model).get("model", by_name)
     return Facts(
         str(checkpoint),
         said.allocation,
         said.stages(),
         origin=origin_of(checkpoint, said),
         arguments=arguments_of(written),
-        loading=loading_code(described_run(checkpoint, config, None).get("model"), checkpoint),
-        commands=commands_for(checkpoint),
+        loading=loading_code(described, checkpoint),
+        commands=commands_for(checkpoint, named),
     )
 
 
@@ -120,7 +133,7 @@ def _networks(chosen: Namespace, said: Recorded, attempts: Attempts) -> dict[str
     """Return the network of each stage; None where it is not known how one is made."""
     if chosen.model is None:
         if _ALL not in (one.what for one in attempts.missing):
-            why = "the file does not say how its model is made, and there is no config.yaml of the run above it"
+            why = why_unknown(Path(chosen.checkpoint), chosen.config)
             attempts.missing.append(Missing(_ALL, why, _WAY))
         return None
     files = {**said.moments, NOW: Path(chosen.checkpoint)}

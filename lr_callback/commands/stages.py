@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
 from lr_callback.common.example import Example
+from lr_callback.common.untouched import as_written, untouched
 from lr_callback.files.checkpoint import restore_
+from lr_callback.host.copies import copied_module
 from lr_callback.model.probe import Probe
 from lr_callback.observation.report import Stage, quiet
+from lr_callback.units.latency import timed_in_turns
 
+Run = tuple[nn.Module, Callable[[], object]]
+"""A network, and calls of it."""
 TITLES = {"dense": "dense, before", "cut": "right after", "final": "at the end"}
 """Snapshot -> what a person calls that moment."""
 
@@ -55,10 +66,10 @@ class FirstBatch(Callback):
 def measure_stages(
     trainer: Trainer, model: LightningModule, datamodule: LightningDataModule | None, files: Mapping[str, str]
 ) -> list[Stage]:
-    """Load each snapshot into the model, evaluate and time it, on the run's device.
+    """Load each snapshot into the model and evaluate it, then time copies of all in turns, on the run's device.
 
     The model's test loop is run where it and its data have one, else the validation loop; without either a stage has
-    no metrics and no times.
+    no metrics and no times, nor has a module that cannot be copied times.
 
     Args:
         trainer: of the run; its loggers and callbacks are left out of this.
@@ -70,24 +81,52 @@ def measure_stages(
         One stage for each file, in the order of :data:`TITLES`.
     """
     device, watch = model.device, FirstBatch(model)
+    stages: list[Stage] = []
+    runs: list[Run | None] = []
     with quiet():
         evaluator = _evaluator(trainer, watch)
-        stages = [
-            _measure(evaluator, watch, model, datamodule, TITLES[name], files[name]) for name in TITLES if name in files
-        ]
+        for name in [name for name in TITLES if name in files]:
+            stages.append(_measure(evaluator, watch, model, datamodule, TITLES[name], files[name]))
+            runs.append(None if None in runs else _run_of_copy(model, watch.probe))
+        times = _milliseconds(runs, evaluator.strategy.root_device)
     model.to(device)
-    return stages
+    return [replace(stage, milliseconds=time) for stage, time in zip(stages, times, strict=True)]
 
 
-def call_of_step(model: LightningModule, datamodule: LightningDataModule | None) -> tuple[nn.Module, Example]:
-    """Return what a module's step calls on the first batch of its test or validation data, on the CPU, and how.
+def _run_of_copy(model: LightningModule, probe: Probe) -> Run | None:
+    """Return a copy of a module as it is now, and the calls of it that its evaluation makes; None if that cannot be."""
+    if not probe.seen:
+        return None
+    try:
+        copied = copied_module(model, "the times of the stages are measured on copies", "see `lr-callback report`")
+    except MisconfigurationException as error:  # the training is over: the rest of the table is shown all the same
+        rank_zero_warn(str(error))
+        return None
+    return copied, partial(probe.repeat, copied)
+
+
+def _milliseconds(runs: Sequence[Run | None], device: torch.device) -> list[float]:
+    """Return the times of the calls of all modules, in eval mode, in turns; zeros if those of one are not known."""
+    known = [run for run in runs if run is not None]
+    if len(known) < len(runs):
+        return [0.0] * len(runs)
+    with ExitStack() as stack:
+        for copied, _ in known:
+            stack.enter_context(untouched(copied))
+        stack.enter_context(as_written())
+        times = timed_in_turns([repeat for _, repeat in known], device)
+    return [one.nanoseconds / 1e6 for one in times]
+
+
+def calls_of_step(model: LightningModule, datamodule: LightningDataModule | None) -> list[tuple[nn.Module, Example]]:
+    """Return the modules that a module's step calls on the first batch of its test or validation data, and how.
 
     Args:
-        model: is in no Trainer afterwards.
+        model: is in no Trainer afterwards, and on the CPU.
         datamodule: of the run; None: the model has its own loaders.
 
     Raises:
-        ValueError: If there is no such step, or no data for it, or it calls several modules one after the other.
+        ValueError: If there is no such step, or no data for it, or it calls no module.
     """
     watch = FirstBatch(model)
     with quiet():
@@ -106,8 +145,22 @@ def call_of_step(model: LightningModule, datamodule: LightningDataModule | None)
         if run is not None:
             run(model, datamodule=datamodule, verbose=False)
     model.trainer = None
-    calls = watch.probe.calls
-    modules = dict(reversed(calls))  # the first call of each
+    if not watch.probe.seen:
+        raise ValueError(
+            f"{type(model).__name__}: a test or validation step and data for it must say what is run and with which "
+            f"input, found {'no such step, or no data for it' if run is None else 'that it calls no module'}; say the "
+            "shape of its input by --input_shape."
+        )
+    return watch.probe.calls
+
+
+def call_of_step(model: LightningModule, datamodule: LightningDataModule | None) -> tuple[nn.Module, Example]:
+    """Return the one module that a module's step calls, and how; see :func:`calls_of_step`.
+
+    Raises:
+        ValueError: If there is none, or there are several, which are called one after the other.
+    """
+    modules = dict(reversed(calls_of_step(model, datamodule)))  # the first call of each
     if len(modules) != 1:
         raise ValueError(
             f"{type(model).__name__}: its test or validation step must call one module, to tell what is run and "
@@ -150,7 +203,7 @@ def _measure(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         multiply_adds=watch.probe.observe().multiply_adds(model),
         file_bytes=Path(file).stat().st_size,
-        milliseconds=watch.probe.milliseconds() if watch.probe.seen else 0.0,
+        milliseconds=0.0,  # measured when all stages are there
     )
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lr_callback.decisions.allocation import Allocation
 from lr_callback.metrics.base import Plotted
-from lr_callback.metrics.functional.kept_cost import costs
+from lr_callback.metrics.functional.costs import costs
 
 
 class KeptCost(Plotted):

@@ -9,13 +9,10 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lr_callback.common.example import Example
-from lr_callback.common.untouched import untouched
 from lr_callback.model.heard import Invocation, copied
 from lr_callback.model.observe import Observation, Timed, observe_run
 from lr_callback.model.running import told
-from lr_callback.units.latency import Progress, timed
-
-_SECONDS = 0.5
+from lr_callback.units.latency import Progress
 
 
 def _in_backward() -> bool:
@@ -95,9 +92,14 @@ class Probe:
     def _leave(self, module: nn.Module, arguments: object, outputs: object) -> None:
         self._inside.pop()
 
-    def repeat(self) -> list[object]:
-        """Make the recorded calls again, of what stands in the places of the modules now; return what they give."""
-        return [call.repeat(self._model.get_submodule(self._names[call.module]), self._copies) for call in self._calls]
+    def repeat(self, model: nn.Module | None = None) -> list[object]:
+        """Make the recorded calls again, of what stands in the places of the modules now; return what they give.
+
+        Args:
+            model: a copy of the watched one, whose modules are called instead.
+        """
+        places = self._model if model is None else model
+        return [call.repeat(places.get_submodule(self._names[call.module]), self._copies) for call in self._calls]
 
     def observe(
         self, timed_for: Timed | None = None, progress: Progress | None = None, activations: bool = False
@@ -116,9 +118,3 @@ class Probe:
         way_out = "let them run so, set the module's `example_input_array`, or keep parameters or bytes"
         given = [(call.arguments, call.named) for call in self._calls] if activations else ()
         return observe_run(self._model, told(self._model, self.repeat, what, way_out), timed_for, progress, given)
-
-    def milliseconds(self) -> float:
-        """Return the median time of the recorded calls, in eval mode, measured for half a second where runs differ."""
-        with untouched(self._model):
-            device = next((one.device for one in self._model.parameters()), torch.device("cpu"))
-            return timed(self.repeat, device, _SECONDS).nanoseconds / 1e6

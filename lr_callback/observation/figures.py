@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import ceil, prod
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from lr_callback.decisions.allocation import Allocation
@@ -40,6 +41,8 @@ _LEAST = 1e-5
 """Of the largest singular value: what is no more is rounding, of a layer that was cut before, and sets no scale."""
 _FLAT = 0.02
 """Spectra that stay above it are drawn on a linear scale."""
+_LETTERS = 13
+"""Of a title of 9 points, in an inch."""
 
 
 def plot_allocation(allocation: Allocation, ax: Axes | None = None) -> tuple[Figure, Axes]:
@@ -75,18 +78,19 @@ def plot_allocation(allocation: Allocation, ax: Axes | None = None) -> tuple[Fig
     scale = 1000 if allocation.unit == LATENCY else 1
     axes.barh(range(len(layers)), [dense / scale for _, _, dense in layers], color=DENSE, label="dense")
     axes.barh(range(len(layers)), [kept / scale for _, kept, _ in layers], height=0.5, color=KEPT, label="kept")
-    short = formatter(places=1)
+    short = formatter()
     for place, (_, kept, dense) in enumerate(rows):
         told, end = f" {kept / dense:.0%}", max(kept, dense) / scale
         if place >= len(layers):  # may be larger than all bars together
-            told, end = f" {short(kept / scale)} of {short(dense / scale)},{told}", 0.0
+            told, end = f" {short(_digits(kept / scale))} of {short(_digits(dense / scale))},{told}", 0.0
         axes.text(end, place, told, va="center", fontsize=7, color="#555555")
     axes.set_yticks(range(len(rows)), [drawn_name(name) for name, _, _ in rows], fontsize=8, **LITERAL)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.margins(x=0.08)
     axes.xaxis.set_major_formatter(formatter())
     unit = "microseconds" if allocation.unit == LATENCY else spoken(allocation.unit)
-    dress(axes, unit, "", f"{allocation.cost / allocation.dense_cost:.1%} of {unit} kept")
+    kept_part = f"{allocation.cost / allocation.dense_cost:.1%}"
+    dress(axes, unit, "", f"{kept_part} of {spoken(allocation.unit)} kept")
     legend_above(axes)
     return figure, axes
 
@@ -137,7 +141,8 @@ def plot_spectra(curves: Curves, layers: Sequence[str] | None = None, ax: Axes |
     figure.supxlabel("rank (dashed: cut off here)", fontsize=9)
     figure.supylabel("relative to the largest", fontsize=9)
     others = len(curves.layers) - len(shown) + curves.left_out
-    figure.suptitle(f"{curves.spectrum}{f'; {others} other layers are not shown' if others else ''}", fontsize=9)
+    told = f"{curves.spectrum}{f'; {others} other layers are not shown' if others else ''}"
+    figure.suptitle(fill(told, round(_LETTERS * figure.get_figwidth())), fontsize=9)
     return figure, panels
 
 
@@ -204,6 +209,11 @@ def _rows(allocation: Allocation) -> tuple[list[_Row], list[_Row]]:
     more = len(order) - len(shown)
     others = f"{more} smaller layers, everything else" if more else "everything else"
     return shown, [(others, max(0, kept), dense)] if dense > 0 else []
+
+
+def _digits(value: float) -> float:
+    """Return a number with its three first digits."""
+    return float(f"{value:.3g}")
 
 
 def _shown(curves: Curves, layers: Sequence[str] | None) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lr_callback.decisions.allocation import Allocation
-from lr_callback.decisions.costs import amount, spoken
+from lr_callback.decisions.costs import LATENCY, amount, spoken
 from lr_callback.page import tables
 from lr_callback.page.facts import Facts, Picture
 from lr_callback.page.markup import Markup, joined, tag
@@ -85,8 +85,8 @@ def _tone(before: float, after: float) -> str | None:
 def _budget(allocation: Allocation) -> Markup:
     """Return the cost that the ranks were chosen by, where it is none of the others."""
     unit, before, after = allocation.unit, allocation.dense_cost, allocation.cost
-    change = f"{after / before - 1:+.1%}"
-    return _card(spoken(unit).capitalize(), amount(unit, after), amount(unit, before), change, _tone(before, after))
+    now, was = (f"{time_of(one / 1e6)} ms" if unit == LATENCY else amount(unit, one) for one in (after, before))
+    return _card(spoken(unit).capitalize(), now, was, f"{after / before - 1:+.1%}", _tone(before, after))
 
 
 def _count(title: str, before: int, after: int) -> Markup | None:

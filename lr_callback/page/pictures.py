@@ -32,7 +32,7 @@ def _kept(allocation: Allocation) -> Picture:
 
 def _tradeoff(curves: Curves) -> Picture:
     figure, _ = plot_tradeoff(curves)
-    told = f"Error of the layers against the {spoken(curves.unit)} that are kept, with what was chosen"
+    told = f"Error of the layers against what is kept of the {spoken(curves.unit)}, with what was chosen"
     caption = (
         f"{told}. Left of the line the network is smaller, and its layers err more. The errors are those right after "
         "the decomposition, before a refit and further training."

@@ -71,6 +71,12 @@ details { margin: 0 0 1rem; }
 summary { cursor: pointer; color: var(--accent); }
 ul { padding-left: 1.2rem; margin: 0 0 1rem; max-width: 56rem; }
 li { margin: .2rem 0; }
+@media (max-width: 66rem) {
+  th, td { padding: .35rem .5rem; }
+  th[scope=row] { min-width: 7.5rem; }
+  .bar { min-width: 5.5rem; background-position: left .5rem center; }
+  .bar { background-size: calc((100% - 1rem) * var(--part)) 70%; }
+}
 @media print {
   :root {
     --ground: #ffffff; --paper: #ffffff; --text: #000000; --quiet: #444444; --line: #bbbbbb; --code: #ffffff;

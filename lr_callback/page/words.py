@@ -107,7 +107,7 @@ def _on_size(facts: Facts) -> str:
         kept = f"{after.parameters:,} of {before.parameters:,}"
         told += f": the network keeps {after.parameters / before.parameters:.1%} of its parameters ({kept})"
     else:
-        told += f": {allocation.cost / allocation.dense_cost:.1%} of the {spoken(allocation.unit)} are kept"
+        told += f": the network keeps {allocation.cost / allocation.dense_cost:.1%} of its {spoken(allocation.unit)}"
     if before.file_bytes and after.file_bytes:
         told += f", and a file of its weights is {after.file_bytes / before.file_bytes:.1%} as large"
     return f"{told}."

@@ -5,11 +5,12 @@ import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -60,6 +61,25 @@ class WithoutData(Images):
 
     def forward(self, images):
         return self.network(images)
+
+
+class WithoutLoader(Images):
+    """The same, with data that stand beside it."""
+
+    val_dataloader = LightningModule.val_dataloader
+
+
+class Data(LightningDataModule):
+    """These data; notes how many were asked for."""
+
+    made: ClassVar[list[int]] = []
+
+    def __init__(self, samples: int = 8):
+        super().__init__()
+        self.made.append(samples)
+
+    def val_dataloader(self):
+        return Images().batches()
 
 
 def trained(folder, snapshots=True, **options):
@@ -217,6 +237,24 @@ def test_code_in_the_page_gives_the_network(run, command):
         r"<h2>How to use it</h2><pre[^>]*><code>(.*?)</code>", command(run.last, *MODEL).page, re.DOTALL
     )
     assert "lrc.restore_(model, &#x27;" in code and code.endswith("model.eval()")
+    assert "from my_modules import Images" in code and "model = Images(\n    width=16,\n)" in code
+
+
+def test_commands_in_the_page_name_the_model_as_this_one_did(run, command):
+    named = "--model my_modules.WithoutData --input_shape=2,4,6,6"
+    assert f"lr-callback tune --checkpoint {run.last} {named}<" in command(run.last, *named.split(" ")).page
+    assert f"lr-callback tune --checkpoint {run.last}<" in command(run.last).page
+
+
+def test_a_configuration_without_classes_is_used_by_those_that_are_named(run, command, tmp_path):
+    """As LightningCLI writes it where the program, and not its user, chose the classes."""
+    shutil.copytree(run.folder, tmp_path / "run")
+    (tmp_path / "run" / "config.yaml").write_text("model: {width: 16}\ndata: {samples: 24}\n")
+    file = tmp_path / "run" / "checkpoints" / run.last.name
+    assert "the configuration of the run has the arguments of its model, and not the class" in command(file).out
+    Data.made.clear()
+    done = command(file, "--model", "my_modules.WithoutLoader", "--data", "my_modules.Data")
+    assert Data.made == [24] and "accuracies" not in lacking(done.out)
 
 
 def test_a_moment_before_the_compression_is_refused(run, refusal):

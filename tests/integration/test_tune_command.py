@@ -250,7 +250,7 @@ def test_refused_with_one_message_before_anything_is_measured(saved, refusal, tm
         (["--checkpoint", silent], "--model must name a model, .*silent.ckpt does not say how its model is made"),
         (
             ["--checkpoint", silent, "--model", "my_modules.Silent"],
-            "must call one module, to tell what is run.*found 0",
+            "must say what is run and with which input, found no such step, or no data",
         ),
         (["--checkpoint", tmp_path / "linear.pt", *linear], "--input_shape must say what Linear is called with"),
         (["--checkpoint", pair, *MODEL], "`model`: must have a factorized layer, found none in Known"),

@@ -83,6 +83,31 @@ def test_times_and_multiply_adds_are_of_the_batch_that_the_step_sees(files):
         times_of(Namespace(model=network, data=None, input_shape="2,5"), {"dense": network}, CPU)
 
 
+class WithoutData(Module):
+    val_dataloader = LightningModule.val_dataloader
+
+
+class InTwoCalls(Module):
+    """The same, in a step that calls one part after the other."""
+
+    def validation_step(self, batch, batch_idx):
+        first, activation, last = self.network
+        self.log("val_loss", F.cross_entropy(last(activation(first(batch[0]))), batch[1]))
+
+
+def test_a_step_may_call_several_modules(files):
+    module = InTwoCalls()
+    times = times_of(Namespace(model=module, data=None, input_shape=None), networks(module, files), CPU)
+    assert times.multiply_adds[0] == 8 * (32 * 24 + 24 * 4) > times.multiply_adds[1]
+    assert times.batch == "8x32 float32"
+
+
+def test_without_data_what_is_called_is_not_known():
+    module = WithoutData()
+    with pytest.raises(ValueError, match=r"WithoutData: a test or validation step and data for it must .* no data"):
+        times_of(Namespace(model=module, data=None, input_shape=None), {"dense": module}, CPU)
+
+
 def test_metrics_are_of_those_that_have_a_file(files):
     models = networks(Module(), files)
     trainer = evaluator({}, CPU)

@@ -1,6 +1,8 @@
 """Snapshots measured side by side: with the loop that a model has, quietly, leaving nothing behind."""
 
 import logging
+import threading
+import time
 
 import pytest
 import torch
@@ -119,6 +121,37 @@ def test_model_has_the_last_snapshot_and_no_hooks_afterwards(trainer, files):
     written = torch.load(files["final"], weights_only=True)["state_dict"]
     assert all(torch.equal(value, written[name]) for name, value in module.state_dict().items())
     assert all(not one._forward_hooks and not one._forward_pre_hooks for one in module.modules())
+
+
+class Slowed(WithTest):
+    """A network that takes longer and longer, as on a machine that gets busy."""
+
+    def __init__(self):
+        super().__init__()
+        self.network.register_forward_pre_hook(Slowed.wait)
+
+    made = 0
+
+    @staticmethod
+    def wait(*_):
+        Slowed.made += 1
+        time.sleep(2e-5 * Slowed.made)
+
+
+def test_equal_structures_get_equal_times_whatever_comes_in_between(trainer, files):
+    Slowed.made = 0
+    dense, cut, final = (stage.milliseconds for stage in measure_stages(trainer, ready(Slowed), Data(), files))
+    assert final == pytest.approx(cut, rel=0.2) and dense == pytest.approx(cut, rel=0.2)
+
+
+def test_module_that_cannot_be_copied_has_no_times_and_says_so_once(trainer, files):
+    module = ready(WithTest)
+    module.lock = threading.Lock()
+    with pytest.warns(UserWarning, match=r"could not be copied \(TypeError: .*see `lr-callback report`") as warned:
+        stages = measure_stages(trainer, module, Data(), files)
+    assert [stage.milliseconds for stage in stages] == [0.0] * 3
+    assert len([one for one in warned if "could not be copied" in str(one.message)]) == 1
+    assert all(stage.metrics and stage.multiply_adds for stage in stages)
 
 
 def test_stages_come_in_the_order_of_a_run_and_missing_ones_are_left_out(trainer, files):

@@ -1,6 +1,7 @@
 """Figures: what is drawn is what the values say, names as they are, and nothing is left behind."""
 
 import sys
+from dataclasses import replace
 
 import matplotlib
 import pytest
@@ -53,8 +54,13 @@ def test_bars_are_the_costs_of_the_layers(small):
     dense, kept = ([bar.get_width() for bar in bars] for bars in axes.containers)
     assert dense == [64 * 96 + 96, 64 * 64 + 64] and labels(axes) == ["1", "0", "everything else"]
     assert kept == [allocation.layers["1"].cost, allocation.layers["0"].cost]
-    assert [text.get_text().strip() for text in axes.texts][-1] == "192.0 of 192.0, 100%"
+    assert [text.get_text().strip() for text in axes.texts][-1] == "192 of 192, 100%"
     assert axes.get_title(loc="left") == f"{allocation.cost / allocation.dense_cost:.1%} of parameters kept"
+
+
+def test_a_budget_in_time_has_bars_in_microseconds_and_a_title_of_its_name(small):
+    _, axes = plot_allocation(replace(small[0], unit="latency"))
+    assert axes.get_xlabel() == "microseconds" and axes.get_title(loc="left").endswith(" of latency kept")
 
 
 def test_rows_are_few_and_what_they_leave_out_is_summed_up():
@@ -63,7 +69,7 @@ def test_rows_are_few_and_what_they_leave_out_is_summed_up():
     assert len(labels(axes)) == MOST_ROWS and labels(axes)[-1] == "21 smaller layers, everything else"
     dense, kept = (sum(bar.get_width() for bar in bars) for bars in axes.containers)
     rest = axes.texts[-1].get_text()
-    assert rest == f" {(allocation.cost - kept) / 1000:.1f}k of {(allocation.dense_cost - dense) / 1000:.1f}k, " + (
+    assert rest == f" {(allocation.cost - kept) / 1000:.3g}k of {(allocation.dense_cost - dense) / 1000:.3g}k, " + (
         f"{(allocation.cost - kept) / (allocation.dense_cost - dense):.0%}"
     )
 
@@ -101,6 +107,14 @@ def test_panels_are_few_and_the_largest():
     assert panels.size == MOST_PANELS
     assert figure.get_suptitle().endswith("; 16 other layers are not shown")
     assert panels.flat[-1].get_title(loc="left").startswith("layer39\n")
+
+
+def test_title_of_few_panels_is_not_cut_off():
+    _, curves = analysed(named(["one", "two"]))
+    figure, _ = plot_spectra(replace(curves, error="activation", left_out=1000))
+    figure.draw_without_rendering()
+    box, whole = figure._suptitle.get_window_extent(), figure.bbox
+    assert whole.x0 < box.x0 and box.x1 < whole.x1
 
 
 def test_layer_without_singular_values_is_drawn_by_its_error():

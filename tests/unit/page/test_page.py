@@ -85,6 +85,12 @@ def test_another_unit_of_the_budget_has_a_number_of_its_own(facts):
     )
 
 
+def test_a_budget_in_time_is_told_in_milliseconds_as_a_batch_is(facts):
+    timed = replace(facts.allocation, unit="latency", cost=577_123, dense_cost=653_000)
+    card = page(replace(facts, allocation=timed)).partition("<dt>Latency")[2].partition("</div>")[0]
+    assert ">0.577 ms<" in card and ">0.653 ms before, " in card and "-11.6%" in card
+
+
 def test_nothing_is_fetched_or_run_whatever_a_name_says(facts, allocated):
     evil = "\"><script src='https://example.org/x.js'></script><img src=x onerror=alert(1)>"
     told = everything(facts)

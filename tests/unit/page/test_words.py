@@ -60,7 +60,7 @@ def test_an_accuracy_in_percent_is_one_too(facts):
 def test_of_an_unknown_size_the_unit_of_the_budget_is_told(facts):
     stages = tuple(replace(stage, parameters=0, file_bytes=0) for stage in facts.stages)
     found = replace(facts, stages=stages, allocation=replace(facts.allocation, unit="multiply_adds"))
-    assert verdict(found)[0] == "1 of 2 layers are factorized: 70.0% of the multiply-adds are kept."
+    assert verdict(found)[0] == "1 of 2 layers are factorized: the network keeps 70.0% of its multiply-adds."
 
 
 def test_no_layer_factorized(facts):
