@@ -4,8 +4,8 @@
 
 One dense network is trained; each combination then compresses a copy of it and trains on for as long as the dense
 control. Chosen is the smallest network that is at most a point below the control on the validation images; the test
-images are used once, in the end. ``run`` is what a library such as Optuna would be given as its objective. The methods
-of the paper are compared over seeds, with figures, by ``lr-callback study`` (docs/STUDY.md). It needs scikit-learn
+images are used once, in the end. One seed cannot tell small differences: ``lr-callback study`` (docs/STUDY.md) compares
+methods over several. ``run`` is what a library such as Optuna would be given as its objective. It needs scikit-learn
 (``pip install -e '.[examples]'``) for its images, and less than half a minute of one CPU core.
 """
 

@@ -82,13 +82,13 @@ class Segmentation(LightningModule):
 
 def main(folder: str) -> None:
     """Run the example, its files in a folder."""
-    compression = lrc.LowRankCompression(keep_ratio=0.25, epochs=7, snapshots=True)
+    compression = lrc.LowRankCompression(keep_ratio=0.25, epochs=6, snapshots=True)
     quiet = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
     for name, callbacks in {"dense control": [], "compressed": [compression]}.items():
         seed_everything(0, verbose=False)
         model = Segmentation()
-        trainer = Trainer(accelerator="cpu", max_epochs=12, default_root_dir=folder, callbacks=callbacks, **quiet)
-        trainer.fit(model, DataLoader(pictures(400, seed=1), batch_size=10, shuffle=True))
+        trainer = Trainer(accelerator="cpu", max_epochs=10, default_root_dir=folder, callbacks=callbacks, **quiet)
+        trainer.fit(model, DataLoader(pictures(300, seed=1), batch_size=8, shuffle=True))
         for stage, file in (compression.snapshot_files if callbacks else {name: None}).items():
             [result] = trainer.test(model, DataLoader(pictures(100, seed=2), 50), ckpt_path=file, verbose=False)
             kept = sum(parameter.numel() for parameter in model.parameters())

@@ -133,8 +133,8 @@ class TestOther:
         found = accuracies(run(tmp_path, "segmentation.py"), "mean IoU")
         assert list(found) == ["dense control", "dense", "cut", "final"]
         assert found["cut"][1] == found["final"][1] <= 0.25 * found["dense"][1]
-        assert found["dense control"][0] > 0.7
-        assert found["final"][0] > 0.6
+        assert found["dense control"][0] > 0.6
+        assert found["final"][0] > 0.5
 
 
 @pytest.mark.skipif(find_spec("onnxruntime") is None, reason="needs pip install 'lr_callback[export]'")
@@ -163,7 +163,7 @@ def test_multi_node(tmp_path):
 
 
 @pytest.mark.skipif(
-    find_spec("ray") is None, reason="needs pip install 'ray[train]', which is not in the extra dev: 200 MB"
+    find_spec("ray") is None, reason="needs pip install 'ray[train]', which is not in the extra dev: 500 MB"
 )
 @pytest.mark.situation("Strategies", "Ray Train, TorchTrainer with RayDDPStrategy", "works")
 def test_ray_train(tmp_path):
