@@ -44,7 +44,7 @@ def _spectra(curves: Curves) -> Picture:
     figure, _ = plot_spectra(curves)
     told = "Singular values of the layers, with the rank at which each was cut off"
     caption = (
-        f"{told}. Where they fall steeply little is lost by a small rank; a layer whose values hardly fall is hard to "
-        "compress."
+        f"{told}; up to the rank from which factors are no smaller than the layer. Where they fall steeply little is "
+        "lost by a small rank; a layer whose values hardly fall is hard to compress."
     )
     return Picture("Spectra", caption, inline_svg(figure, "spectra", told))

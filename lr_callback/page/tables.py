@@ -17,7 +17,7 @@ MOST_LAYERS = 500
 """Rows of the table of layers; more make a page of megabytes that nobody reads."""
 _MOST_NAMES = 30
 _NONE = "\N{EN DASH}"
-_LAYERS = ("layer", "shape", "kernel", "slices", "rank", "error", "cost", "dense cost", "kept")
+_LAYERS = ("layer", "shape", "folding", "slices", "rank", "error", "cost", "dense cost", "kept")
 _COUNTS: Mapping[str, tuple[Callable[[Stage], float], Callable[[float], str]]] = {
     "parameters": (lambda stage: stage.parameters, "{:,}".format),
     "multiply-adds of a batch": (lambda stage: stage.multiply_adds, "{:,}".format),

@@ -14,7 +14,7 @@ def rows_of(markup):
 
 def test_layers_with_all_columns(allocated):
     header, first, last = rows_of(tables.layers(allocated()))
-    assert header == ["layer", "shape", "kernel", "slices", "rank", "error", "cost", "dense cost", "kept"]
+    assert header == ["layer", "shape", "folding", "slices", "rank", "error", "cost", "dense cost", "kept"]
     assert first == ["layer0", "8x4x3x3", "encoder", "2", "3", "0.250", "40", "100", "40.0%"]
     assert last == ["layer1", "8x5x3x3", "dense", *["\N{EN DASH}"] * 5, "100.0%"]
 
