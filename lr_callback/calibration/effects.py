@@ -47,6 +47,9 @@ Batch = TypeVar("Batch")
 SHARE = 0.3
 """Of the dense layer's cost, what the form costs whose effect is measured."""
 
+MOST_MEASURED = 500
+"""Layers that are measured, of more the largest: each takes a run of the whole model on every batch."""
+
 _LEAST_ERROR = 1e-3
 """Relative error below which an effect is rounding."""
 
@@ -86,9 +89,10 @@ def measure_effects(
     Returns:
         The importance with the weights of the layers that were measured, which are the roots of their effects for an
         error of one, to the method's power. Layers that were not called have none, nor have those that are of a low
-        rank already and do not err; an allocation gives them the median.
+        rank already and do not err, nor others than the :data:`MOST_MEASURED` largest; an allocation gives them the
+        median.
 
-    Time: one forward pass for each layer and batch, and one decomposition for each layer.
+    Time: one forward pass for each layer that is measured and each batch, and one decomposition for each such layer.
     Memory: ``share`` of the model beside it, and its outputs on one batch.
 
     Raises:
@@ -108,7 +112,7 @@ def measure_effects(
     known = checked_importance(method.error, importance)
     found = find_layers(model, include, exclude)
     costs = layer_costs(found, Prices(), embeddings=embeddings)
-    layers = {name: found.layers[name] for name in costs}
+    layers = {name: found.layers[name] for name in _largest(costs)}
 
     def measure() -> _Measured:
         rounds = 1 + (max(1, len(batches)) if isinstance(batches, Sized) else 1)
@@ -123,6 +127,12 @@ def measure_effects(
     measured = {name: replace(known.get(name, Importance()), weight=weight) for name, weight in weights.items()}
     exact = {name: Importance() for name in costs if name not in whole.errors}
     return {**exact, **known, **measured}
+
+
+def _largest(costs: Mapping[str, LayerCost]) -> list[str]:
+    """Return the names of the layers that are measured, in the model's order."""
+    most = set(sorted(costs, key=lambda name: -costs[name].dense)[:MOST_MEASURED])
+    return [name for name in costs if name in most]
 
 
 def _round(progress: Progress | None, number: int, rounds: int) -> Progress:

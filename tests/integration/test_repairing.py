@@ -3,6 +3,7 @@
 import copy
 import random
 import re
+import sys
 import warnings
 from collections import deque
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
@@ -573,6 +575,19 @@ def test_layers_that_are_not_called_are_told_of_once(tmp_path):
 def test_a_method_that_needs_the_batches_raises_as_ever(tmp_path):
     with pytest.raises(MisconfigurationException, match="steps its optimizers itself"):
         fit(tmp_path, module=Manual(), refit="auto", method=lrc.ALDS("activation"))
+
+
+def test_each_part_of_a_cut_that_takes_time_is_shown_in_the_trainers_bar(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)  # as in an interactive session
+    options = {"refit": "cut", "recalibrate_batchnorm": True, "method": lrc.ALDS("activation", "loss")}
+    compression = lrc.LowRankCompression(0.5, 0, show_table=False, **options)
+    shown = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+    trainer = Trainer(max_epochs=1, callbacks=[compression, TQDMProgressBar()], default_root_dir=tmp_path, **shown)
+    trainer.fit(Network(), DataLoader(Augmented(), batch_size=32))
+    found = capsys.readouterr().out
+    for what, unit in [("calibration", "2/8"), ("importance", "2/3"), ("effects", "8/9"), ("refit", "body.4")]:
+        assert re.search(rf"Low-rank {what}:[^\r]*{unit}", found), what
+    assert re.search(r"Low-rank BatchNorm:[^\r]*2/3", found)
 
 
 @pytest.mark.parametrize(

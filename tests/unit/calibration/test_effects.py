@@ -227,3 +227,21 @@ def test_the_constant_error_of_a_transposed_layer_is_made_up_for(layer):
     model, batches = nn.Sequential(layer), [torch.randn(64, layer.in_channels, 3, 3) + 1]
     known = measure_effects(model, batches, lrc.ALDS("activation", "loss"), collect_moments(model, batches))
     assert known["0"].weight > 0
+
+
+def test_of_very_many_layers_the_largest_are_measured_and_the_others_get_the_median(monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *[nn.Sequential(nn.Linear(24, 24 + 8 * index), nn.Linear(24 + 8 * index, 24)) for index in range(3)]
+    )
+    batches = [torch.randn(100, 24)]
+    whole = measure_effects(model, batches)
+    monkeypatch.setattr("lr_callback.calibration.effects.MOST_MEASURED", 4)
+    some = measure_effects(model, batches)
+    assert list(some) == list(whole)
+    measured = [name for name, one in some.items() if one.weight is not None]
+    assert measured == ["1.0", "1.1", "2.0", "2.1"]
+    assert all(some[name].weight == whole[name].weight for name in measured)
+    weights = lrc.analyze(model, lrc.ALDS("frobenius", "loss"), importance=some).allocate(0.5).weights
+    middle = sorted(weights[name] for name in measured)
+    assert middle[0] <= weights["0.0"] == weights["0.1"] <= middle[-1]
