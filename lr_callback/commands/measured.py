@@ -16,12 +16,13 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import nn
 
 from lr_callback.commands.from_checkpoint import calls_of, moved
-from lr_callback.commands.stages import evaluation_of
+from lr_callback.commands.stages import evaluation_of, logged_by
 from lr_callback.common.example import Example
 from lr_callback.common.untouched import as_written, untouched
 from lr_callback.edits.surgery import densify_
 from lr_callback.files.checkpoint import restore_
 from lr_callback.model.observe import observe_run
+from lr_callback.model.pricing import held_parameters
 from lr_callback.observation.report import Stage, quiet
 from lr_callback.units.latency import LayerInput, timed_in_turns
 
@@ -66,7 +67,7 @@ def networks(model: nn.Module, files: Mapping[str, Path]) -> dict[str, nn.Module
 
 def sized(stages: tuple[Stage, ...], models: Mapping[str, nn.Module]) -> tuple[Stage, ...]:
     """Return the stages with the number of parameters of each network."""
-    counts = [sum(parameter.numel() for parameter in model.parameters()) for model in models.values()]
+    counts = [held_parameters(model) for model in models.values()]
     return tuple(replace(stage, parameters=count) for stage, count in zip(stages, counts, strict=True))
 
 
@@ -156,7 +157,7 @@ def _metrics(trainer: Trainer, model: nn.Module, data: LightningDataModule | Non
         if run is None:
             raise ValueError(f"{type(model).__name__} has no test or validation loop, or there is no data for it")
         results = run(model, datamodule=data, verbose=False)
-    return {name: float(value) for one in results for name, value in one.items()}
+    return logged_by(results)
 
 
 def evaluator(configuration: Mapping[str, Any], device: torch.device | None) -> Trainer:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -19,6 +19,7 @@ from lr_callback.common.example import Example
 from lr_callback.common.untouched import as_written, untouched
 from lr_callback.files.checkpoint import restore_
 from lr_callback.host.copies import copied_module
+from lr_callback.model.pricing import held_parameters
 from lr_callback.model.probe import Probe
 from lr_callback.observation.report import Stage, quiet
 from lr_callback.units.latency import timed_in_turns
@@ -200,7 +201,7 @@ def _measure(
     return Stage(
         name=title,
         metrics=metrics,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        parameters=held_parameters(model),
         multiply_adds=watch.probe.observe().multiply_adds(model),
         file_bytes=Path(file).stat().st_size,
         milliseconds=0.0,  # measured when all stages are there
@@ -216,6 +217,17 @@ def _evaluate(
         restore_(model, file)
         return {}
     results = run(model, datamodule=datamodule, ckpt_path=file, verbose=False)
+    return logged_by(results)
+
+
+def logged_by(results: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Return what an evaluation logs, of all its loaders together.
+
+    Example::
+
+        >>> logged_by([{"test_loss": 0.5}, {"other_loss": 1}])
+        {'test_loss': 0.5, 'other_loss': 1.0}
+    """
     return {name: float(value) for one in results for name, value in one.items()}
 
 

@@ -16,11 +16,12 @@ from lightning.fabric.utilities.seed import seed_everything
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
 from lr_callback.callback import LowRankCompression
-from lr_callback.commands.stages import FirstBatch, call_of_step, evaluation_of
+from lr_callback.commands.stages import FirstBatch, call_of_step, evaluation_of, logged_by
 from lr_callback.commands.study.plan import CONTROL, Plan, Run, digest
 from lr_callback.commands.study.pruning import prune_filters_
 from lr_callback.commands.study.rows import Row
 from lr_callback.files.checkpoint import restore_
+from lr_callback.model.pricing import held_parameters
 from lr_callback.observation.report import quiet
 
 Make = Callable[[], tuple[LightningModule, LightningDataModule | None]]
@@ -85,8 +86,8 @@ class Laboratory:
             results = [] if run is None else run(model, datamodule=data, verbose=False)
         model.to(trainer.strategy.root_device)  # a Trainer moves it to the CPU when it is done
         counted = watch.probe.observe().multiply_adds(model) if watch.probe.seen else 0
-        metrics = {name: float(value) for one in results for name, value in one.items()}
-        return Measured(metrics, sum(parameter.numel() for parameter in model.parameters()), counted)
+        metrics = logged_by(results)
+        return Measured(metrics, held_parameters(model), counted)
 
     def run(self, run: Run) -> Row:
         """Carry out a run.
