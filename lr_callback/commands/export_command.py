@@ -16,8 +16,8 @@ from lr_callback.commands.from_checkpoint import (
     check_model,
     check_other_file,
     parsed,
-    weights_in,
 )
+from lr_callback.commands.run_files import weights_in
 from lr_callback.common.table import listed
 from lr_callback.decisions.allocation import Allocation
 from lr_callback.files.checkpoint import restore_

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
-from importlib import import_module
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
-import yaml
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from lr_callback.commands.run_files import RunFiles
 from lr_callback.commands.stages import call_of_step, calls_of_step
 from lr_callback.common.example import Example
-from lr_callback.decisions.allocation import Allocation
-from lr_callback.files.source import load
 
-_HYPERPARAMETERS = "hyper_parameters"
-_CLASS = "_class_path"
-"""What LightningCLI adds to the hyperparameters of a module that saves them."""
+_MADE = ("model", "data")
+"""Arguments that are made into objects."""
 
 
 def add_checkpoint(parser: ArgumentParser) -> None:
@@ -48,22 +43,34 @@ def add_model(parser: ArgumentParser) -> None:
     add("--input_shape", type=str | None, help="of an input of random numbers, as 1,3,32,32, instead of the data's")
 
 
-def parsed(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
+def parsed(
+    parser: ArgumentParser, arguments: Sequence[str], files: RunFiles | None = None, without: Collection[str] = ()
+) -> Namespace:
     """Read a command line, what it leaves out from the files of the run; make model and data.
 
     Args:
         parser: with the arguments of :func:`add_checkpoint` and :func:`add_model`.
         arguments: the command line.
+        files: of the run; None: those that the command line names.
+        without: of ``model`` and ``data`` what is not taken from the files.
 
     Raises:
         FileNotFoundError: If a file does not exist.
         ValueError: If the checkpoint cannot be read.
     """
-    seen = _peek(arguments)
-    if seen.checkpoint is not None:
-        parser.set_defaults(described_run(Path(seen.checkpoint), seen.config, seen.model, _class_path(seen.data)))
+    files = files or files_named(arguments)
+    if files is not None and len(without) < len(_MADE):
+        seen = _peek(arguments)
+        described = files.described(seen.model, _class_path(seen.data))
+        parser.set_defaults({name: part for name, part in described.items() if name not in without})
     chosen: Namespace = parser.instantiate_classes(parser.parse_args(list(arguments)))
     return chosen
+
+
+def files_named(arguments: Sequence[str]) -> RunFiles | None:
+    """Return the files of the run that a command line names; None if it names no checkpoint."""
+    seen = _peek(arguments)
+    return None if seen.checkpoint is None else RunFiles(Path(seen.checkpoint), seen.config)
 
 
 def _peek(arguments: Sequence[str]) -> argparse.Namespace:
@@ -85,88 +92,6 @@ def _class_path(named: str | None) -> str | None:
     return named if named is not None and "." in named and named.replace(".", "_").isidentifier() else None
 
 
-def described_run(
-    checkpoint: Path, config: str | None, model: str | None = None, data: str | None = None
-) -> dict[str, Any]:
-    """Return how the run made its model and its data, as far as its files say so.
-
-    Args:
-        checkpoint: of the run.
-        config: see :func:`configuration`.
-        model: class of the model, where that is known; None: that of the files.
-        data: likewise of the data.
-
-    Returns:
-        ``model`` and ``data``, those that are known, each by ``class_path`` and ``init_args``.
-    """
-    written = configuration(checkpoint, config)
-    found = _described(written.get("model"), model) if config is not None else None
-    found = found or _hyperparameters(checkpoint, model) or _described(written.get("model"), model)
-    parts = {"model": found, "data": _described(written.get("data"), data)}
-    return {name: part for name, part in parts.items() if part is not None}
-
-
-def configuration(checkpoint: Path, config: str | None) -> Mapping[str, Any]:
-    """Read the run's configuration, which LightningCLI writes into the folder that holds that of the checkpoints.
-
-    Args:
-        checkpoint: of the run.
-        config: a file of it; None: one is looked for above the checkpoint.
-
-    Returns:
-        Nothing where there is no file.
-
-    Raises:
-        FileNotFoundError: If ``config`` does not exist.
-    """
-    if config is not None and not Path(config).is_file():
-        raise FileNotFoundError(f"--config {config}: no such file.")
-    nearby = (folder / "config.yaml" for folder in checkpoint.resolve().parents[:3])
-    for path in [Path(config)] if config is not None else [path for path in nearby if path.is_file()]:
-        written = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if isinstance(written, Mapping):
-            return written
-    return {}
-
-
-def _described(part: object, model: str | None) -> dict[str, Any] | None:
-    """Return a part of a configuration as class and arguments; None if it is none, or of another class than asked."""
-    if not isinstance(part, Mapping):
-        return None
-    if "class_path" in part:
-        return dict(part) if model is None or part["class_path"].endswith(model) else None
-    return None if model is None else {"class_path": model, "init_args": dict(part)}
-
-
-def _hyperparameters(checkpoint: Path, model: str | None) -> dict[str, Any] | None:
-    """Return class and arguments from what a LightningModule saved; None if it saved nothing, or not which it was."""
-    loaded = weights_in(checkpoint)
-    if model is not None and not _is_lightning(model):
-        return None  # a network inside of what has saved them
-    saved = loaded.get(_HYPERPARAMETERS) or {}
-    arguments = {name: value for name, value in saved.items() if not name.startswith("_")}
-    class_path = model or saved.get(_CLASS)
-    return None if class_path is None or not saved else {"class_path": class_path, "init_args": arguments}
-
-
-def _is_lightning(class_path: str) -> bool:
-    module, _, name = class_path.rpartition(".")
-    found = getattr(import_module(module), name, None) if module else None
-    return isinstance(found, type) and issubclass(found, LightningModule)
-
-
-def weights_in(checkpoint: Path) -> Mapping[str, Any]:
-    """Return the dict of a file with weights.
-
-    Raises:
-        ValueError: If it is an allocation.
-    """
-    loaded = load(checkpoint)
-    if isinstance(loaded, Allocation):
-        raise ValueError(f"--checkpoint {checkpoint}: must be a file with weights, found an allocation.")
-    return loaded
-
-
 def check_model(chosen: Namespace) -> None:
     """Refuse a command line that names no model, where no file does either.
 
@@ -174,23 +99,11 @@ def check_model(chosen: Namespace) -> None:
         ValueError: If so.
     """
     if chosen.model is None:
+        why = RunFiles(Path(chosen.checkpoint), chosen.config).why_unknown()
         raise ValueError(
-            "--model must name a model, for example --model lr_callback.recipes.CifarResNet: "
-            f"{why_unknown(Path(chosen.checkpoint), chosen.config)}; got none. Or give a configuration that names it: "
-            "--config config.yaml."
+            f"--model must name a model, for example --model lr_callback.recipes.CifarResNet: {why}; got none. Or give "
+            "a configuration that names it: --config config.yaml."
         )
-
-
-def why_unknown(checkpoint: Path, config: str | None) -> str:
-    """Return why the files of a run do not say how its model is made.
-
-    Args:
-        checkpoint: of the run.
-        config: see :func:`configuration`.
-    """
-    if "model" in configuration(checkpoint, config):
-        return "the configuration of the run has the arguments of its model, and not the class"
-    return f"{checkpoint.name} does not say how its model is made, and there is no config.yaml of its run above it"
 
 
 def check_other_file(output: Path, checkpoint: Path, option: str = "--output") -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from jsonargparse import Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import nn
 
 from lr_callback.commands.from_checkpoint import calls_of, moved
-from lr_callback.commands.stages import evaluation_of, logged_by
+from lr_callback.commands.stages import SILENT, evaluation_of, logged_by
 from lr_callback.common.example import Example
 from lr_callback.common.untouched import as_written, untouched
 from lr_callback.edits.surgery import densify_
@@ -47,13 +48,13 @@ class Times:
     batch: str
 
 
-def networks(model: nn.Module, files: Mapping[str, Path]) -> dict[str, nn.Module]:
+def networks(model: nn.Module, files: Mapping[str, Path | Mapping[str, Any]]) -> dict[str, nn.Module]:
     """Return a copy of a model for each file, with its structure and weights; without that of the dense one, too.
 
     Args:
         model: as the code makes it.
-        files: name of a stage -> its file, in the order of the run; ``dense``, the first stage, may be missing: then it
-            is the model as it is, without factors.
+        files: name of a stage -> its file, or what is in it, in the order of the run; ``dense``, the first stage, may
+            be missing: then it is the model as it is, without factors.
 
     Raises:
         ValueError: If a file is of another model.
@@ -121,33 +122,18 @@ def timed_stages(stages: tuple[Stage, ...], times: Times) -> tuple[Stage, ...]:
     return tuple(replace(stage, milliseconds=time, multiply_adds=count) for stage, time, count in measured)
 
 
-def evaluated(
-    stages: tuple[Stage, ...],
-    models: Mapping[str, nn.Module],
-    data: LightningDataModule | None,
-    known: Collection[str],
-    trainer: Trainer,
-) -> tuple[Stage, ...]:
-    """Return the stages with what the model's test loop logs, else its validation loop.
+def evaluated(stage: Stage, model: nn.Module, data: LightningDataModule | None, trainer: Trainer) -> Stage:
+    """Return a stage with what the model's test loop logs, else its validation loop.
 
     Args:
-        stages: one for each model.
-        models: name -> network.
-        data: of the run; None: the models have their own loaders.
-        known: names of the networks whose weights are those of the run.
+        stage: of the model.
+        model: with the weights of that stage.
+        data: of the run; None: the model has its own loaders.
         trainer: see :func:`evaluator`.
 
     Raises:
-        ValueError: If the models have no such loop, or no data for it.
+        ValueError: If the model has no such loop, or no data for it.
     """
-    found = []
-    for stage, (name, model) in zip(stages, models.items(), strict=True):
-        metrics = _metrics(trainer, model, data) if name in known else {}
-        found.append(replace(stage, metrics=metrics))
-    return tuple(found)
-
-
-def _metrics(trainer: Trainer, model: nn.Module, data: LightningDataModule | None) -> dict[str, float]:
     if not isinstance(model, LightningModule):
         raise ValueError(
             f"a {type(model).__name__} has no test or validation loop: the model must be the run's LightningModule"
@@ -157,7 +143,7 @@ def _metrics(trainer: Trainer, model: nn.Module, data: LightningDataModule | Non
         if run is None:
             raise ValueError(f"{type(model).__name__} has no test or validation loop, or there is no data for it")
         results = run(model, datamodule=data, verbose=False)
-    return logged_by(results)
+    return replace(stage, metrics=logged_by(results))
 
 
 def evaluator(configuration: Mapping[str, Any], device: torch.device | None) -> Trainer:
@@ -166,16 +152,23 @@ def evaluator(configuration: Mapping[str, Any], device: torch.device | None) -> 
     Args:
         configuration: of the run; empty: it is not known.
         device: where; None: where Lightning would.
+
+    Raises:
+        ValueError: If Lightning makes none of the run's settings on that device.
     """
     written = configuration.get("trainer")
     known = written if isinstance(written, Mapping) else {}
+    of_the_run = {name: known[name] for name in _OF_THE_RUN if known.get(name) is not None}
     with quiet():
-        return Trainer(
-            accelerator="auto" if device is None else device.type,
-            devices=1 if device is None or device.index is None else [device.index],
-            **{name: known[name] for name in _OF_THE_RUN if known.get(name) is not None},
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
+        try:
+            return Trainer(
+                accelerator="auto" if device is None else device.type,
+                devices=1 if device is None or device.index is None else [device.index],
+                **of_the_run,
+                **SILENT,
+            )
+        except (MisconfigurationException, ValueError) as error:
+            raise ValueError(
+                f"a Trainer must evaluate on {device or 'the device that Lightning takes'} as the run did, with "
+                f"{of_the_run or 'its defaults'}, found that Lightning refuses it: {error}"
+            ) from error

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import Trainer
 from torch import nn
@@ -18,32 +18,56 @@ from lr_callback.commands.from_checkpoint import (
     add_checkpoint,
     add_model,
     check_writable,
-    configuration,
-    described_run,
     device_named,
+    files_named,
     named_model,
     parsed,
-    weights_in,
-    why_unknown,
 )
 from lr_callback.commands.measured import evaluated, evaluator, networks, sized, timed_stages, times_of
 from lr_callback.commands.origin import arguments_of, commands_for, device_of, origin_of
+from lr_callback.commands.places import raised_in_own_code
 from lr_callback.commands.recorded import NOW, Recorded, recorded
+from lr_callback.commands.run_files import RunFiles
 from lr_callback.commands.snippet import loading_code
 from lr_callback.page.facts import Facts, Missing
 from lr_callback.page.page import page
 from lr_callback.page.pictures import pictures_of
 
 _AGAIN = "make the page again after that"
-_ALL = "times, multiply-adds and accuracies"
+_METRICS = "metrics"
+_ALL = f"times, multiply-adds and {_METRICS}"
 _WAY = (
     "name the classes, `--model my_module.MyModule --data my_module.MyData`, or a configuration that names them, "
     "`--config config.yaml`"
 )
+_WAY_OF_DATA = "`--data my_module.MyData`"
 _ASKED = ("--model", "--data", "--config", "--input_shape", "--device")
 """Arguments that name what is measured."""
 _NAMED = ("--model", "--data", "--config", "--input_shape")
 """Those that other commands on the same checkpoint take, too."""
+_LESS: Mapping[tuple[str, ...], tuple[str, str]] = {
+    (): ("", ""),
+    ("data",): (_METRICS, _WAY_OF_DATA),
+    ("model", "data"): (_ALL, _WAY),
+}
+"""What is done without where it cannot be made -> what the page lacks then, and how to have it."""
+
+
+@dataclass(frozen=True)
+class _Measuring:
+    """What is needed to measure the stages of a run.
+
+    Args:
+        chosen: model, data and shape of the input, of the command line.
+        models: the network of each stage.
+        known: names of those whose weights are those of the run.
+        trainer: evaluates them.
+    """
+
+    chosen: Namespace
+    models: Mapping[str, nn.Module]
+    known: Sequence[str]
+    trainer: Trainer
 
 
 def report_command(arguments: Sequence[str]) -> str:
@@ -55,9 +79,11 @@ def report_command(arguments: Sequence[str]) -> str:
     Returns:
         Where it is, and what it lacks.
     """
-    parser = report_parser()
+    parser, attempts = report_parser(), Attempts(arguments)
     try:
-        return _report(*_read(parser, arguments))
+        files = files_named(arguments)
+        chosen = _read(parser, files, attempts)
+        return _report(chosen, files or RunFiles(Path(chosen.checkpoint), chosen.config), attempts)
     except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         parser.error(str(error))
 
@@ -78,112 +104,97 @@ def report_parser(exit_on_error: bool = True) -> ArgumentParser:
     return parser
 
 
-def _read(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Namespace, Attempts]:
-    """Read the command line, and how the run made its model and data; what of that fails is told in the page."""
-    attempts = Attempts(arguments)
-    if attempts.are_asked(*_ASKED):
-        return parsed(parser, arguments), attempts
-    found = attempts.make(_ALL, _WAY, lambda: parsed(report_parser(exit_on_error=False), arguments))
-    if found is None:
-        found = parser.parse_args(list(arguments))  # a wrong command line ends here
-    return found, attempts
+def _read(parser: ArgumentParser, files: RunFiles | None, attempts: Attempts) -> Namespace:
+    """Read the command line; make model and data, without those whose own code fails: that is told in the page."""
+    failed: Exception | None = None
+    for without, (what, way) in _LESS.items():
+        words = attempts.words_without(*(f"--{name}" for name in without))
+        try:
+            chosen = parsed(report_parser(exit_on_error=False), words, files, without)
+        except Exception as error:  # whatever a user's code, and a parser, raise
+            if attempts.are_asked(*_ASKED) and raised_in_own_code(error) is None:
+                parser.error(str(error))
+            failed = error
+            continue
+        if failed is not None:
+            attempts.note_error(what, way, failed)
+        return chosen
+    return parser.parse_args(attempts.words_without())  # a wrong command line ends here
 
 
-def _report(chosen: Namespace, attempts: Attempts) -> str:
-    checkpoint = Path(chosen.checkpoint)
-    loaded = weights_in(checkpoint)
-    said = recorded(checkpoint, loaded)
-    output = Path(chosen.output or checkpoint.with_suffix(".html"))
-    check_writable("--output", output, checkpoint)
+def _report(chosen: Namespace, files: RunFiles, attempts: Attempts) -> str:
+    said = recorded(files.checkpoint, files.loaded)
+    output = Path(chosen.output or files.checkpoint.with_suffix(".html"))
+    check_writable("--output", output, files.checkpoint)
     device = None if chosen.device is None else device_named(chosen.device)
-    written = configuration(checkpoint, chosen.config)
-    named = attempts.words(*_NAMED)
-    facts = _told(checkpoint, said, written, chosen.config, named)
+    facts = _told(files, said, attempts.words(*_NAMED), chosen.model is not None)
     pictures = attempts.make("figures", _AGAIN, lambda: pictures_of(said.allocation, said.record.curves))
     facts = replace(facts, pictures=pictures or ())
-    models = _networks(chosen, said, attempts)
+    models = _networks(chosen, files, said, attempts)
     if models is not None:
         facts = replace(facts, stages=sized(facts.stages, models))
-        trainer = attempts.make(_ALL, "name a device, `--device cpu`", lambda: evaluator(written, device), "--device")
-        facts = facts if trainer is None else _side_by_side(facts, chosen, said, models, trainer, attempts)
+        way = "name a device, `--device cpu`"
+        trainer = attempts.make(_ALL, way, lambda: evaluator(files.configuration, device), "--device")
+        if trainer is not None:
+            measuring = _Measuring(chosen, models, [*said.moments, NOW], trainer)
+            facts = _timed(_evaluated(facts, measuring, attempts), measuring, attempts)
     facts = replace(facts, missing=tuple(attempts.missing))
     _write(output, page(facts))
     return "\n".join([f"report: {output}", *map(str, facts.missing)])
 
 
-def _told(
-    checkpoint: Path, said: Recorded, written: Mapping[str, Any], config: str | None, named: Sequence[str]
-) -> Facts:
+def _told(files: RunFiles, said: Recorded, named: Sequence[str], is_made: bool) -> Facts:
     """Return what the checkpoint, the configuration of its run, and the names on the command line say by themselves."""
     model = named_model(named)
     by_name = None if model is None else {"class_path": model}
-    described = described_run(checkpoint, config, model).get("model", by_name)
+    # A class that is named and cannot be made may be one that cannot be imported.
+    described = files.described(model) if is_made or model is None else {}
     return Facts(
-        str(checkpoint),
+        str(files.checkpoint),
         said.allocation,
         said.stages(),
-        origin=origin_of(checkpoint, said),
-        arguments=arguments_of(written),
-        loading=loading_code(described, checkpoint),
-        commands=commands_for(checkpoint, named),
+        origin=origin_of(files.checkpoint, said),
+        arguments=arguments_of(files.configuration),
+        loading=loading_code(described.get("model", by_name), files.checkpoint),
+        commands=commands_for(files.checkpoint, named),
     )
 
 
-def _networks(chosen: Namespace, said: Recorded, attempts: Attempts) -> dict[str, nn.Module] | None:
+def _networks(chosen: Namespace, files: RunFiles, said: Recorded, attempts: Attempts) -> dict[str, nn.Module] | None:
     """Return the network of each stage; None where it is not known how one is made."""
     if chosen.model is None:
-        if _ALL not in (one.what for one in attempts.missing):
-            why = why_unknown(Path(chosen.checkpoint), chosen.config)
-            attempts.missing.append(Missing(_ALL, why, _WAY))
+        if not attempts.lack(_ALL):
+            attempts.note(Missing(_ALL, files.why_unknown(), _WAY))
         return None
-    files = {**said.moments, NOW: Path(chosen.checkpoint)}
-    return attempts.make(_ALL, _WAY, lambda: networks(chosen.model, files), "--model", "--config")
+    weights: dict[str, Path | Mapping[str, Any]] = {**said.moments, NOW: files.loaded}
+    return attempts.make(_ALL, _WAY, lambda: networks(chosen.model, weights), "--model", "--config")
 
 
-def _side_by_side(
-    facts: Facts,
-    chosen: Namespace,
-    said: Recorded,
-    models: Mapping[str, nn.Module],
-    trainer: Trainer,
-    attempts: Attempts,
-) -> Facts:
-    """Return the facts with the metrics and the times of all stages."""
-    facts = _evaluated(facts, chosen, said, models, trainer, attempts)
-    return _timed(facts, chosen, models, trainer.strategy.root_device, attempts)
-
-
-def _evaluated(
-    facts: Facts,
-    chosen: Namespace,
-    said: Recorded,
-    models: Mapping[str, nn.Module],
-    trainer: Trainer,
-    attempts: Attempts,
-) -> Facts:
-    """Return the facts with the metrics of each stage whose weights are those of the run."""
-    known = {*said.moments, NOW}
-    stages = attempts.make(
-        "accuracies",
-        "`--data my_module.MyData`",
-        lambda: evaluated(facts.stages, models, chosen.data, known, trainer),
-        "--data",
-    )
-    if stages is None:
+def _evaluated(facts: Facts, measuring: _Measuring, attempts: Attempts) -> Facts:
+    """Return the facts with the metrics of each stage whose weights are those of the run, as far as they are had."""
+    stages = {name: stage for name, stage in zip(measuring.models, facts.stages, strict=True)}
+    if attempts.lack(_METRICS):  # the data that are asked for cannot be made: those of the model are others
         return facts
-    if "dense" not in known:
+    had = False
+    for name in measuring.known:
+        what = f"{_METRICS} of the stage '{stages[name].name}'" if had else _METRICS
+        run = partial(evaluated, stages[name], measuring.models[name], measuring.chosen.data, measuring.trainer)
+        found = attempts.make(what, _WAY_OF_DATA, run, "--data")
+        if found is None and not had:
+            return facts
+        had, stages[name] = True, found or stages[name]
+    if "dense" not in measuring.known:
         why = "there is no snapshot from before the cut"
         way = "`LowRankCompression(snapshots=True)` in the next run; `lr-callback fit` does so by itself"
-        attempts.missing.append(Missing("accuracies of the network before", why, way))
-    return replace(facts, stages=stages)
+        attempts.note(Missing(f"{_METRICS} of the network before", why, way))
+    return replace(facts, stages=tuple(stages.values()))
 
 
-def _timed(
-    facts: Facts, chosen: Namespace, models: Mapping[str, nn.Module], device: torch.device, attempts: Attempts
-) -> Facts:
+def _timed(facts: Facts, measuring: _Measuring, attempts: Attempts) -> Facts:
     """Return the facts with the times of all stages."""
-    way = "say what the model is called with, `--input_shape 1,3,32,32`"
-    times = attempts.make("times and multiply-adds", way, lambda: times_of(chosen, models, device), "--input_shape")
+    way, device = "say what the model is called with, `--input_shape 1,3,32,32`", measuring.trainer.strategy.root_device
+    run = partial(times_of, measuring.chosen, measuring.models, device)
+    times = attempts.make("times and multiply-adds", way, run, "--input_shape")
     if times is None:
         return facts
     origin = {**facts.origin, "measured on": device_of(device)}

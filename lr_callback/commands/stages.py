@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -24,6 +25,10 @@ from lr_callback.model.probe import Probe
 from lr_callback.observation.report import Stage, quiet
 from lr_callback.units.latency import timed_in_turns
 
+SILENT: dict[str, Any] = dict.fromkeys(
+    ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
+)
+"""Arguments of a Trainer that shows and writes nothing."""
 Run = tuple[nn.Module, Callable[[], object]]
 """A network, and calls of it."""
 TITLES = {"dense": "dense, before", "cut": "right after", "final": "at the end"}
@@ -132,15 +137,7 @@ def calls_of_step(model: LightningModule, datamodule: LightningDataModule | None
     watch = FirstBatch(model)
     with quiet():
         trainer = Trainer(
-            accelerator="cpu",
-            devices=1,
-            callbacks=[watch],
-            limit_test_batches=1,
-            limit_val_batches=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
+            accelerator="cpu", devices=1, callbacks=[watch], limit_test_batches=1, limit_val_batches=1, **SILENT
         )
         run = evaluation_of(trainer, model, datamodule)
         if run is not None:
@@ -180,10 +177,7 @@ def _evaluator(trainer: Trainer, watch: FirstBatch) -> Trainer:
         limit_test_batches=trainer.limit_test_batches,
         limit_val_batches=trainer.limit_val_batches,
         callbacks=[watch],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **SILENT,
     )
 
 

@@ -21,8 +21,8 @@ from lr_callback.commands.from_checkpoint import (
     device_named,
     moved,
     parsed,
-    weights_in,
 )
+from lr_callback.commands.run_files import weights_in
 from lr_callback.common.example import Example
 from lr_callback.files.checkpoint import restore_
 from lr_callback.files.exporting import export

@@ -1,5 +1,7 @@
 """``lr-callback report``: a page of what the compression of a checkpoint did, with what can be had."""
 
+import html
+import inspect
 import re
 import shutil
 import sys
@@ -67,6 +69,69 @@ class WithoutLoader(Images):
     """The same, with data that stand beside it."""
 
     val_dataloader = LightningModule.val_dataloader
+
+
+class BrokenStep(Images):
+    """The same, with a mistake in its step."""
+
+    def validation_step(self, batch, batch_idx):
+        raise KeyError("labels")
+
+
+class BrokenWhenCut(Images):
+    """The same, with a step that takes a layer for a dense one."""
+
+    def validation_step(self, batch, batch_idx):
+        assert type(self.network[3]) is nn.Linear, "not dense"
+        super().validation_step(batch, batch_idx)
+
+
+class BrokenModel(Images):
+    """The same, that cannot be made."""
+
+    def __init__(self, width: int = 16):
+        super().__init__(width)
+        self.names = {}["names"]
+
+
+class BrokenForward(WithoutData):
+    """The same, with a mistake where it is called."""
+
+    example_input_array = torch.zeros(2, 4, 6, 6)
+
+    def forward(self, images):
+        return self.netwrok(images)
+
+
+class BrokenSetup(LightningDataModule):
+    """Data that are not there."""
+
+    def setup(self, stage):
+        raise RuntimeError("no data in /data")
+
+    def val_dataloader(self):
+        return Images().batches()
+
+
+class BrokenLoader(LightningDataModule):
+    """Data that are not there, either."""
+
+    def val_dataloader(self):
+        return open("/gone/labels.csv")
+
+
+class BrokenData(LightningDataModule):
+    """Data that cannot be made."""
+
+    def __init__(self):
+        raise ValueError("which data?")
+
+
+class EmptyData(LightningDataModule):
+    """Data that are none."""
+
+    def val_dataloader(self):
+        return None
 
 
 class Data(LightningDataModule):
@@ -180,7 +245,7 @@ def test_without_matplotlib_the_page_has_no_figures_and_says_so(run, command, mo
     assert lacking(done.out) == ["figures"] and done.out.count("pip install 'lr_callback[figures]'") == 1
     assert "<figure" not in done.page and "<strong>No figures: </strong>" in done.page
     assert "val_acc" in rows_of(done.page)
-    assert lacking(command(run.last).out) == ["figures", "times, multiply-adds and accuracies"]
+    assert lacking(command(run.last).out) == ["figures", "times, multiply-adds and metrics"]
 
 
 def test_a_file_of_the_weights_is_as_large_as_the_last_snapshot(run, command):
@@ -191,7 +256,7 @@ def test_a_file_of_the_weights_is_as_large_as_the_last_snapshot(run, command):
 
 def test_without_its_model_the_page_says_what_the_file_does_and_how_to_have_more(run, command):
     done = command(run.last)
-    assert lacking(done.out)[0] == "times, multiply-adds and accuracies"
+    assert lacking(done.out)[0] == "times, multiply-adds and metrics"
     assert "--model my_module.MyModule" in done.out and "<h2>What this page lacks" in done.page
     rows, allocation = rows_of(done.page), run.compression.allocation
     assert rows["parameters"][0] == f"{allocation.dense_cost:,}"
@@ -212,7 +277,7 @@ def test_the_run_may_have_been_moved(run, command, tmp_path):
 def test_without_snapshots_there_are_sizes_and_times_and_the_accuracy_now(tmp_path, command):
     run = trained(tmp_path, snapshots=False)
     done = command(run.last, *MODEL)
-    assert "accuracies of the network before" in lacking(done.out)
+    assert "metrics of the network before" in lacking(done.out)
     rows = rows_of(done.page)
     assert rows[""] == ["dense, before", "this checkpoint"]
     assert rows["val_acc"] == ["\N{EN DASH}", accuracy(run.last)]
@@ -222,7 +287,7 @@ def test_without_snapshots_there_are_sizes_and_times_and_the_accuracy_now(tmp_pa
 
 def test_a_model_without_data_needs_the_shape_of_its_input(run, command):
     done = command(run.last, "--model", "my_modules.WithoutData", "--input_shape", "2,4,6,6")
-    assert "accuracies" in lacking(done.out)
+    assert "metrics" in lacking(done.out)
     rows = rows_of(done.page)
     assert rows["multiply-adds of a batch"][0] == f"{2 * (16 * 16 * 36 + 256 * 16 + 16 * 3):,}"
 
@@ -230,6 +295,78 @@ def test_a_model_without_data_needs_the_shape_of_its_input(run, command):
 def test_an_input_that_the_model_does_not_take_is_refused(run, refusal):
     text = refusal(run.last, "--model", "my_modules.WithoutData", "--input_shape", "2,5,6,6")
     assert "the model must take a batch of 2x5x6x6 float32, found that it makes a RuntimeError: " in text
+
+
+def line_of(function, words):
+    """Return the number of the first line of a function that has some words in it."""
+    lines, first = inspect.getsourcelines(function)
+    return next(number for number, line in enumerate(lines, first) if words in line)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "lacks", "why", "function", "words"),
+    [
+        ("BrokenStep", "metrics, times and multiply-adds", "KeyError: 'labels'", BrokenStep.validation_step, "raise"),
+        ("BrokenModel", "times, multiply-adds and metrics", "KeyError: 'names'", BrokenModel.__init__, '["names"]'),
+        ("WithoutLoader BrokenSetup", "metrics, times and multiply-adds", "RuntimeError: no data in /data",
+         BrokenSetup.setup, "raise"),
+        ("WithoutLoader BrokenLoader", "metrics, times and multiply-adds", "FileNotFoundError: [Errno 2] No such file",
+         BrokenLoader.val_dataloader, "open"),
+        ("WithoutLoader BrokenData", "metrics", "ValueError: which data?", BrokenData.__init__, "raise"),
+        ("BrokenForward", "times and multiply-adds", "a batch of 2x4x6x6 float32, found that it makes a AttributeError",
+         BrokenForward.forward, "netwrok"),
+        ("BrokenWhenCut", "metrics of the stage 'right after', metrics of the stage 'this checkpoint'",
+         "AssertionError: not dense", BrokenWhenCut.validation_step, "assert"),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_own_code_costs_what_that_was_run_for_and_its_place_is_told(
+    run, command, arguments, lacks, why, function, words
+):
+    model, *data = [f"my_modules.{name}" for name in arguments.split(" ")]
+    done = command(run.last, "--model", model, *(["--data", *data] if data else []))
+    [line] = [line for line in done.out.splitlines() if line.startswith(f"without {lacks}: ")]
+    place = f"{Path(__file__).name}, line {line_of(function, words)}, in {function.__name__}). To have them: "
+    assert why in line and place in line
+    assert len([one for one in done.out.splitlines() if place in one]) == 1 == done.page.count(place)
+    assert f"<strong>No {html.escape(lacks)}: </strong>" in done.page
+    assert ("--input_shape" if function is BrokenForward.forward else "mend that, and make the page again") in line
+    assert "<h2>Layers" in done.page and rows_of(done.page)["parameters"]
+
+
+def test_what_stands_before_the_mistake_and_beside_it_is_in_the_page(run, command):
+    rows = rows_of(command(run.last, "--model", "my_modules.BrokenWhenCut").page)
+    assert rows["val_acc"] == [accuracy(run.compression.snapshot_files["dense"]), *["\N{EN DASH}"] * 2]
+    assert float(rows["milliseconds of a batch"][0]) > 0  # of the dense network's step
+    done = command(run.last, "--model", "my_modules.Images", "--data", "my_modules.BrokenData")
+    assert "val_acc" not in rows_of(done.page)  # the model's own data are not those that were asked for
+    assert float(rows_of(done.page)["milliseconds of a batch"][0]) > 0
+
+
+def test_what_lightning_says_of_own_data_leaves_a_page_too(run, command):
+    done = command(run.last, "--model", "my_modules.WithoutLoader", "--data", "my_modules.EmptyData")
+    assert lacking(done.out)[-1] == "metrics, times and multiply-adds"
+    assert done.out.count("TypeError: An invalid dataloader was returned from `EmptyData.val_dataloader()`") == 1
+
+
+def test_a_module_with_a_mistake_is_told_with_its_line(run, command, tmp_path, monkeypatch):
+    (tmp_path / "mistaken.py").write_text("from my_modules import Images\n\nImagse\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    done = command(run.last, "--model", "mistaken.Images")
+    assert "NameError: name 'Imagse' is not defined (mistaken.py, line 3, in <module>)" in done.out
+    assert "from mistaken import Images" in done.page
+
+
+def test_a_wrong_name_is_a_wrong_command_line(run, refusal):
+    assert "no attribute &#x27;Imagse" in html.escape(refusal(run.last, "--model", "my_modules.Imagse"))
+    assert "must be whole numbers" in refusal(run.last, *MODEL, "--input_shape", "1,x")
+
+
+def test_the_checkpoint_is_read_once(run, command, monkeypatch):
+    read, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda path, *more, **named: read.append(path) or load(path, *more, **named))
+    command(run.last, *MODEL)
+    assert [path for path in read if path == run.last] == [run.last]
 
 
 def test_code_in_the_page_gives_the_network(run, command):
@@ -254,7 +391,7 @@ def test_a_configuration_without_classes_is_used_by_those_that_are_named(run, co
     assert "the configuration of the run has the arguments of its model, and not the class" in command(file).out
     Data.made.clear()
     done = command(file, "--model", "my_modules.WithoutLoader", "--data", "my_modules.Data")
-    assert Data.made == [24] and "accuracies" not in lacking(done.out)
+    assert Data.made == [24] and "metrics" not in lacking(done.out)
 
 
 def test_a_moment_before_the_compression_is_refused(run, refusal):
@@ -322,7 +459,7 @@ def test_a_configuration_that_cannot_be_used_leaves_a_page_without_measurements(
         "model: {class_path: gone.Model}\ncompress: {keep_ratio: 0.4, epochs: 3}\n"
     )
     done = command(tmp_path / "run" / "checkpoints" / run.last.name)
-    assert lacking(done.out)[0] == "times, multiply-adds and accuracies" and "gone" in done.out
+    assert lacking(done.out)[0] == "times, multiply-adds and metrics" and "gone" in done.out
     assert "keep_ratio: 0.4" in done.page and "from gone import Model" in done.page
 
 
@@ -343,5 +480,5 @@ def test_a_device_that_is_not_here_is_refused_and_a_precision_that_is_not_leaves
         "model: {class_path: my_modules.Images}\ntrainer: {precision: 3-bit}\n"
     )
     done = command(tmp_path / "run" / "checkpoints" / run.last.name)
-    assert lacking(done.out)[0] == "times, multiply-adds and accuracies" and "3-bit" in done.out
+    assert lacking(done.out)[0] == "times, multiply-adds and metrics" and "3-bit" in done.out
     assert len(rows_of(done.page)["parameters"]) == 3

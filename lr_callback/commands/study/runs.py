@@ -16,7 +16,7 @@ from lightning.fabric.utilities.seed import seed_everything
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
 from lr_callback.callback import LowRankCompression
-from lr_callback.commands.stages import FirstBatch, call_of_step, evaluation_of, logged_by
+from lr_callback.commands.stages import SILENT, FirstBatch, call_of_step, evaluation_of, logged_by
 from lr_callback.commands.study.plan import CONTROL, Plan, Run, digest
 from lr_callback.commands.study.pruning import prune_filters_
 from lr_callback.commands.study.rows import Row
@@ -27,7 +27,6 @@ from lr_callback.observation.report import quiet
 Make = Callable[[], tuple[LightningModule, LightningDataModule | None]]
 """Makes the network and its data, as they are before any training."""
 
-_SILENT = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
 _ONE_BATCH = {"limit_test_batches": 1, "limit_val_batches": 1}
 _ROOM = 1000
 """Epochs that a schedule is made for where none is trained: it may need some for its warm-up."""
@@ -184,4 +183,4 @@ class Laboratory:
 
     def _trainer(self, epochs: int, callbacks: list[Callback], more: Mapping[str, Any]) -> Trainer:
         own: dict[str, Any] = {"devices": 1, "max_epochs": epochs, "callbacks": callbacks}
-        return Trainer(**{**self.trainer, **_SILENT, **own, **more})
+        return Trainer(**{**self.trainer, **SILENT, **own, **more})

@@ -1,4 +1,4 @@
-"""Networks side by side: structure and weights of their files, times in turns, metrics of those with a file."""
+"""Networks side by side: structure and weights of their files, times in turns, metrics."""
 
 import pytest
 import torch
@@ -108,22 +108,21 @@ def test_without_data_what_is_called_is_not_known():
         times_of(Namespace(model=module, data=None, input_shape=None), {"dense": module}, CPU)
 
 
-def test_metrics_are_of_those_that_have_a_file(files):
+def test_metrics_are_those_of_each_network(files):
     models = networks(Module(), files)
     trainer = evaluator({}, CPU)
-    both = evaluated(STAGES, models, None, files, trainer)
+    both = [evaluated(stage, model, None, trainer) for stage, model in zip(STAGES, models.values(), strict=True)]
     for stage, model in zip(both, models.values(), strict=True):
         with torch.no_grad():
             losses = [F.cross_entropy(model.network(inputs), labels) for inputs, labels in model.val_dataloader()]
         assert stage.metrics == {"val_loss": pytest.approx(float(torch.stack(losses).mean()), rel=1e-5)}
     assert both[0].metrics != both[1].metrics
-    assert evaluated(STAGES, models, None, {"now": files["now"]}, trainer)[0].metrics == {}
 
 
 @pytest.mark.parametrize(("kind", "text"), [(lambda: nn.Linear(2, 2), "a Linear has no"), (LightningModule, "no data")])
 def test_what_cannot_be_evaluated_is_refused(kind, text):
     with pytest.raises(ValueError, match=text):
-        evaluated(STAGES[:1], {"now": kind()}, None, {"now": None}, evaluator({}, CPU))
+        evaluated(STAGES[0], kind(), None, evaluator({}, CPU))
 
 
 def test_the_trainer_evaluates_as_the_run_did():
@@ -131,3 +130,12 @@ def test_the_trainer_evaluates_as_the_run_did():
     assert (trainer.precision, trainer.limit_val_batches, trainer.max_epochs) == ("bf16-true", 3, None)
     assert not trainer.loggers and trainer.checkpoint_callback is None
     assert evaluator({"trainer": None}, None).precision == "32-true"
+    with pytest.raises(ValueError, match=r"must evaluate on cpu as the run did, with .*3-bit.*Lightning refuses it: "):
+        evaluator({"trainer": {"precision": "3-bit"}}, CPU)
+
+
+def test_a_file_may_be_what_is_in_it(files):
+    read = {name: torch.load(path, weights_only=True) for name, path in files.items()}
+    for one, other in zip(networks(Module(), files).values(), networks(Module(), read).values(), strict=True):
+        assert one.state_dict().keys() == other.state_dict().keys()
+        assert all(torch.equal(value, other.state_dict()[name]) for name, value in one.state_dict().items())
