@@ -18,7 +18,7 @@ from typing import Any
 
 from environment import keep, markdown
 
-from lr_callback.cli import CompressionCLI
+from lr_callback.commands.compression_cli import CompressionCLI
 
 CONFIG = Path(__file__).parent.parent / "configs" / "digits.yaml"
 NEVER = 1_000_000

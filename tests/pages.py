@@ -16,7 +16,7 @@ import yaml
 from lightning.pytorch.cli import LightningCLI
 
 import lr_callback as lrc
-from lr_callback.cli import CompressionCLI
+from lr_callback.commands.compression_cli import CompressionCLI
 from lr_callback.recipes import DigitsData, ImageClassifier
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -9,6 +9,7 @@ import sys
 from importlib.metadata import distribution, version
 from pathlib import Path
 
+import pytest
 import yaml
 
 import lr_callback
@@ -67,3 +68,47 @@ def test_module_is_the_command():
     done = started("--version")
     assert (done.returncode, done.stdout) == (0, f"lr_callback {lr_callback.__version__}\n")
     assert done.stderr == ""
+
+
+def said_by_python(program: str) -> str:
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=240)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def test_version_is_said_before_anything_that_takes_seconds_is_imported():
+    program = """
+import sys
+from lr_callback.cli import main
+try:
+    main(["--version"])
+except SystemExit as stopped:
+    assert stopped.code == 0
+assert not {"torch", "lightning", "jsonargparse", "numpy"} & set(sys.modules)
+"""
+    assert said_by_python(program) == f"lr_callback {lr_callback.__version__}\n"
+
+
+def test_names_are_imported_on_first_use_and_all_of_them_are_there():
+    program = """
+import sys
+import lr_callback
+from lr_callback import __version__
+assert "torch" not in sys.modules
+assert set(lr_callback.__all__) <= set(dir(lr_callback))
+from lr_callback import *
+assert [name for name in lr_callback.__all__ if name not in globals()] == []
+assert all(globals()[name] is getattr(lr_callback, name) for name in lr_callback.__all__)
+print(allocate.__module__, metrics.__name__, lr_callback.layers.__name__)
+"""
+    assert said_by_python(program) == "lr_callback.analysis.analyze lr_callback.metrics lr_callback.layers\n"
+
+
+def test_the_names_for_type_checkers_are_those_that_are_imported():
+    source = (ROOT / "lr_callback" / "__init__.py").read_text(encoding="utf-8")
+    typed = re.findall(r"^    from (lr_callback\S*) import (\w+) as \2$", source, flags=re.MULTILINE)
+    assert {name: module for module, name in typed if name != "metrics"} == lr_callback._MODULE_OF
+    assert sorted(name for _, name in typed) == sorted(lr_callback.__all__)
+    with pytest.raises(AttributeError, match="module 'lr_callback' has no attribute 'alocate'"):
+        getattr(lr_callback, "".join(["alo", "cate"]))

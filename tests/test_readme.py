@@ -52,7 +52,8 @@ def test_arguments_table_is_the_signature():
 
 
 def test_methods_are_all_named():
-    public = [one for one in vars(lrc).values() if isinstance(one, type) and issubclass(one, lrc.Method)]
+    classes = [one for one in (getattr(lrc, name) for name in lrc.__all__) if isinstance(one, type)]
+    public = [one for one in classes if issubclass(one, lrc.Method)]
     for method in public:
         if method is not lrc.Method:
             assert f"`{method.__name__}`" in README

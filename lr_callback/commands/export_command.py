@@ -26,22 +26,21 @@ from lr_callback.files.formats import FORMATS
 from lr_callback.files.noted import in_the_names_of, noted_allocation
 from lr_callback.layers import FactorizedLayer
 from lr_callback.model.find import factorized_in
+from lr_callback.observation.report import write
 
 
-def export_command(arguments: Sequence[str]) -> Exported:
-    """Write a checkpoint's model to a file.
+def export_command(arguments: Sequence[str]) -> None:
+    """Write a checkpoint's model to a file, and tell what was written.
 
     Args:
         arguments: of ``lr-callback export``; see its ``--help``.
-
-    Returns:
-        What was written.
     """
     parser = export_parser()
     try:
-        return _export(parsed(parser, arguments))
+        exported = _export(parsed(parser, arguments))
     except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         parser.error(str(error))
+    write(str(exported))
 
 
 def export_parser() -> ArgumentParser:

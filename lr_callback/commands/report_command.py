@@ -29,6 +29,7 @@ from lr_callback.commands.places import raised_in_own_code
 from lr_callback.commands.recorded import NOW, Recorded, recorded
 from lr_callback.commands.run_files import RunFiles
 from lr_callback.commands.snippet import loading_code
+from lr_callback.observation.report import write
 from lr_callback.page.facts import Facts, Missing
 from lr_callback.page.page import page
 from lr_callback.page.pictures import pictures_of
@@ -70,22 +71,20 @@ class _Measuring:
     trainer: Trainer
 
 
-def report_command(arguments: Sequence[str]) -> str:
-    """Write the page of a checkpoint.
+def report_command(arguments: Sequence[str]) -> None:
+    """Write the page of a checkpoint; tell where it is, and what it lacks.
 
     Args:
         arguments: of ``lr-callback report``; see its ``--help``.
-
-    Returns:
-        Where it is, and what it lacks.
     """
     parser, attempts = report_parser(), Attempts(arguments)
     try:
         files = files_named(arguments)
         chosen = _read(parser, files, attempts)
-        return _report(chosen, files or RunFiles(Path(chosen.checkpoint), chosen.config), attempts)
+        told = _report(chosen, files or RunFiles(Path(chosen.checkpoint), chosen.config), attempts)
     except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         parser.error(str(error))
+    write(told)
 
 
 def report_parser(exit_on_error: bool = True) -> ArgumentParser:

@@ -27,6 +27,7 @@ from lr_callback.common.example import Example
 from lr_callback.files.checkpoint import restore_
 from lr_callback.files.exporting import export
 from lr_callback.files.formats import FORMATS, check_format
+from lr_callback.observation.report import write
 from lr_callback.tuning.tune import tune, tune_
 from lr_callback.tuning.tuned import Tuning
 
@@ -44,20 +45,18 @@ _KEPT = (
 _SAFETENSORS = "safetensors"
 
 
-def tune_command(arguments: Sequence[str]) -> str:
-    """Measure the forms of a checkpoint's layers, and write the weights in those that are fastest.
+def tune_command(arguments: Sequence[str]) -> None:
+    """Measure the forms of a checkpoint's layers, and write the weights in those that are fastest; tell both.
 
     Args:
         arguments: of ``lr-callback tune``; see its ``--help``.
-
-    Returns:
-        The table, and what was written.
     """
     parser = tune_parser()
     try:
-        return _tune(parsed(parser, arguments))
+        told = _tune(parsed(parser, arguments))
     except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         parser.error(str(error))
+    write(told)
 
 
 def tune_parser() -> ArgumentParser:

@@ -16,7 +16,8 @@ import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
 import lr_callback as lrc
-from lr_callback.cli import main
+from lr_callback.cli import LIGHTNING, OWN, main
+from lr_callback.commands.compression_cli import CompressionCLI
 from lr_callback.recipes import CifarResNet, DigitsData
 
 pytest.importorskip("sklearn")
@@ -242,6 +243,24 @@ def test_bad_arguments_are_refused_with_the_callbacks_own_words(here, arguments,
 
 def test_unknown_argument_is_a_usage_error(capsys, here):
     assert "ratio" in refusal(capsys, here, "fit", *DIGITS, "--compress.ratio", "0.5")
+
+
+@pytest.mark.parametrize(
+    ("word", "nearest"), [("reprot", "report"), ("fti", "fit"), ("Analyse", "analyze"), ("tset", "test"), ("xyz", None)]
+)
+def test_a_command_that_there_is_not_is_a_usage_error_that_names_the_nearest(capsys, here, word, nearest):
+    text = refusal(capsys, here, word, "--checkpoint", "last.ckpt")
+    commands = "fit, validate, test, predict, analyze, export, report, study, tune"
+    end = f"; did you mean `{nearest}`?\n" if nearest else ".\n"
+    assert text.splitlines(keepends=True)[-1] == f"error: a command must be one of {commands}, got {word!r}{end}"
+
+
+def test_the_commands_that_are_listed_are_those_that_there_are(here, capsys):
+    assert tuple(CompressionCLI.subcommands()) == LIGHTNING
+    for name in OWN:
+        with pytest.raises(SystemExit) as stopped:
+            here(name, "--help")
+        assert stopped.value.code == 0 and f"usage: lr-callback {name}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from lr_callback.commands.study.plan import Plan, Run, Treatment
 from lr_callback.commands.study.pruning import torch_pruning
 from lr_callback.commands.study.rows import Row, by_network, choose_metric, in_percent, summary
 from lr_callback.commands.study.runs import Laboratory
+from lr_callback.observation.report import write
 
 _OURS = {"callbacks", "devices", "num_nodes", "strategy", "logger", "default_root_dir", "fast_dev_run"}
 _OURS |= {"max_epochs", "min_epochs", "max_steps", "min_steps", "max_time", "barebones", "plugins"}
@@ -32,7 +33,7 @@ not repeated.
 """
 
 
-def study_command(arguments: Sequence[str], write: Callable[[str], None]) -> None:
+def study_command(arguments: Sequence[str], write: Callable[[str], None] = write) -> None:
     """Carry out a study; write its rows, its figure and its table.
 
     Args:

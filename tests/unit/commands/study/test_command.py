@@ -15,7 +15,11 @@ CONFIGS = Path(__file__).resolve().parents[4] / "configs"
 @pytest.mark.parametrize("name", ["study_digits.yaml", "study_cifar10.yaml"])
 def test_configurations_name_all_methods_of_the_paper(name):
     chosen = study_parser().parse_args(["--config", str(CONFIGS / name)])
-    public = {one for one in vars(lrc).values() if isinstance(one, type) and issubclass(one, lrc.Method)} - {lrc.Method}
+    public = {
+        one
+        for one in (getattr(lrc, name) for name in lrc.__all__)
+        if isinstance(one, type) and issubclass(one, lrc.Method)
+    } - {lrc.Method}
     named = {one.method.class_path for one in chosen.methods.values() if one.method is not None}
     assert {path.rpartition(".")[2] for path in named} == {one.__name__ for one in public}
     assert any(one.filter_pruning for one in chosen.methods.values())
