@@ -38,13 +38,13 @@ class Times:
     Args:
         milliseconds: of each.
         multiply_adds: of each.
-        spread: of the times, the largest.
+        spreads: of each time, see :class:`~lr_callback.units.latency.Timing`.
         batch: shape and dtype of its tensors.
     """
 
     milliseconds: tuple[float, ...]
     multiply_adds: tuple[int, ...]
-    spread: float
+    spreads: tuple[float, ...]
     batch: str
 
 
@@ -94,7 +94,8 @@ def times_of(chosen: Namespace, models: Mapping[str, nn.Module], device: torch.d
         counts = [_multiply_adds(model, run, batch) for model, run in zip(models.values(), runs, strict=True)]
         with as_written():
             times = timed_in_turns(runs, device)
-    return Times(tuple(one.nanoseconds / 1e6 for one in times), tuple(counts), max(one.spread for one in times), batch)
+    milliseconds, spreads = [one.nanoseconds / 1e6 for one in times], [one.spread for one in times]
+    return Times(tuple(milliseconds), tuple(counts), tuple(spreads), batch)
 
 
 def _run(model: nn.Module, calls: Sequence[tuple[str, Example]]) -> None:
@@ -118,8 +119,10 @@ def _told(example: Example) -> str:
 
 def timed_stages(stages: tuple[Stage, ...], times: Times) -> tuple[Stage, ...]:
     """Return the stages with times and multiply-adds."""
-    measured = zip(stages, times.milliseconds, times.multiply_adds, strict=True)
-    return tuple(replace(stage, milliseconds=time, multiply_adds=count) for stage, time, count in measured)
+    measured = zip(stages, times.milliseconds, times.multiply_adds, times.spreads, strict=True)
+    return tuple(
+        replace(stage, milliseconds=time, multiply_adds=count, spread=spread) for stage, time, count, spread in measured
+    )
 
 
 def evaluated(stage: Stage, model: nn.Module, data: LightningDataModule | None, trainer: Trainer) -> Stage:

@@ -198,7 +198,7 @@ def _timed(facts: Facts, measuring: _Measuring, attempts: Attempts) -> Facts:
         return facts
     origin = {**facts.origin, "measured on": device_of(device)}
     stages = timed_stages(facts.stages, times)
-    return replace(facts, stages=stages, spread=times.spread, batch=times.batch, origin=origin)
+    return replace(facts, stages=stages, batch=times.batch, origin=origin)
 
 
 def _write(path: Path, text: str) -> None:

@@ -23,7 +23,7 @@ from lr_callback.host.copies import copied_module
 from lr_callback.model.pricing import held_parameters
 from lr_callback.model.probe import Probe
 from lr_callback.observation.report import Stage, quiet
-from lr_callback.units.latency import timed_in_turns
+from lr_callback.units.latency import Timing, timed_in_turns
 
 SILENT: dict[str, Any] = dict.fromkeys(
     ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
@@ -94,9 +94,12 @@ def measure_stages(
         for name in [name for name in TITLES if name in files]:
             stages.append(_measure(evaluator, watch, model, datamodule, TITLES[name], files[name]))
             runs.append(None if None in runs else _run_of_copy(model, watch.probe))
-        times = _milliseconds(runs, evaluator.strategy.root_device)
+        times = _times(runs, evaluator.strategy.root_device)
     model.to(device)
-    return [replace(stage, milliseconds=time) for stage, time in zip(stages, times, strict=True)]
+    if times is None:
+        return stages
+    timed = zip(stages, times, strict=True)
+    return [replace(stage, milliseconds=time.nanoseconds / 1e6, spread=time.spread) for stage, time in timed]
 
 
 def _run_of_copy(model: LightningModule, probe: Probe) -> Run | None:
@@ -111,17 +114,16 @@ def _run_of_copy(model: LightningModule, probe: Probe) -> Run | None:
     return copied, partial(probe.repeat, copied)
 
 
-def _milliseconds(runs: Sequence[Run | None], device: torch.device) -> list[float]:
-    """Return the times of the calls of all modules, in eval mode, in turns; zeros if those of one are not known."""
+def _times(runs: Sequence[Run | None], device: torch.device) -> list[Timing] | None:
+    """Return the times of the calls of all modules, in eval mode, in turns; None if those of one are not known."""
     known = [run for run in runs if run is not None]
     if len(known) < len(runs):
-        return [0.0] * len(runs)
+        return None
     with ExitStack() as stack:
         for copied, _ in known:
             stack.enter_context(untouched(copied))
         stack.enter_context(as_written())
-        times = timed_in_turns([repeat for _, repeat in known], device)
-    return [one.nanoseconds / 1e6 for one in times]
+        return timed_in_turns([repeat for _, repeat in known], device)
 
 
 def calls_of_step(model: LightningModule, datamodule: LightningDataModule | None) -> list[tuple[nn.Module, Example]]:

@@ -119,7 +119,7 @@ class Accuracy:
         logged = tries.measure(None)
         name = self._metric(logged)
         least = logged[name] - drop - _ROUNDING * max(1.0, abs(logged[name]))
-        self._tell(trainer, f"{name} is {logged[name]:.4f}; searching the smallest network with at most {drop:g} less")
+        self._tell(trainer, f"{name} is {logged[name]:.4f} and may fall by {drop:g}; searching")
 
         values = {1.0: logged[name]}
 

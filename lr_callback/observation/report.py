@@ -19,6 +19,11 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lr_callback.common.table import WIDTH, align, printable, shorten
 
+UNSTEADY = "too unsteady to compare"
+"""What is said of times that say nothing."""
+_NOISE = 0.5
+"""Spread of times from which they are so."""
+_TIMES = "ms a batch"
 _LOGGERS = ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric")
 
 
@@ -132,6 +137,7 @@ class Stage:
         multiply_adds: of one batch; 0 if none was seen.
         file_bytes: of the file with its weights.
         milliseconds: of one batch, the median of repeated runs; 0 if none was seen.
+        spread: of these runs, see :class:`~lr_callback.units.latency.Timing`.
     """
 
     name: str
@@ -140,10 +146,28 @@ class Stage:
     multiply_adds: int
     file_bytes: int
     milliseconds: float
+    spread: float = 0.0
+
+
+def spread_of(stages: Sequence[Stage]) -> float:
+    """Return how far runs of the stages differ: the largest spread."""
+    return max((stage.spread for stage in stages), default=0.0)
+
+
+def are_unsteady(stages: Sequence[Stage]) -> bool:
+    """Return whether the times of the stages say nothing: runs differ too far."""
+    return spread_of(stages) > _NOISE
+
+
+def differing(stages: Sequence[Stage]) -> str:
+    """Return how far runs of the stages differ, in words."""
+    return f"runs differ by {spread_of(stages):.0%} of their median"
 
 
 def comparison(stages: Sequence[Stage]) -> str:
     r"""Return the stages side by side as a table, each count also as a fraction of the first stage's.
+
+    Where the times are too unsteady to compare, a line below says so.
 
     Example::
 
@@ -161,7 +185,8 @@ def comparison(stages: Sequence[Stage]) -> str:
     if wide > WIDTH:
         rows = _compared(stages, ".4g")
     room = WIDTH - max(map(len, _table(stages, [["", *cells] for _, *cells in rows]).splitlines()))
-    return _table(stages, [[shorten(name, max(_SHORTEST_NAME, room)), *cells] for name, *cells in rows])
+    table = _table(stages, [[shorten(name, max(_SHORTEST_NAME, room)), *cells] for name, *cells in rows])
+    return f"{table}\n{_TIMES}: {UNSTEADY}; {differing(stages)}" if are_unsteady(stages) else table
 
 
 _SHORTEST_NAME = len("bytes on disk")
@@ -180,7 +205,7 @@ def _compared(stages: Sequence[Stage], form: str) -> list[list[str]]:
         ["parameters", *_counted([stage.parameters for stage in stages], form)],
         ["multiply-adds", *_counted([stage.multiply_adds for stage in stages], form)],
         ["bytes on disk", *_counted([stage.file_bytes for stage in stages], form)],
-        ["ms a batch", *_counted([stage.milliseconds for stage in stages], ",.2f")],
+        [_TIMES, *_counted([stage.milliseconds for stage in stages], ",.2f")],
     ]
 
 

@@ -57,7 +57,6 @@ class Facts:
         allocation: of the latest compression.
         stages: the network before, and at later moments, the last one being that of the checkpoint; a number of 0 was
             not measured.
-        spread: of the times, see :class:`~lr_callback.units.latency.Timing`; the largest.
         batch: what the times and multiply-adds are of; empty: neither was measured.
         origin: how it was made: name -> value.
         arguments: of the callback, as YAML; empty: they are not known.
@@ -70,7 +69,6 @@ class Facts:
     name: str
     allocation: Allocation
     stages: tuple[Stage, ...]
-    spread: float = 0.0
     batch: str = ""
     origin: Mapping[str, str] = field(default_factory=dict)
     arguments: str = ""

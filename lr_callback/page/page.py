@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lr_callback.decisions.allocation import Allocation
 from lr_callback.decisions.costs import LATENCY, amount, spoken
+from lr_callback.observation.report import UNSTEADY, differing, spread_of
 from lr_callback.page import tables
 from lr_callback.page.facts import Facts, Picture
 from lr_callback.page.markup import Markup, joined, tag
@@ -109,7 +110,7 @@ def _time(facts: Facts) -> Markup | None:
     if not before or not after:
         return None
     tone = {1: "good", -1: "bad", 0: None}[speed(facts)]
-    change = "too unsteady to compare" if is_noisy(facts) else f"{after / before - 1:+.1%}"
+    change = UNSTEADY if is_noisy(facts) else f"{after / before - 1:+.1%}"
     return _card("Time of a batch", f"{time_of(after)} ms", f"{time_of(before)} ms", change, tone)
 
 
@@ -135,7 +136,7 @@ def _missing(facts: Facts) -> list[Markup]:
 def _batch(facts: Facts) -> list[Markup]:
     if not facts.batch:
         return [tag("p", "Fractions are of the dense network.", class_="quiet")]
-    runs = f"; runs differ by {facts.spread:.0%} of their median" if facts.spread else ""
+    runs = f"; {differing(facts.stages)}" if spread_of(facts.stages) else ""
     told = f"A batch is {facts.batch}. Times are of all stages in turns{runs}."
     return [tag("p", f"Fractions are of the dense network. {told}", class_="quiet")]
 

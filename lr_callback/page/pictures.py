@@ -11,7 +11,7 @@ from lr_callback.page.svg import inline_svg
 
 
 def pictures_of(allocation: Allocation, curves: Curves | None) -> tuple[Picture, ...]:
-    """Draw what is known: what each layer kept; with curves also error against size, and the spectra.
+    """Draw what is known: what each layer kept; with curves also error against size and spectra, where they have them.
 
     Args:
         allocation: of a compression.
@@ -20,8 +20,16 @@ def pictures_of(allocation: Allocation, curves: Curves | None) -> tuple[Picture,
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
     """
-    kept = _kept(allocation)
-    return (kept,) if curves is None else (kept, *([_tradeoff(curves)] if curves.tradeoff else []), _spectra(curves))
+    pictures = [_kept(allocation)]
+    if curves is not None and curves.tradeoff:
+        pictures.append(_tradeoff(curves))
+    if curves is not None and _tells_singular_values(curves):
+        pictures.append(_spectra(curves))
+    return tuple(pictures)
+
+
+def _tells_singular_values(curves: Curves) -> bool:
+    return any(value is not None for layer in curves.layers.values() for value in layer.values)
 
 
 def _kept(allocation: Allocation) -> Picture:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from lr_callback.decisions.costs import spoken
-from lr_callback.observation.report import Stage
+from lr_callback.observation.report import Stage, are_unsteady, spread_of
 from lr_callback.page.facts import Facts
 
 MARGIN = 0.05
 """Part of a time by which another must differ, at the least, to be called faster or slower."""
-_NOISE = 0.5
-"""Spread of times from which they say nothing."""
 _SAME = 0.0005
 """Difference of an accuracy, of those up to 1, that is no difference."""
 
@@ -77,7 +75,7 @@ def size_of(count: int) -> str:
 
 def is_noisy(facts: Facts) -> bool:
     """Return whether the times say nothing: runs differed too far."""
-    return facts.spread > _NOISE
+    return are_unsteady(facts.stages)
 
 
 def time_of(milliseconds: float) -> str:
@@ -94,7 +92,7 @@ def time_of(milliseconds: float) -> str:
 def speed(facts: Facts) -> int:
     """Return 1 if the network became faster, -1 if slower, 0 if neither is clear or the times are not known."""
     before, after = facts.before.milliseconds, facts.after.milliseconds
-    margin = max(MARGIN, facts.spread)
+    margin = max(MARGIN, spread_of(facts.stages))
     if not before or not after or is_noisy(facts) or abs(after / before - 1) <= margin:
         return 0
     return 1 if after < before else -1
@@ -124,7 +122,7 @@ def _on_time(facts: Facts) -> str:
     if is_noisy(facts):
         return (
             f"Whether it is faster cannot be told: something else kept the device busy, and runs differ by "
-            f"{facts.spread:.0%} ({times} for a batch). Make the page again when nothing else runs."
+            f"{spread_of(facts.stages):.0%} ({times} for a batch). Make the page again when nothing else runs."
         )
     if found == 0:
         return f"It is neither clearly faster nor clearly slower: a batch takes {times}."

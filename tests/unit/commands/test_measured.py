@@ -75,8 +75,8 @@ def test_times_and_multiply_adds_are_of_the_batch_that_the_step_sees(files):
     assert times.multiply_adds[0] == 8 * (32 * 24 + 24 * 4) > times.multiply_adds[1]
     assert all(time > 0 for time in times.milliseconds) and times.batch == "8x32 float32"
     stages = timed_stages(STAGES, times)
-    assert [(one.milliseconds, one.multiply_adds) for one in stages] == list(
-        zip(times.milliseconds, times.multiply_adds, strict=True)
+    assert [(one.milliseconds, one.multiply_adds, one.spread) for one in stages] == list(
+        zip(times.milliseconds, times.multiply_adds, times.spreads, strict=True)
     )
     with pytest.raises(ValueError, match="must take a batch of 2x5 float32, found that it makes a RuntimeError"):
         network = module.network

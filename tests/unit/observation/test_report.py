@@ -3,13 +3,24 @@
 import io
 import math
 import sys
+from dataclasses import replace
 
 import pytest
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
 
 from lr_callback.common.table import WIDTH
-from lr_callback.observation.report import Stage, attempt, comparison, encodable, is_disabled, show, write
+from lr_callback.observation.report import (
+    Stage,
+    are_unsteady,
+    attempt,
+    comparison,
+    encodable,
+    is_disabled,
+    show,
+    spread_of,
+    write,
+)
 
 DENSE = Stage("dense", {"accuracy": 0.91, "loss": 0.25}, 20_000, 4_000_000, 81_920, 2.0)
 CUT = Stage("after the cut", {"accuracy": 0.7, "loss": 1.125}, 5_000, 1_000_000, 24_576, 3.0)
@@ -114,6 +125,15 @@ def test_stages_stand_side_by_side_with_fractions_of_the_first():
         "bytes on disk     81,920     24,576 (30.0%)",
         "ms a batch          2.00      3.00 (150.0%)",
     ]
+
+
+@pytest.mark.parametrize(("spreads", "told"), [((0.1, 0.5), None), ((0.634, 0.1), "63%"), ((0.0, 0.9), "90%")])
+def test_times_that_differ_too_far_are_said_to_in_a_line_below(spreads, told):
+    stages = [replace(stage, spread=spread) for stage, spread in zip([DENSE, CUT], spreads, strict=True)]
+    table, _, line = comparison(stages).partition("\n" + "ms a batch: ")
+    assert table == comparison([DENSE, CUT])
+    assert line == (f"too unsteady to compare; runs differ by {told} of their median" if told else "")
+    assert are_unsteady(stages) == bool(told) and spread_of(stages) == max(spreads)
 
 
 def test_one_stage_alone_has_no_fractions():

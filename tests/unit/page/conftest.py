@@ -24,9 +24,9 @@ def allocated():
 
 @pytest.fixture
 def facts():
-    before = Stage("dense, before", {"val_accuracy": 0.9, "val_loss": 0.5}, 200, 4000, 10_000, 2.0)
-    after = Stage("this checkpoint", {"val_accuracy": 0.88, "val_loss": 0.7}, 140, 2000, 6_000, 3.0)
-    return Facts("runs/last.ckpt", allocation_of(), (before, after), spread=0.02, batch="8x4 float32")
+    before = Stage("dense, before", {"val_accuracy": 0.9, "val_loss": 0.5}, 200, 4000, 10_000, 2.0, 0.01)
+    after = Stage("this checkpoint", {"val_accuracy": 0.88, "val_loss": 0.7}, 140, 2000, 6_000, 3.0, 0.02)
+    return Facts("runs/last.ckpt", allocation_of(), (before, after), batch="8x4 float32")
 
 
 @pytest.fixture
@@ -34,6 +34,6 @@ def with_after(facts):
     """Return a function that gives the facts with another last stage."""
 
     def change(spread=0.02, **changes):
-        return replace(facts, spread=spread, stages=(facts.before, replace(facts.after, **changes)))
+        return replace(facts, stages=(facts.before, replace(facts.after, spread=spread, **changes)))
 
     return change

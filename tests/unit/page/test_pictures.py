@@ -29,6 +29,19 @@ def test_with_curves_there_are_three_and_without_one(analysed):
     assert [one.title for one in bare] == ["What each layer kept", "Spectra"]
 
 
+@pytest.mark.parametrize("error", ["slice", "operator"])
+def test_without_singular_values_there_are_no_spectra(error):
+    """Of ``operator`` the analysis tells them where a layer has one slice."""
+    analysis = lrc.analyze(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 96)), lrc.ALDS(error=error, slices=[2]))
+    allocation = analysis.allocate(0.5)
+    curves = analysis.curves(allocation)
+    told = any(value is not None for layer in curves.layers.values() for value in layer.values)
+    assert told == (error == "slice")
+    assert ("Spectra" in [one.title for one in pictures_of(allocation, curves)]) == told
+    some = replace(curves, layers={**curves.layers, "0": replace(curves.layers["0"], values=curves.layers["0"].errors)})
+    assert "Spectra" in [one.title for one in pictures_of(allocation, some)]
+
+
 def test_their_names_differ_and_each_has_a_label(analysed):
     pictures = pictures_of(*analysed)
     ids = [set(re.findall(r'\bid="([^"]*)"', one.svg)) for one in pictures]
