@@ -2,8 +2,10 @@
 
 import html
 import inspect
+import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -355,6 +357,50 @@ def test_a_module_with_a_mistake_is_told_with_its_line(run, command, tmp_path, m
     done = command(run.last, "--model", "mistaken.Images")
     assert "NameError: name 'Imagse' is not defined (mistaken.py, line 3, in <module>)" in done.out
     assert "from mistaken import Images" in done.page
+
+
+OWN = """
+from torch import nn
+from torch.utils.data import DataLoader
+from lightning.pytorch import LightningDataModule, LightningModule
+
+
+class Net(LightningModule):
+    def __init__(self, width=16):
+        super().__init__()
+        layers = [nn.Conv2d(4, width, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * width, 16), nn.Linear(16, 3)]
+        self.network = nn.Sequential(*layers)
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.network(batch).mean())
+
+
+class Items(list):
+    def __getitem__(self, index):
+        return {}["labels"]
+
+
+class Data(LightningDataModule):
+    def val_dataloader(self):
+        return DataLoader(Items([1, 2]), num_workers=1)
+"""
+
+
+def test_in_processes_of_its_own_a_mistake_ends_with_a_page_and_no_traceback(run, tmp_path):
+    """Of a user's files beside the place where the command is run, in a process that a DataLoader starts."""
+    (tmp_path / "own_files.py").write_text(OWN, encoding="utf-8")
+    named = ["--checkpoint", run.last, "--output", "page.html", "--model", "own_files.Net", "--data", "own_files.Data"]
+    root = str(Path(__file__).resolve().parents[2])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root, "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run([sys.executable, "-m", "lr_callback", "report", *map(str, named)], cwd=tmp_path,
+                          env=environment, capture_output=True, text=True, check=False, timeout=200)  # fmt: skip
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
+    line = OWN.splitlines().index('        return {}["labels"]') + 1
+    why = f"KeyError: 'labels' (own_files.py, line {line}, in __getitem__)"
+    told = [one for one in done.stdout.splitlines() if not one.startswith("without figures")]
+    lacks = "without metrics, times and multiply-adds"
+    assert told == ["report: page.html", f"{lacks}: {why}. To have them: mend that, and make the page again"]
+    assert html.escape(why) in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 def test_a_wrong_name_is_a_wrong_command_line(run, refusal):
