@@ -83,10 +83,10 @@ def time_of(milliseconds: float) -> str:
 
     Example::
 
-        >>> time_of(0.01234), time_of(4.5611), time_of(1234.5)
-        ('0.0123', '4.56', '1,234.50')
+        >>> time_of(0.01234), time_of(0.07), time_of(4.5611), time_of(1234.5)
+        ('0.0123', '0.0700', '4.56', '1,234.50')
     """
-    return f"{milliseconds:,.2f}" if milliseconds >= 1 else f"{milliseconds:.3g}"
+    return f"{milliseconds:,.2f}" if milliseconds >= 1 else f"{milliseconds:#.3g}"
 
 
 def speed(facts: Facts) -> int:
