@@ -21,6 +21,7 @@ from lr_callback.decisions.methods import LRank as LRank
 from lr_callback.decisions.methods import Method as Method
 from lr_callback.decisions.methods import SingularValueThreshold as SingularValueThreshold
 from lr_callback.decisions.methods import UniformRank as UniformRank
+from lr_callback.edits.attention import split_attention_ as split_attention_
 from lr_callback.edits.surgery import SurgeryReport as SurgeryReport
 from lr_callback.edits.surgery import densify_ as densify_
 from lr_callback.edits.surgery import factorize_ as factorize_
@@ -37,6 +38,7 @@ from lr_callback.layers import FactorizedConvTranspose2d as FactorizedConvTransp
 from lr_callback.layers import FactorizedConvTranspose3d as FactorizedConvTranspose3d
 from lr_callback.layers import FactorizedEmbedding as FactorizedEmbedding
 from lr_callback.layers import FactorizedLinear as FactorizedLinear
+from lr_callback.layers.attention import SplitAttention as SplitAttention
 from lr_callback.mathematics.distillation import distillation_loss as distillation_loss
 from lr_callback.mathematics.importance import Importance as Importance
 from lr_callback.tuning.tune import tune as tune
@@ -87,6 +89,7 @@ __all__ = [
     "Method",
     "PCA",
     "SingularValueThreshold",
+    "SplitAttention",
     "SurgeryReport",
     "Tuning",
     "UniformRank",
@@ -110,6 +113,7 @@ __all__ = [
     "recalibrate_batchnorm_",
     "refit_",
     "restore_",
+    "split_attention_",
     "tune",
     "tune_",
 ]
