@@ -3,6 +3,9 @@
 A way takes a dense network, which it may change, a subject and a budget, and returns the smaller network. Each has one
 knob that is searched until the network that is built, counted by :func:`multiply_adds`, is at most the budget.
 
+Ways that replace layers take the network with its attention split (``lrc.split_attention_``): they could not replace
+what ``nn.MultiheadAttention`` reads directly. torch-pruning knows that module, and takes the network as it is.
+
 torch-pruning and tltorch are imported when they are used: ``pip install torch-pruning tensorly-torch``.
 """
 
@@ -67,6 +70,7 @@ def multiply_adds(model: nn.Module, subject: Subject) -> int:
 
 def low_rank(model: nn.Module, subject: Subject, ratio: float, method: lrc.Method) -> nn.Module:
     """Choose ranks by a method of this package."""
+    lrc.split_attention_(model)
     allocation = lrc.allocate(model, ratio, method=method, cost="multiply_adds", example_input=subject.example)
     lrc.factorize_(model, allocation)
     return model
@@ -77,6 +81,7 @@ def timed(model: nn.Module, subject: Subject, ratio: float) -> nn.Module:
 
     Times are measured on the batch, layer by layer, in the memory format that the network is compared in.
     """
+    lrc.split_attention_(model)
     model, method = model.to(memory_format=channels_last), lrc.ALDS(max_slices=1)
     seen = observe(model, subject.batch, method)
     found = analyze(model, method, prices=Prices("latency", seen))
@@ -101,6 +106,7 @@ def refitted(model: nn.Module, subject: Subject, ratio: float) -> nn.Module:
     """Do what the callback does by default: ranks by activations and effects, factors refitted on training batches."""
     if not subject.calibration:
         raise ValueError("it needs training images, and the weights are random")
+    lrc.split_attention_(model)
     method, batches = best_method(), subject.calibration
     moments = lrc.collect_moments(model, batches)
     known = lrc.measure_effects(model, batches[:2], method=method, importance=moments)
@@ -175,10 +181,10 @@ def tucker(model: nn.Module, subject: Subject, ratio: float) -> nn.Module:
     """Put Tucker layers of tltorch in place of layers, of each the same fraction of its parameters.
 
     Convolutions keep their kernel axes; the first stays dense, as do those with kernels of 1. A ``Linear`` is seen as a
-    tensor of three axes in and three out, tltorch's default; the last stays dense, as does what is inside
-    ``nn.MultiheadAttention``, which reads the weights directly.
+    tensor of three axes in and three out, tltorch's default; the last stays dense.
     """
     library = imported("tltorch", "tensorly-torch opt_einsum")
+    lrc.split_attention_(model)
     budget = ratio * multiply_adds(model, subject)
     layers = _for_tucker(model)
 
@@ -201,8 +207,7 @@ def tucker(model: nn.Module, subject: Subject, ratio: float) -> nn.Module:
 
 
 def _for_tucker(model: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
-    attention = [name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
-    modules = {name: one for name, one in model.named_modules() if name.rpartition(".")[0] not in attention}
+    modules = dict(model.named_modules())
     wide = {name: one for name, one in modules.items() if isinstance(one, nn.Conv2d) and max(one.kernel_size) > 1}
     linear = {name: one for name, one in modules.items() if isinstance(one, nn.Linear)}
     return {**dict(list(wide.items())[1:]), **dict(list(linear.items())[:-1])}

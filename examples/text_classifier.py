@@ -6,8 +6,8 @@ The sentences are made up by a small grammar: "food was not very good but the st
 "but" decides, and a "not" turns it round. It shows the table of the layers, and prints the accuracy on other sentences
 of a network that stays dense, of one before its cut, right after it, and at the end. Queries, keys, values and outputs
 are layers of their own here, and are factorized as any other. Those inside ``nn.MultiheadAttention``, and so of
-``nn.TransformerEncoderLayer``, stay dense: it reads their weights without calling them. Less than half a minute of a
-CPU core.
+``nn.TransformerEncoderLayer``, stay dense until ``lrc.split_attention_(self)`` makes
+layers of them. Less than half a minute of a CPU core.
 """
 
 import random

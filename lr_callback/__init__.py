@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lr_callback.decisions.methods import Method as Method
     from lr_callback.decisions.methods import SingularValueThreshold as SingularValueThreshold
     from lr_callback.decisions.methods import UniformRank as UniformRank
+    from lr_callback.edits.attention import split_attention_ as split_attention_
     from lr_callback.edits.surgery import SurgeryReport as SurgeryReport
     from lr_callback.edits.surgery import densify_ as densify_
     from lr_callback.edits.surgery import factorize_ as factorize_
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from lr_callback.layers import FactorizedConvTranspose3d as FactorizedConvTranspose3d
     from lr_callback.layers import FactorizedEmbedding as FactorizedEmbedding
     from lr_callback.layers import FactorizedLinear as FactorizedLinear
+    from lr_callback.layers.attention import SplitAttention as SplitAttention
     from lr_callback.mathematics.distillation import distillation_loss as distillation_loss
     from lr_callback.mathematics.importance import Importance as Importance
     from lr_callback.observation.figures import plot_allocation as plot_allocation
@@ -54,6 +56,7 @@ if TYPE_CHECKING:
     from lr_callback.repair.recalibrate import correct_biases_ as correct_biases_
     from lr_callback.repair.recalibrate import recalibrate_batchnorm_ as recalibrate_batchnorm_
     from lr_callback.repair.refit import refit_ as refit_
+    from lr_callback.tuning.pointwise import pointwise_ as pointwise_
     from lr_callback.tuning.tune import tune as tune
     from lr_callback.tuning.tune import tune_ as tune_
     from lr_callback.tuning.tuned import Tuning as Tuning
@@ -86,6 +89,7 @@ __all__ = [
     "Method",
     "PCA",
     "SingularValueThreshold",
+    "SplitAttention",
     "SurgeryReport",
     "Tuning",
     "UniformRank",
@@ -105,10 +109,12 @@ __all__ = [
     "plot_allocation",
     "plot_spectra",
     "plot_tradeoff",
+    "pointwise_",
     "prepare",
     "recalibrate_batchnorm_",
     "refit_",
     "restore_",
+    "split_attention_",
     "tune",
     "tune_",
 ]
@@ -136,6 +142,7 @@ _NAMES = {
         "SingularValueThreshold",
         "UniformRank",
     ),
+    "lr_callback.edits.attention": ("split_attention_",),
     "lr_callback.edits.surgery": ("SurgeryReport", "densify_", "factorize_"),
     "lr_callback.files.checkpoint": ("restore_",),
     "lr_callback.files.exporting": ("Exported", "export"),
@@ -152,11 +159,13 @@ _NAMES = {
         "FactorizedEmbedding",
         "FactorizedLinear",
     ),
+    "lr_callback.layers.attention": ("SplitAttention",),
     "lr_callback.mathematics.distillation": ("distillation_loss",),
     "lr_callback.mathematics.importance": ("Importance",),
     "lr_callback.observation.figures": ("plot_allocation", "plot_spectra", "plot_tradeoff"),
     "lr_callback.repair.recalibrate": ("correct_biases_", "recalibrate_batchnorm_"),
     "lr_callback.repair.refit": ("refit_",),
+    "lr_callback.tuning.pointwise": ("pointwise_",),
     "lr_callback.tuning.tune": ("tune", "tune_"),
     "lr_callback.tuning.tuned": ("Tuning",),
 }

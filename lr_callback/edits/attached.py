@@ -39,6 +39,20 @@ def copy_attributes(old: nn.Parameter, new: Iterable[nn.Parameter]) -> None:
         vars(parameter).update(copy.deepcopy(kept))
 
 
+def not_copied(parameter: nn.Parameter) -> list[str]:
+    """Return the names of the attributes of a parameter that :func:`copy_attributes` leaves behind.
+
+    Example::
+
+        >>> import torch
+        >>> weight = nn.Parameter(torch.zeros(2))
+        >>> weight.lr_scale, weight.owner = 0.1, object()
+        >>> not_copied(weight)
+        ['owner']
+    """
+    return [name for name, value in _attributes(parameter).items() if not _is_plain(value)]
+
+
 def warn_of_attached(weights: Mapping[str, Iterable[nn.Parameter]]) -> None:
     """Warn of what is attached to weights and does not follow when they are replaced.
 
@@ -47,11 +61,7 @@ def warn_of_attached(weights: Mapping[str, Iterable[nn.Parameter]]) -> None:
     """
     hooked = [name for name, of in weights.items() if any(one._backward_hooks for one in of)]
     left = {
-        f"{name} ({attribute})": None
-        for name, of in weights.items()
-        for one in of
-        for attribute, value in _attributes(one).items()
-        if not _is_plain(value)
+        f"{name} ({attribute})": None for name, of in weights.items() for one in of for attribute in not_copied(one)
     }
     if hooked:
         warnings.warn(

@@ -234,6 +234,11 @@ def _take_over(made: nn.Module, owner: nn.Module, layer: nn.Module, weights: Seq
     copy_attributes(old, weights)
     if "bias" in owner._parameters:
         owner._parameters["bias"] = dense_bias(layer)
+    hand_over(layer, made)
+
+
+def hand_over(layer: nn.Module, made: nn.Module) -> None:
+    """Give a module that takes another's place its mode, its hooks, and the attributes that users set on it."""
     made.train(layer.training)
     for hooks in _HOOKS:
         # The same dict: handles that users hold still remove their hooks.

@@ -15,7 +15,7 @@ from lr_callback.layers import FactorizedLayer
 from lr_callback.layers.layer_types import LAYER_TYPES, dense_weight, full_name, layer_type
 from lr_callback.model.holders import held_elsewhere, owners_of_parameters, shared_memory
 from lr_callback.model.patterns import as_patterns, check_patterns, meant
-from lr_callback.model.traps import COMPUTED, around, factor_trap, holds_weight, layer_trap, weight_trap
+from lr_callback.model.traps import COMPUTED, around, factor_trap, holds_weight, layer_trap, way_out, weight_trap
 
 ALL_ZERO = "all its weights are zero, there is nothing to measure an error against"
 """Why a layer is left out for now."""
@@ -72,7 +72,7 @@ def find_layers(
 
 def _weighted(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | None]]:
     """Yield the layers with a weight of their own: name, layer, why nothing around it lets it be replaced."""
-    inside = _insides(model)
+    inside = insides(model)
     hidden: set[nn.Module] = set()
     for name, layer in model.named_modules():
         if layer in hidden:
@@ -84,8 +84,14 @@ def _weighted(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | None]]:
             yield name, layer, inside.get(layer)
 
 
-def _insides(model: nn.Module) -> dict[nn.Module, str]:
-    """Return the modules that something around them keeps in place, under whichever of their names, and why."""
+def insides(model: nn.Module) -> dict[nn.Module, str]:
+    """Return the modules that something around them keeps in place, under whichever of their names, and why.
+
+    Example::
+
+        >>> insides(nn.Sequential(nn.Linear(4, 4)))
+        {}
+    """
     inside: dict[nn.Module, str] = {}
     for module in model.modules():
         reason = None if module in inside else around(module)
@@ -141,7 +147,7 @@ def _refusal(name: str, layer: nn.Module, inside: str | None, holders: _Holders)
     if layer._compiled_call_impl is not None or name.rpartition(".")[2] == "_orig_mod":
         return "it is compiled on its own, and would go on being called; compile the module that holds it instead"
     if kind is None:
-        return f"{_class_of(layer)} is not among the layer types that are factorized"
+        return f"{_class_of(layer)} is not among the layer types that are factorized{way_out(layer)}"
     if name == "":
         return "the model itself is this layer, and cannot be replaced in place; put it into an nn.Sequential"
     if isinstance(layer, FactorizedLayer):

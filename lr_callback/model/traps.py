@@ -20,13 +20,13 @@ COMPUTED = "its weight is computed from other parameters (weight_norm, pruning o
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _AROUND: Mapping[str, str] = {
-    "MultiheadAttention": "read directly by nn.MultiheadAttention",
     "BaseTunerLayer": "inside an adapter of peft, which merges into the weight in place; merge_and_unload() first",
     "ModulesToSaveWrapper": "one of peft's `modules_to_save`, whose weight it sets and saves; merge_and_unload() first",
     "ScriptModule": "inside a TorchScript module, which cannot be changed; compress first, then script or trace",
     "FullyShardedDataParallel": "inside FSDP, which holds its weight as a part of another; compress before wrapping",
+    "MultiheadAttention": "read directly by nn.MultiheadAttention",
 }
-"""Class of a module -> why no layer inside it can be replaced."""
+"""Class of a module -> why no layer inside it can be replaced; the first counts, peft has a class of the last name."""
 
 _PACKED = ("WeightedQuantizedModule", "FullyShardedDataParallel")
 
@@ -44,10 +44,22 @@ def around(module: nn.Module) -> str | None:
     Example::
 
         >>> around(nn.MultiheadAttention(4, 2)), around(nn.Sequential())
-        ('read directly by nn.MultiheadAttention', None)
+        ('read directly by nn.MultiheadAttention; split_attention_(model) makes layers of it', None)
     """
-    names = (base.__name__ for base in type(module).__mro__)
-    return next((_AROUND[name] for name in names if name in _AROUND), None)
+    names = {base.__name__ for base in type(module).__mro__}
+    reason = next((reason for name, reason in _AROUND.items() if name in names), None)
+    return reason if reason is None else reason + way_out(module)
+
+
+def way_out(module: nn.Module) -> str:
+    """Return what makes layers of the weights of a module, as the end of a reason; nothing if nothing does.
+
+    Example::
+
+        >>> way_out(nn.MultiheadAttention(4, 2)), way_out(nn.LSTM(4, 4))
+        ('; split_attention_(model) makes layers of it', '')
+    """
+    return "; split_attention_(model) makes layers of it" if type(module) is nn.MultiheadAttention else ""
 
 
 def holds_weight(module: nn.Module) -> bool:
@@ -67,17 +79,36 @@ def layer_trap(layer: nn.Module) -> str | None:
         >>> layer_trap(layer)
         'it holds more than a weight and a bias: scale'
     """
-    if "forward" in vars(layer):
-        return "its forward was replaced on the object itself, and would be lost"
-    own = {**layer._parameters, **layer._buffers, **layer._modules}
     known = ("weight",) if isinstance(layer, nn.Embedding) else ("weight", "bias")
+    return more_than(layer, known, f"a {' and a '.join(known)}") or _bias_trap(layer, layer) or state_hooks(layer)
+
+
+def more_than(module: nn.Module, known: Sequence[str], told: str) -> str | None:
+    """Return what a module has besides the parameters and children that its type knows, None if there is nothing.
+
+    Example::
+
+        >>> more_than(nn.LayerNorm(4), ("weight",), "a weight")
+        'it holds more than a weight: bias'
+    """
+    if "forward" in vars(module):
+        return "its forward was replaced on the object itself, and would be lost"
+    own = {**module._parameters, **module._buffers, **module._modules}
     more = [name for name in own if name not in known]
-    if more:
-        return f"it holds more than a {' and a '.join(known)}: {', '.join(more)}"
-    reason = _bias_trap(layer, layer)
-    if reason is not None:
-        return reason
-    if any(_is_own(hook) for hooks in _STATE_HOOKS for hook in getattr(layer, hooks).values()):
+    return f"it holds more than {told}: {', '.join(more)}" if more else None
+
+
+def state_hooks(module: nn.Module) -> str | None:
+    """Return that a user's hooks on the state dict of a module would not find what they know, None without any.
+
+    Example::
+
+        >>> layer = nn.Linear(4, 4)
+        >>> _ = layer.register_state_dict_pre_hook(print)
+        >>> state_hooks(layer)
+        'it has hooks on its state dict, which would not find its weight there any more'
+    """
+    if any(_is_own(hook) for hooks in _STATE_HOOKS for hook in getattr(module, hooks).values()):
         return "it has hooks on its state dict, which would not find its weight there any more"
     return None
 

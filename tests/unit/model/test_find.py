@@ -109,8 +109,9 @@ def test_all_of_nn_multiheadattention_is_left_alone_and_what_follows_it_is_not()
     found = find_layers(nn.TransformerEncoderLayer(8, 2, 16))
     assert list(found.layers) == ["linear1", "linear2"]
     assert found.skipped == {
-        "self_attn": "MultiheadAttention is not among the layer types that are factorized",
-        "self_attn.out_proj": "read directly by nn.MultiheadAttention",
+        "self_attn": "MultiheadAttention is not among the layer types that are factorized; "
+        "split_attention_(model) makes layers of it",
+        "self_attn.out_proj": "read directly by nn.MultiheadAttention; split_attention_(model) makes layers of it",
     }
 
 
@@ -124,7 +125,7 @@ def test_a_layer_is_left_alone_if_one_of_its_names_is_inside_of_what_reads_it(fi
     name = "around.out_proj" if first == "around" else "alone"
     found = find_layers(model)
     assert found.layers == {}
-    assert found.skipped[name] == "read directly by nn.MultiheadAttention"
+    assert found.skipped[name] == "read directly by nn.MultiheadAttention; split_attention_(model) makes layers of it"
 
 
 @pytest.mark.parametrize("layer", [nn.Linear(4, 4), nn.Conv2d(4, 4, 3)])
