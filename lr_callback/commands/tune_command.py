@@ -145,7 +145,9 @@ def _write(path: Path, model: nn.Module, checkpoint: Path) -> None:
 
 def _written(path: Path, tuning: Tuning) -> str:
     how = "in the chosen forms" if tuning.changed else "as they were built"
-    laid_out = ""
+    lines = [f"weights {how}: {path}", f"read it with: lr_callback.restore_(model, {str(path)!r})"]
     if tuning.channels_last_is_faster:
-        laid_out = "\na file keeps no memory format; after reading it: model.to(memory_format=torch.channels_last)"
-    return f"weights {how}: {path}\nread it with: lr_callback.restore_(model, {str(path)!r}){laid_out}"
+        lines.append("a file keeps no memory format; after reading it: model.to(memory_format=torch.channels_last)")
+    if tuning.pointwise_is_faster:
+        lines.append("a file keeps no way to multiply; after reading it: lr_callback.pointwise_(model)")
+    return "\n".join(lines)

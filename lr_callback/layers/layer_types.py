@@ -37,6 +37,7 @@ LAYER_TYPES: MutableMapping[str, type[FactorizedLayer]] = {
     full_name(nn.Embedding): FactorizedEmbedding,
     "transformers.pytorch_utils.Conv1D": FactorizedConv1D,
     # Subclasses that compute what torch's class does, and differ in how they are made, or in the order of one sum.
+    "lr_callback.tuning.pointwise.PointwiseLinear": FactorizedLinear,
     "timm.layers.linear.Linear": FactorizedLinear,
     "transformers.models.falcon.modeling_falcon.FalconLinear": FactorizedLinear,
     "torchvision.models.video.resnet.Conv3DSimple": FactorizedConv3d,

@@ -7,9 +7,13 @@ where oneDNN reaches all of it. Which is faster is measured (:func:`~lr_callback
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils import parametrize
 
 
 class PointwiseLinear(nn.Linear):
@@ -32,25 +36,25 @@ class PointwiseLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Apply the map; the first axis is that of images, those between are along a row of pixels."""
         if input.dim() < 3 or input.numel() == 0:  # a single image gains nothing, none at all is refused
-            return F.linear(input, self.weight, self.bias)
+            return functional.linear(input, self.weight, self.bias)
         pixels = input.flatten(1, -2).unsqueeze(1).permute(0, 3, 1, 2)
-        mapped = F.conv2d(pixels, self.weight[:, :, None, None], self.bias)
+        mapped = functional.conv2d(pixels, self.weight[:, :, None, None], self.bias)
         return mapped.permute(0, 2, 3, 1).reshape(input.shape[:-1] + self.weight.shape[:1])
 
 
 def pointwise_(model: nn.Module) -> tuple[str, ...]:
-    """Let Linear layers on a CPU compute as convolutions with a kernel of one pixel, in place; done twice it is done once.
+    """Let Linear layers on a CPU compute as convolutions with a kernel of one pixel, in place.
 
-    For a model whose training is over, dense or compressed. The factors of layers are among those that change. Layers,
-    parameters and their names stay the same ones, so that state dicts of it are as before: no file keeps this, call it
-    after reading one. Subclasses of Linear, as ``nn.MultiheadAttention`` has one, and layers in other dtypes than
-    float32, which oneDNN multiplies already, stay.
+    For a model whose training is over, dense or compressed; what :func:`~lr_callback.tune` measures as ``pointwise``.
+    Factors are among the layers that change. Layers, parameters and names stay, so that a state dict is as before: no
+    file keeps this, call it after reading one. Subclasses of Linear stay as they are, ``nn.MultiheadAttention`` has
+    one, and so do layers in other dtypes than float32, which oneDNN multiplies already.
 
     Args:
         model: is changed.
 
     Returns:
-        The names of the layers that it changed.
+        The names of the layers that it changed; none of those that are so already.
 
     Example::
 
@@ -58,24 +62,30 @@ def pointwise_(model: nn.Module) -> tuple[str, ...]:
         >>> pointwise_(model), type(model[0]).__name__
         (('0',), 'PointwiseLinear')
     """
-    named = {name: layer for name, layer in model.named_modules() if _is_to_change(layer)}
+    named = {name: layer for name, layer in model.named_modules() if _can_be(layer)}
     for layer in named.values():
         layer.__class__ = PointwiseLinear
     return tuple(named)
 
 
-def back_to_linear_(model: nn.Module, names: tuple[str, ...]) -> None:
-    """Undo :func:`pointwise_`.
-
-    Args:
-        model: is changed.
-        names: that it returned.
-    """
-    for name in names:
-        model.get_submodule(name).__class__ = nn.Linear
+def can_be_pointwise(model: nn.Module) -> bool:
+    """Return whether :func:`pointwise_` would change a model."""
+    return any(map(_can_be, model.modules()))
 
 
-def _is_to_change(layer: nn.Module) -> bool:
-    if type(layer) is not nn.Linear or torch.nn.utils.parametrize.is_parametrized(layer):
+@contextmanager
+def as_pointwise(model: nn.Module) -> Iterator[None]:
+    """Let a model be so for a while."""
+    changed = [layer for layer in model.modules() if _can_be(layer)]
+    try:
+        pointwise_(model)
+        yield
+    finally:
+        for layer in changed:
+            layer.__class__ = nn.Linear
+
+
+def _can_be(layer: nn.Module) -> bool:
+    if type(layer) is not nn.Linear or parametrize.is_parametrized(layer):
         return False
     return layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32

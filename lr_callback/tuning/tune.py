@@ -24,7 +24,8 @@ from lr_callback.layers import FactorizedLayer, any_weight
 from lr_callback.model.find import factorized_in, find_layers
 from lr_callback.model.observe import observe_inputs
 from lr_callback.tuning.forms import forms_of, in_form
-from lr_callback.tuning.tuned import AS_BUILT, CHANNELS_LAST, TUNED, LayerForms, Tuning, is_faster
+from lr_callback.tuning.pointwise import as_pointwise, can_be_pointwise, pointwise_
+from lr_callback.tuning.tuned import AS_BUILT, CHANNELS_LAST, POINTWISE, TUNED, LayerForms, Tuning, is_faster
 from lr_callback.units.latency import Bench, LayerInput, Progress, Timing, device_facts, timed
 
 _SECONDS = 1.0
@@ -75,7 +76,7 @@ def tune(
     return Tuning(forms, whole, {**skipped, **reasons}, given, device_facts(device))
 
 
-def tune_(model: nn.Module, tuning: Tuning, *, channels_last: bool = False) -> SurgeryReport:
+def tune_(model: nn.Module, tuning: Tuning, *, channels_last: bool = False, pointwise: bool = False) -> SurgeryReport:
     """Give layers the forms that were found to be faster, in place; done twice it is done once.
 
     The model computes the same, up to rounding. A state dict or checkpoint of it restores as any other
@@ -85,6 +86,8 @@ def tune_(model: nn.Module, tuning: Tuning, *, channels_last: bool = False) -> S
         model: that was measured, or one of the same layers.
         tuning: from :func:`tune`.
         channels_last: whether weights of four axes get this memory format, too, which no file keeps.
+        pointwise: whether Linear layers become convolutions of one pixel, too, which no file keeps either; see
+            :func:`~lr_callback.pointwise_`.
 
     Returns:
         What was done.
@@ -111,6 +114,8 @@ def tune_(model: nn.Module, tuning: Tuning, *, channels_last: bool = False) -> S
         report = replace_layers(model, made, undo=undo)
         if channels_last:
             _lay_out(model, undo)
+        if pointwise:
+            pointwise_(model)
         undo.pop_all()
     return report
 
@@ -200,7 +205,7 @@ def _timed_layers(
 def _timed_whole(
     model: nn.Module, place: str, example: Example, chosen: Mapping[FactorizedLayer, str], device: torch.device
 ) -> dict[str, Timing]:
-    """Time the model as it is, with the chosen forms, and so in channels_last where that is another format."""
+    """Time the model as it is, with the chosen forms, and so in each other way that makes a difference to it."""
 
     def time(example: Example = example) -> Timing:
         return timed(partial(example.call, model.get_submodule(place)), device, _SECONDS)
@@ -218,6 +223,10 @@ def _timed_whole(
         with standing_in(model, instead), ExitStack() as undo:
             _lay_out(model, undo)
             times[CHANNELS_LAST] = time(_laid_out(example))
+    with standing_in(model, instead):
+        if can_be_pointwise(model):
+            with as_pointwise(model):
+                times[POINTWISE] = time()
     return times
 
 

@@ -14,12 +14,13 @@ from lr_callback.units.latency import Timing
 
 AS_BUILT, ONE_BLOCK, DENSE = "as built", "one block", "dense"
 """Forms of a layer that compute the same: slices side by side; one slice, zeros outside the blocks; multiplied back."""
-TUNED, CHANNELS_LAST = "tuned", "channels_last"
-"""What the whole model is timed as, besides as built: each layer in its chosen form; that, in this memory format."""
+TUNED, CHANNELS_LAST, POINTWISE = "tuned", "channels_last", "pointwise"
+"""What the whole model is timed as, besides as built: each layer in its chosen form; that, in this memory format; that,
+its Linear layers as convolutions of one pixel."""
 MARGIN = 0.05
 """Part of a time by which another must be less, at the least, to be called faster."""
 _FORMS = (AS_BUILT, ONE_BLOCK, DENSE)
-_WHOLE = (AS_BUILT, TUNED, CHANNELS_LAST)
+_WHOLE = (AS_BUILT, TUNED, CHANNELS_LAST, POINTWISE)
 
 
 def is_faster(one: Timing, than: Timing) -> bool:
@@ -74,8 +75,9 @@ class Tuning:
 
     Args:
         layers: name -> times of its forms.
-        whole: ``as built`` -> time of the model; so ``tuned``, where a layer has a faster form, and ``channels_last``,
-            where the model has convolutions of images that are not yet so.
+        whole: ``as built`` -> time of the model; so ``tuned``, where a layer has a faster form, ``channels_last``,
+            where the model has convolutions of images that are not yet so, and ``pointwise``, where
+            :func:`~lr_callback.pointwise_` would change it.
         skipped: name of a factorized layer that was not measured -> why.
         inputs: shape and dtype of each tensor that the model was called with.
         device: what the times are of.
@@ -112,8 +114,16 @@ class Tuning:
     @property
     def channels_last_is_faster(self) -> bool:
         """Whether the model is clearly faster with its weights and inputs in ``channels_last``."""
-        laid_out = self.whole.get(CHANNELS_LAST)
-        return laid_out is not None and is_faster(laid_out, self.time)
+        return self._is_faster(CHANNELS_LAST)
+
+    @property
+    def pointwise_is_faster(self) -> bool:
+        """Whether the model is clearly faster after :func:`~lr_callback.pointwise_`."""
+        return self._is_faster(POINTWISE)
+
+    def _is_faster(self, way: str) -> bool:
+        time = self.whole.get(way)
+        return time is not None and is_faster(time, self.time)
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain data."""
@@ -179,6 +189,9 @@ class Tuning:
         if CHANNELS_LAST in self.whole:
             told = "faster" if self.channels_last_is_faster else "not clearly faster"
             lines.append(f"In channels_last, weights and inputs, the model is {told}.")
+        if POINTWISE in self.whole:
+            told = "faster" if self.pointwise_is_faster else "not clearly faster"
+            lines.append(f"With its Linear layers as convolutions of one pixel, `pointwise_(model)`, it is {told}.")
         return lines
 
     def _of_layers(self) -> str:

@@ -68,7 +68,8 @@ def test_to_tune_changes_nothing():
     assert all(module.training for module in model.modules())
     assert torch.equal(torch.get_rng_state(), random)
     assert {name: list(layer.times) for name, layer in tuning.layers.items()} == {"0": FORMS, "4": FORMS}
-    assert {"as built", "channels_last"} <= set(tuning.whole) <= {"as built", "tuned", "channels_last"}
+    assert {"as built", "channels_last", "pointwise"} <= set(tuning.whole)
+    assert set(tuning.whole) <= {"as built", "tuned", "channels_last", "pointwise"}
     assert tuning.inputs == ("2x4x6x6 float32",)
     assert tuning.device["type"] == "cpu"
     assert Tuning.from_json(tuning.to_json()) == tuning
@@ -106,6 +107,18 @@ def test_channels_last_is_timed_only_where_it_is_another_format():
     model = nn.Sequential(network()[4:])
     assert "channels_last" not in tune(model, torch.zeros(2, 128)).whole
     assert "channels_last" not in tune(network().to(memory_format=torch.channels_last), IMAGES).whole
+
+
+def test_pointwise_is_timed_only_where_it_changes_the_model():
+    assert "pointwise" not in tune(nn.Sequential(*network()[:4]), IMAGES).whole
+
+
+def test_linear_layers_become_pointwise_where_that_is_asked_for():
+    model = network()
+    expected = outputs(model)
+    tune_(model, choosing(_4="one block"), pointwise=True)
+    assert lrc.pointwise_(model) == ()
+    assert torch.allclose(outputs(model), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -17,8 +17,8 @@ def forms(built, block=None, dense=None, spread=0.0, count=4, rank=3):
     return LayerForms("kernel_in_encoder", count, rank, known)
 
 
-def tuning(built=1000, tuned=800, laid_out=None, spread=0.0, **layers):
-    whole = {"as built": built, "tuned": tuned, "channels_last": laid_out}
+def tuning(built=1000, tuned=800, laid_out=None, spread=0.0, pointwise=None, **layers):
+    whole = {"as built": built, "tuned": tuned, "channels_last": laid_out, "pointwise": pointwise}
     times = {form: Timing(time * 1000, spread) for form, time in whole.items() if time is not None}
     return Tuning(layers or {"first": forms(100, 50, 80), "second": forms(100, 98, 99)}, times)
 
@@ -70,9 +70,17 @@ def test_channels_last_is_compared_with_what_is_chosen():
     assert not tuning(1000, 800).channels_last_is_faster
 
 
+def test_pointwise_is_compared_with_what_is_chosen():
+    assert tuning(1000, 800, pointwise=700).pointwise_is_faster
+    assert not tuning(1000, 800, pointwise=790).pointwise_is_faster
+    assert not tuning(1000, 800, 700).pointwise_is_faster
+
+
 @pytest.mark.parametrize(
     ("found", "told"),
     [
+        (tuning(pointwise=700), "Linear layers as convolutions of one pixel, `pointwise_(model)`, it is faster."),
+        (tuning(pointwise=790), "of one pixel, `pointwise_(model)`, it is not clearly faster."),
         (tuning(), "1 of 2 factorized layers are faster in another form: 0.8 ms in place of 1 ms for the whole model."),
         (tuning(1000, 970), "1 of 2 factorized layers are faster in another form; the whole model is not clearly"),
         (tuning(1000, 1100), "With the forms that are faster alone the model is slower: the layers stay as they were"),
@@ -102,7 +110,9 @@ def test_the_table():
 
 
 def test_json_there_and_back(tmp_path):
-    found = replace(tuning(1000, 800, 700, 0.01), skipped={"third": "held"}, inputs=("2x3 float32",), device={"a": [1]})
+    found = replace(
+        tuning(1000, 800, 700, 0.01, 690), skipped={"third": "held"}, inputs=("2x3 float32",), device={"a": [1]}
+    )
     assert Tuning.from_json(found.to_json(tmp_path / "tuning.json")) == found
     assert Tuning.from_json(tmp_path / "tuning.json") == found
     written = json.loads((tmp_path / "tuning.json").read_text())
