@@ -3,6 +3,8 @@
 import os
 import re
 from collections.abc import Callable, Iterator
+from importlib import import_module
+from math import inf
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,14 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Let a test have a folder of measured times of its own, empty at first, and return it."""
     monkeypatch.setenv("LR_CALLBACK_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.fixture
+def any_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let times differ as they will while other tests run; what follows from a noisy clock has tests of its own."""
+    room = "lr_callback.units.latency"
+    for file, name in [("measure", "SPREAD_SAID"), ("measure", "SPREAD_REFUSED"), ("files", "STEADY")]:
+        monkeypatch.setattr(import_module(f"{room}.{file}"), name, inf)
 
 
 @pytest.fixture

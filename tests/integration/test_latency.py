@@ -16,8 +16,7 @@ from lr_callback.units.latency import device_facts
 from lr_callback.units.latency.files import folder
 
 pytestmark = [
-    pytest.mark.usefixtures("own_cache"),
-    pytest.mark.filterwarnings("ignore:Latency. repeated runs differ"),
+    pytest.mark.usefixtures("own_cache", "any_clock"),
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
 ]
 METHOD = lrc.ALDS(slices=[1])

@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import replace
-from math import inf
+from importlib import import_module
 
 import pytest
 import torch
@@ -16,9 +16,9 @@ from lr_callback.model.pricing import Prices
 from lr_callback.units.latency import Curve, Latencies, LayerInput, LayerTimes, device_facts
 from lr_callback.units.latency.bench import Bench, form_of
 from lr_callback.units.latency.files import Times, folder
-from lr_callback.units.latency.measure import _check_spread
+from lr_callback.units.latency.measure import SPREAD_REFUSED, SPREAD_SAID, _check_spread
 
-pytestmark = pytest.mark.usefixtures("own_cache")
+pytestmark = pytest.mark.usefixtures("own_cache", "any_clock")
 
 CPU = torch.device("cpu")
 FOLDING = "kernel_in_encoder"
@@ -82,9 +82,8 @@ def test_what_is_on_the_disk_is_not_measured_again():
     assert json.loads(file.read_text("utf-8")) == written
 
 
-def test_a_second_run_knows_all_of_the_first(monkeypatch):
+def test_a_second_run_knows_all_of_the_first():
     """The model's own time, too: a ratio that was found in one run is the same in the next."""
-    monkeypatch.setattr("lr_callback.units.latency.files.STEADY", inf)  # also what a busy machine measures is kept
     model, images = network(), torch.randn(8, 512)
     first, second = (observe(model, images, METHOD).latencies for _ in range(2))
     assert (first.rest, first.layers) == (second.rest, second.layers)
@@ -98,7 +97,6 @@ def test_foldings_are_priced_under_the_names_that_they_are_timed_under():
     assert set(found.latencies.layers["0"].curves) <= {(name, 1) for name in priced.distinct_foldings(method.foldings)}
 
 
-@pytest.mark.filterwarnings("ignore:Latency. repeated runs differ")
 @pytest.mark.parametrize("budget", [{"latency": 0.99}, {"parameters": 0.99, "latency": 0.99}])
 def test_a_rank_of_ones_own_is_measured_and_kept(budget):
     """At 7 of 512 no block would be chosen, and much is saved."""
@@ -117,14 +115,12 @@ def test_a_rank_of_ones_own_is_measured_and_kept(budget):
         ({"rank": 600}, r"`overrides`: '0': no rank of 0 costs less than the dense layer"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:Latency. repeated runs differ")
 def test_a_rank_that_a_layer_cannot_have_is_refused_where_time_is_a_budget(override, match):
     options = {"cost": "latency", "method": METHOD, "example_input": torch.randn(8, 512)}
     with pytest.raises(ValueError, match=match):
         lrc.allocate(network(), 0.9, overrides={"0": override}, **options)
 
 
-@pytest.mark.filterwarnings("ignore:Latency. repeated runs differ")
 def test_only_what_may_be_factorized_is_measured_and_more_when_it_may():
     model, images = network(), torch.randn(64, 512)
     few = observe(model, images, to_time(model, METHOD, exclude=["2"], overrides={"3": "dense"})).latencies
@@ -212,7 +208,10 @@ def test_a_run_without_a_layer_to_factorize_is_refused():
         observe(nn.Sequential(nn.ReLU()), torch.randn(2, 2), METHOD)
 
 
-def test_a_noisy_clock_is_told_and_one_that_tells_nothing_refused():
+def test_a_noisy_clock_is_told_and_one_that_tells_nothing_refused(monkeypatch):
+    measure = import_module("lr_callback.units.latency.measure")
+    monkeypatch.setattr(measure, "SPREAD_SAID", SPREAD_SAID)
+    monkeypatch.setattr(measure, "SPREAD_REFUSED", SPREAD_REFUSED)
     _check_spread(0.1)
     with pytest.warns(UserWarning, match="repeated runs differ by 30% of their median .* Measure while nothing else"):
         _check_spread(0.3)
