@@ -4,9 +4,11 @@
 
 Networks have seeded random weights: time does not depend on them. Batches of 32 images on two threads, in eval mode,
 without gradients; convolutional networks have their channels last in memory, dense and factorized alike. All networks
-of a kind take turns; the time of each is divided by that of the dense network in the same round, and what is kept is
-the median over the rounds. ``compiled`` is ``torch.compile`` with inductor's freezing, which folds BatchNorm into the
-convolutions and appends activations to them.
+of a kind take turns; the time of each is divided into that of the dense network in the same round, run in the same way,
+and what is kept is the median over the rounds. ``compiled`` is ``torch.compile`` with inductor's freezing, which folds
+BatchNorm into the convolutions and appends activations to them; ``folded`` are BatchNorms folded by
+``torch.fx.experimental.optimization.fuse``, ``pointwise`` is the network after ``lrc.pointwise_``. The last column
+compares with the dense network as it is, neither folded, nor compiled, nor pointwise.
 
 First the ranks are chosen under a budget in multiply-adds, one slice, multiples of 16 (a block of this processor); then
 under one in time, ``cost="latency"``, for which the share of the dense time that was predicted stands beside the one
@@ -25,8 +27,9 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
+from functools import partial
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -36,6 +39,7 @@ import torch
 import torchvision
 from environment import RESULTS, keep, markdown
 from torch import Tensor, nn
+from torch.fx.experimental.optimization import fuse
 
 import lr_callback as lrc
 from lr_callback.analysis.analyze import analyze
@@ -89,6 +93,19 @@ def compiled(model: nn.Module, images: Tensor) -> nn.Module:
     return made
 
 
+def folded(model: nn.Module) -> nn.Module:
+    """Return a copy whose BatchNorms are folded into the convolutions before them."""
+    made: nn.Module = fuse(model)
+    return made
+
+
+def pointwise(model: nn.Module) -> nn.Module:
+    """Return a copy whose Linear layers are convolutions of one pixel."""
+    made = deepcopy(model)
+    lrc.pointwise_(made)
+    return made
+
+
 def in_turns(networks: Mapping[str, nn.Module], images: Tensor, rounds: int) -> dict[str, list[float]]:
     """Return the milliseconds of each network in each round."""
     watches = {name: Stopwatch(lambda model=model: model(images), images.device) for name, model in networks.items()}
@@ -99,6 +116,17 @@ def in_turns(networks: Mapping[str, nn.Module], images: Tensor, rounds: int) -> 
     return times
 
 
+def ways(model: nn.Module, images: Tensor) -> dict[str, Callable[[nn.Module], nn.Module]]:
+    """Return in what ways a network is run: name -> what makes it ready."""
+    compile_it = partial(compiled, images=images)
+    found: dict[str, Callable[[nn.Module], nn.Module]] = {"eager": lambda one: one}
+    if any(isinstance(one, nn.BatchNorm2d) for one in model.modules()):
+        found["eager, folded"] = folded
+    if isinstance(model, timm.models.VisionTransformer):  # the others have Linear layers at their end alone
+        found |= {"eager, pointwise": pointwise, "compiled, pointwise": lambda one: compile_it(pointwise(one))}
+    return {**found, "compiled": compile_it}
+
+
 def rows(name: str, rounds: int, counted_only: bool = False) -> list[Row]:
     """Measure a network in all ways, or in those with a budget in multiply-adds only."""
     model, images = subject(name)
@@ -106,8 +134,9 @@ def rows(name: str, rounds: int, counted_only: bool = False) -> list[Row]:
         counted = lrc.ALDS(max_slices=1, rank_multiple=16)
         seen = observe(model, images)
         cuts = smaller(model, analyze(model, counted, prices=Prices("multiply_adds", seen)), seen)
-        found = measured(name, "multiply_adds, eager", model, cuts, images, rounds)
-        found += measured(name, "multiply_adds, compiled", model, cuts, images, rounds, compile_it=True)
+        found = []
+        for way, prepare in ways(model, images).items():
+            found += measured(name, way, model, cuts, images, rounds, prepare)
         if counted_only:
             return found
         start = perf_counter()
@@ -127,25 +156,30 @@ def measured(
     cuts: Mapping[float, tuple[nn.Module, Row]],
     images: Tensor,
     rounds: int,
-    compile_it: bool = False,
+    prepare: Callable[[nn.Module], nn.Module] = lambda one: one,
 ) -> list[Row]:
-    """Return a row for each smaller network."""
-    networks = {"dense": model, **{str(ratio): cut for ratio, (cut, _) in cuts.items()}}
-    if compile_it:
-        networks = {key: compiled(one, images) for key, one in networks.items()}
+    """Return a row for each smaller network, against the dense one run alike and the dense one as it is."""
+    networks = {
+        "as it is": model,
+        "dense": prepare(model),
+        **{str(one): prepare(cut) for one, (cut, _) in cuts.items()},
+    }
     times = in_turns(networks, images, rounds)
+
+    def ratio(one: str, other: str) -> float:
+        return median(above / below for above, below in zip(times[one], times[other], strict=True))
+
     found = []
-    for ratio, (_, facts) in cuts.items():
-        own = times[str(ratio)]
-        faster = median(dense / one for dense, one in zip(times["dense"], own, strict=True))
-        each = {"dense_ms": median(times["dense"]), "ms": median(own), "speed_up": faster}
-        found.append({"network": name, "way": way, "ratio": ratio, **facts, **each})
+    for asked, (_, facts) in cuts.items():
+        own = str(asked)
+        each = {"dense_ms": median(times["dense"]), "ms": median(times[own]), "speed_up": ratio("dense", own)}
+        found.append({"network": name, "way": way, "ratio": asked, **facts, **each, "in_all": ratio("as it is", own)})
     return found
 
 
 def _at_best(row: Row) -> str:
     """Return what is known of the limit of a row."""
-    if "eager" not in row["way"] or "rest" not in row:
+    if row["way"] != "eager" or "rest" not in row:
         return ""
     return f"{row['kept'] / (row['rest'] + (1 - row['rest']) * row['kept']):.2f}"
 
@@ -155,13 +189,14 @@ def tables(found: Sequence[Row]) -> str:
     counted = [
         [
             row["network"],
-            row["way"].partition(", ")[2],
+            row["way"],
             f"{row['kept']:.3f}",
             f"{row['dense_ms']:,.0f}",
             f"{row['ms']:,.0f}",
             f"{row['speed_up']:.2f}",
             f"{row['speed_up'] * row['kept']:.2f}",
             _at_best(row),
+            f"{row['in_all']:.2f}",
         ]
         for row in found
         if row["way"] != "latency"
@@ -179,7 +214,8 @@ def tables(found: Sequence[Row]) -> str:
         for row in found
         if row["way"] == "latency"
     ]
-    first = ["network", "run", "multiply-adds kept", "dense, ms", "ms", "speed-up", "speed-up / reduction", "at best"]
+    first = ["network", "run", "multiply-adds kept", "dense, ms", "ms", "speed-up", "speed-up / reduction"]
+    first += ["at best", "against dense, eager"]
     second = ["network", "time asked", "predicted", "measured", "off", "multiply-adds kept", "measuring, s"]
     return (
         f"Budget in multiply-adds, one slice, ranks in multiples of 16:\n\n{markdown(first, counted)}\n\n"

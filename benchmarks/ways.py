@@ -76,6 +76,14 @@ def low_rank(model: nn.Module, subject: Subject, ratio: float, method: lrc.Metho
     return model
 
 
+def pointwise(model: nn.Module, subject: Subject, ratio: float, method: lrc.Method) -> nn.Module:
+    """Choose ranks by a method of this package, and let Linear layers be convolutions of one pixel."""
+    if not isinstance(model, VisionTransformer):
+        raise ValueError("its one Linear layer, the last, sees a single row of each image: nothing would change")
+    lrc.pointwise_(low_rank(model, subject, ratio, method))
+    return model
+
+
 def timed(model: nn.Module, subject: Subject, ratio: float) -> nn.Module:
     """Choose ranks under a budget in time, the largest under which the multiply-adds are at most those asked.
 
@@ -271,6 +279,9 @@ WITH_DATA = f"{OURS}, the callback's default, refitted"
 WAYS: Mapping[str, Way] = {
     f"{OURS}, `ALDS()`": partial(low_rank, method=lrc.ALDS()),
     f"{OURS}, one slice, ranks of 16": partial(low_rank, method=lrc.ALDS(max_slices=1, rank_multiple=16)),
+    f"{OURS}, one slice, ranks of 16, `pointwise_`": partial(
+        pointwise, method=lrc.ALDS(max_slices=1, rank_multiple=16)
+    ),
     IN_TIME: timed,
     WITH_DATA: refitted,
     "plain SVD, one fraction": partial(low_rank, method=lrc.UniformRank()),
