@@ -48,14 +48,14 @@ def candidates_of(
             return methods[name].candidates(dense_weight(layers[name]), *own)
 
     small = _small(layers, costs)
-    order = [*small, *(name for name in layers if name not in small)]
+    order = list(dict.fromkeys([*small, *layers]))
     made: dict[str, LayerCandidates] = {}
     with workers() as crew:
         together = crew.each_alone(candidates, small)
         for done, name in enumerate(order):
             if progress is not None:
                 progress(done, len(layers), name)
-            made[name] = next(together) if name in small else candidates(name, crew)
+            made[name] = next(together) if done < len(small) else candidates(name, crew)
     return {name: made[name] for name in layers}
 
 

@@ -103,7 +103,7 @@ def collect_moments(
 
 
 def _importance(moments: SecondMoments, mended: bool, gentle: bool) -> Importance:
-    inputs = moments.compute().reshape(moments.total.shape)
+    inputs = moments.products.reshape(moments.total.shape)
     if gentle and not moments.diagonal and moments.count < 2 * inputs.shape[1]:
         inputs = inputs.diagonal(dim1=1, dim2=2).clone()
     return Importance(inputs, means=moments.means if mended else None)

@@ -33,7 +33,7 @@ from lr_callback.decisions.costs import LayerCost
 from lr_callback.decisions.factorization import Factorization
 from lr_callback.decisions.methods import Choice, Method, check_method
 from lr_callback.edits.build import factors, skeleton
-from lr_callback.edits.surgery import standing_in
+from lr_callback.edits.surgery import places_of, standing_in
 from lr_callback.layers import dense_bias
 from lr_callback.layers.layer_types import dense_weight
 from lr_callback.mathematics.importance import Importance, checked_importance
@@ -238,7 +238,7 @@ def _measure(
     """Run every batch through the model as it is, and once more for each layer that it calls."""
     names = {layers[name]: name for name in made}
     measured = _Measured({}, {}, {name: error for name, (_, error) in made.items()})
-    called: list[nn.Module] = []
+    called, places = list[nn.Module](), places_of(model, names)
     with untouched(model), as_written():
         for index, batch in enumerate(batches):
             progress = told[min(index, len(told) - 1)]
@@ -249,7 +249,7 @@ def _measure(
             for done, layer in enumerate(dict.fromkeys(called)):
                 name = names[layer]
                 progress(done, len(layers), name)
-                with standing_in(model, {layer: made[name][0]}):
+                with standing_in(model, {layer: made[name][0]}, places):
                     found = changes(name, wanted, _again(run, batch))
                 add(measured.changes.setdefault(name, {}), found, f" with {name} cut")
     if not measured.dense:

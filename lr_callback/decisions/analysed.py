@@ -15,7 +15,7 @@ from lr_callback.decisions.curves import Curves, Point
 from lr_callback.decisions.factorization import Factorization, Spending
 from lr_callback.decisions.goals import MAX_ACCURACY_DROP, MAX_ERROR, Goal, check_goal, drop_of
 from lr_callback.decisions.methods import Choice, Method, Solution
-from lr_callback.decisions.sampling import layer_curves, point, spread_budgets
+from lr_callback.decisions.sampling import can_become, layer_curves, point, spread_budgets
 
 
 @dataclass(frozen=True)
@@ -120,15 +120,17 @@ class Analysis:
         At most 64 ranks of a layer, at most 200 layers, the largest; no weights.
 
         Args:
-            allocation: of :meth:`allocate`.
+            allocation: of :meth:`allocate`, or of :func:`lr_callback.allocate` with the same model and method.
 
         Raises:
-            ValueError: If it is of other layers.
+            ValueError: If it is of other layers, of another unit, or of a method with other errors or slices.
         """
-        if {*self.layers, *self.stay_dense} != set(allocation.layers) or allocation.unit != self.unit:
+        made, own = (allocation.unit, allocation.error), (self.unit, self.method.error)
+        if {*self.layers, *self.stay_dense} != set(allocation.layers) or made != own or not self._knows(allocation):
             raise ValueError(
-                "`allocation` must be made of this analysis, by `analysis.allocate(goal)`; its layers or its unit are "
-                "others."
+                "`allocation` must be made of this analysis, by `analysis.allocate(goal)`, or of the same model with "
+                f"the same method; its layers, its unit, its error or its slices are others: {made} of the allocation, "
+                f"{own} of the analysis. Analyse the model as it was before, by `lr_callback.analyze(model, method)`."
             )
         layers, left_out = layer_curves(self.layers, allocation.layers, self.method.error)
         budgets = spread_budgets(self.smallest_cost, self.dense_cost, len(self.layers))
@@ -141,6 +143,11 @@ class Analysis:
             error=self.method.error,
             left_out=left_out,
         )
+
+    def _knows(self, allocation: Allocation) -> bool:
+        """Return whether every choice is one of a candidate here."""
+        made = ((layer, chosen) for name, layer in self.layers.items() if (chosen := allocation.layers[name]))
+        return all(can_become(layer, chosen) for layer, chosen in made)
 
     def _tradeoff(self, budgets: Sequence[int], layers: int) -> tuple[Point, ...]:
         """Return what the method makes of some budgets in the first unit, ascending in cost."""

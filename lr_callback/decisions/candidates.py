@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -60,6 +61,11 @@ class LayerCandidates:
     norm: float = 1.0
     weight: float | None = None
     others: Mapping[str, int] = field(default_factory=dict)
+
+    @cached_property
+    def frontiers(self) -> dict[int, Frontier]:
+        """Rank multiple -> the frontier, once :func:`frontier` has found it: each budget asks for it anew."""
+        return {}
 
 
 @dataclass(frozen=True)
@@ -161,6 +167,12 @@ def frontier(layer: LayerCandidates, rank_multiple: int = 1) -> Frontier:
         >>> edge.costs, edge.errors
         ([20, 60, 100], [0.5, 0.1, 0.0])
     """
+    if rank_multiple not in layer.frontiers:
+        layer.frontiers[rank_multiple] = _frontier(layer, rank_multiple)
+    return layer.frontiers[rank_multiple]
+
+
+def _frontier(layer: LayerCandidates, rank_multiple: int) -> Frontier:
     owners: list[Tensor] = [torch.tensor([[-1, 0]])]
     costs: list[Tensor] = [torch.tensor([layer.dense_cost])]
     errors: list[Tensor] = [torch.zeros(1, dtype=torch.float64)]

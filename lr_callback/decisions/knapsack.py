@@ -65,8 +65,8 @@ def smallest_sum(
     if price == 0:
         return chosen, 0.0
     # By name: the order of the layers is to change no bit.
-    layers = [_priced(name, curve, price) for name, curve in sorted(curves.items())]
-    bound = fsum(layer.floor for layer in layers) - price * budget
+    layers = _priced(dict(sorted(curves.items())), price)
+    bound = fsum(layers.floors) - price * budget
     best = _sum(curves, chosen)
     rounding = _ROUNDING * (best + price * budget)
     found, proven = _closest(layers, price, budget, max(best - bound, rounding), rounding, work)
@@ -86,7 +86,7 @@ def _curves(frontiers: Mapping[str, Frontier], power: float) -> dict[str, Curve]
 
 
 def _closest(
-    layers: Sequence[_Layer], price: float, budget: int, distance: float, rounding: float, work: int
+    layers: _Layers, price: float, budget: int, distance: float, rounding: float, work: int
 ) -> tuple[dict[str, int] | None, float]:
     """Search within reach of a growing part of the distance until something is found.
 
@@ -148,30 +148,50 @@ class _Layer:
     excess: Tensor
     floor: float
 
-    def within(self, reach: float) -> _Layer:
-        """Leave out the choices of a larger excess."""
-        kept = self.excess <= reach
-        indices, costs, values = (part[kept] for part in (self.indices, self.costs, self.values))
-        return _Layer(self.name, indices, costs, values, self.excess[kept], self.floor)
+
+@dataclass(frozen=True)
+class _Layers:
+    """The choices of all layers, one layer after the other: of thousands of layers each alone would take long.
+
+    Args:
+        names: of the layers.
+        floors: as of a layer.
+        owners: of each choice, the place of its layer.
+        parts: of each choice its index in its layer, its cost, value and excess.
+    """
+
+    names: Sequence[str]
+    floors: Sequence[float]
+    owners: Tensor
+    parts: tuple[Tensor, Tensor, Tensor, Tensor]
+
+    def within(self, reach: float) -> list[_Layer]:
+        """Return the layers without the choices of a larger excess."""
+        kept = torch.nonzero(self.parts[3] <= reach).flatten()
+        counts = torch.bincount(self.owners[kept], minlength=len(self.names)).tolist()
+        indices, costs, values, excess = (part[kept].split_with_sizes(counts) for part in self.parts)
+        return list(map(_Layer, self.names, indices, costs, values, excess, self.floors))
 
 
-def _priced(name: str, curve: Curve, price: float) -> _Layer:
-    costs, values = torch.tensor(curve.costs), torch.tensor(curve.values, dtype=torch.float64)
+def _priced(curves: Mapping[str, Curve], price: float) -> _Layers:
+    sizes = torch.tensor([len(curve.costs) for curve in curves.values()])
+    costs = torch.tensor([cost for curve in curves.values() for cost in curve.costs])
+    values = torch.tensor([value for curve in curves.values() for value in curve.values], dtype=torch.float64)
+    owners = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
+    indices = torch.arange(len(costs)) - (sizes.cumsum(0) - sizes)[owners]
     charged = values + price * costs.double()
-    floor = float(charged.min())
-    return _Layer(name, torch.arange(len(costs)), costs, values, charged - floor, floor)
+    floors = charged.new_full((len(sizes),), inf).scatter_reduce(0, owners, charged, "amin")
+    return _Layers(list(curves), floors.tolist(), owners, (indices, costs, values, charged - floors[owners]))
 
 
-def _search(
-    layers: Sequence[_Layer], price: float, budget: int, reach: float, work: int
-) -> tuple[dict[str, int] | None, float]:
+def _search(priced: _Layers, price: float, budget: int, reach: float, work: int) -> tuple[dict[str, int] | None, float]:
     """List the combinations within reach of the bound, layer by layer, those with few choices first.
 
     Returns:
         The one of the smallest sum, None if there is none; and the smallest excess of those that were passed over
         because there were too many, infinity if none was.
     """
-    layers = [layer.within(reach) for layer in layers]
+    layers = priced.within(reach)
     settled = [layer for layer in layers if len(layer.costs) == 1]
     open_ = sorted((one for one in layers if len(one.costs) > 1), key=lambda one: (len(one.costs), one.name))
     layers = [_together(settled), *open_]

@@ -67,6 +67,11 @@ def layer_curve(layer: LayerCandidates, chosen: Factorization | None, error: str
     )
 
 
+def can_become(layer: LayerCandidates, chosen: Factorization) -> bool:
+    """Return whether a choice is one of a layer's candidates at one of its ranks."""
+    return any(_is_chosen(one, chosen) and chosen.rank <= one.last for one in layer.candidates)
+
+
 def _is_chosen(candidate: Candidate, chosen: Factorization | None) -> bool:
     return chosen is None or (candidate.folding, candidate.num_slices) == (chosen.folding, chosen.num_slices)
 

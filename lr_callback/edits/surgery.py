@@ -6,7 +6,7 @@ is a short block that is undone if anything interrupts it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -22,6 +22,8 @@ from lr_callback.layers import FactorizedLayer
 from lr_callback.mathematics.importance import Importance
 from lr_callback.model.find import find_layers
 
+Places = Mapping[nn.Module, Sequence[tuple[nn.Module, str]]]
+"""Layer -> the modules that hold it, each with the name there."""
 _Place = tuple[nn.Module, str, nn.Module, nn.Module]
 """Where a layer stands: parent, name of the child, old layer, new layer."""
 
@@ -150,7 +152,8 @@ def replace_layers(
     before = sum(parameter.numel() for parameter in model.parameters())
     old = {name: model.get_submodule(name) for name in made}
     replacements = _replacements(old, made)
-    places = _places(model, {layer: made[name] for name, layer in old.items()})
+    heirs = {layer: made[name] for name, layer in old.items()}
+    places = _places(places_of(model, heirs), heirs)
     with ExitStack() as own:
         steps = own if undo is None else undo  # never moved from one to the other: an interrupt could come in between
         steps.callback(_put_back, places)
@@ -169,14 +172,17 @@ def _put_back(places: Sequence[_Place]) -> None:
 
 
 @contextmanager
-def standing_in(model: nn.Module, instead: Mapping[nn.Module, nn.Module]) -> Iterator[None]:
+def standing_in(
+    model: nn.Module, instead: Mapping[nn.Module, nn.Module], known: Places | None = None
+) -> Iterator[None]:
     """Let other layers stand in the places of some, for a while; nothing else of them is taken over.
 
     Args:
         model: that holds the layers.
         instead: layer -> the one that stands in for it.
+        known: where these layers stand, and others may; None: it is looked for in the whole model.
     """
-    places = _places(model, instead)
+    places = _places(places_of(model, instead) if known is None else known, instead)
     try:
         for parent, child, _, other in places:
             parent._modules[child] = other
@@ -207,14 +213,18 @@ def _report(model: nn.Module, made: Mapping[str, nn.Module], before: int) -> Sur
     )
 
 
-def _places(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> list[_Place]:
-    """List every place where a layer stands."""
-    return [
-        (parent, child, layer, new[layer])
-        for parent in model.modules()
-        for child, layer in parent._modules.items()
-        if layer is not None and layer in new
-    ]
+def places_of(model: nn.Module, layers: Container[nn.Module]) -> Places:
+    """Return every place where each of some layers stands."""
+    places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for child, layer in parent._modules.items():
+            if layer is not None and layer in layers:
+                places.setdefault(layer, []).append((parent, child))
+    return places
+
+
+def _places(places: Places, new: Mapping[nn.Module, nn.Module]) -> list[_Place]:
+    return [(parent, child, layer, other) for layer, other in new.items() for parent, child in places.get(layer, ())]
 
 
 def _replacements(old: Mapping[str, nn.Module], made: Mapping[str, nn.Module]) -> Replacements:

@@ -109,4 +109,4 @@ class Checkpointed(CallbackBase):
 
     def _snapshot(self, trainer: Trainer, name: str, again: bool = True) -> None:
         if self.snapshots and (again or name not in self.snapshot_files):
-            self._record = self._record.with_files(write_snapshot(trainer, name))
+            self._record = self._record.without_files(name).with_files(write_snapshot(trainer, name))

@@ -65,8 +65,9 @@ class Record:
         return max(self.applied, default=-1)
 
     def after(self, allocation: Allocation, passed: Iterable[int], curves: Curves | None = None) -> Record:
-        """Return the record after a compression with which some events have passed."""
-        return replace(self, allocation=allocation, curves=curves, applied=tuple(sorted({*self.applied, *passed})))
+        """Return the record after a compression with which some events have passed; later snapshots are yet to come."""
+        applied = tuple(sorted({*self.applied, *passed}))
+        return replace(self.without_files("cut", "final"), allocation=allocation, curves=curves, applied=applied)
 
     def with_ranks(self, epoch: int, ranks: Mapping[str, float], most: int) -> Record:
         """Return the record with the stable ranks at the start of an epoch, and at most so many others before."""
@@ -76,6 +77,11 @@ class Record:
     def with_files(self, written: Mapping[str, str]) -> Record:
         """Return the record with more snapshots, or newer ones."""
         return replace(self, snapshot_files={**self.snapshot_files, **written})
+
+    def without_files(self, *names: str) -> Record:
+        """Return the record without some snapshots: what has their names is of an earlier moment."""
+        kept = {name: path for name, path in self.snapshot_files.items() if name not in names}
+        return replace(self, snapshot_files=kept)
 
     def resumed(self, keeps_start: bool) -> Record:
         """Return what of it holds in a run that goes on from it: files may have gone since.

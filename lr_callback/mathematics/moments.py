@@ -60,6 +60,11 @@ class SecondMoments(Metric):
         return self.sums / self.count.clamp(min=1)
 
     @property
+    def products(self) -> Tensor:
+        """Second moments as of :meth:`compute`; zero before the first row."""
+        return self.total / self.count.clamp(min=1)
+
+    @property
     def diagonal(self) -> bool:
         """Whether only mean squares are kept."""
         return self.total.dim() == 2
@@ -104,8 +109,8 @@ class SecondMoments(Metric):
         self.count += count
 
     def compute(self) -> Tensor:
-        """Return the moments ``(g, s, s)``, or ``(g, s)``, float64; zero before the first row."""
-        return self.total / self.count.clamp(min=1)
+        """Return the moments ``(g, s, s)``, or ``(g, s)``, float64; NaN before the first row."""
+        return self.total / self.count
 
     def plot(self, val: Tensor | None = None, ax: Axes | None = None) -> tuple[Figure | None, Axes]:
         """Plot the mean square of each entry of a row with matplotlib, groups as lines.

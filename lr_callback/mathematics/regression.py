@@ -26,7 +26,7 @@ def regress(moments: SecondMoments, width: int, intercept: bool) -> tuple[Tensor
     Returns:
         The change ``(g, F / g, width)``, that of the bias ``(g, F / g)``, and the fraction of the error that is left.
     """
-    both = moments.compute()
+    both = moments.products
     seen, missing = slice(0, width), slice(width, both.shape[1] - 1)
     means = both[:, -1:, :-1] if intercept else torch.zeros_like(both[:, -1:, :-1])
     centered = both[:, :-1, :-1] - means.mT @ means

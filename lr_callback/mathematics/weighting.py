@@ -99,7 +99,8 @@ def _cholesky(blocks: Tensor) -> Tensor:
     """Return ``L_i`` with ``L_i L_i^T = C_i``, of second moments ``(b, s, s)`` of any rank."""
     squares = blocks.diagonal(dim1=1, dim2=2)
     floor = squares.mean() * _FLOOR + torch.finfo(torch.float64).tiny
-    for raised in (floor, floor * 1e3, floor * 1e6):
+    # Last of all what single precision makes of inputs that are too small to square: nothing is seen of them.
+    for raised in (floor, floor * 1e3, floor * 1e6, floor * 1e6 + torch.finfo(torch.float32).tiny):
         result = torch.linalg.cholesky_ex(blocks + torch.diag_embed(raised.expand_as(squares)))
         root: Tensor = result.L
         if not bool(result.info.any()):

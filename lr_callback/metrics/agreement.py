@@ -61,6 +61,6 @@ class PredictionAgreement(Plotted):
         self.samples = self.samples + agreed.numel()
 
     def compute(self) -> Tensor:
-        """Return the fraction of all samples."""
+        """Return the fraction of all samples; NaN before the first."""
         agreed: Tensor = getattr(self, self._agreed)
         return agreed / self.samples

@@ -77,6 +77,6 @@ class OfLayers(Plotted):
         self.count = self.count + 1
 
     def compute(self) -> Tensor:
-        """Return the mean, the largest or the smallest number of all updates."""
+        """Return the mean, the largest or the smallest number of all updates; NaN before the first."""
         found: Tensor = getattr(self, self._state)
-        return found / self.count if self.reduction == "mean" else found
+        return found / self.count if self.reduction == "mean" else found.where(self.count > 0, torch.nan)

@@ -51,5 +51,5 @@ class KeptCost(Plotted):
         self.kept, self.dense = self.kept + own, self.dense + whole
 
     def compute(self) -> Tensor:
-        """Return kept over dense."""
+        """Return kept over dense; NaN before the first update."""
         return self.kept / self.dense

@@ -75,8 +75,12 @@ def board_of(logger: Logger) -> Board | None:
     known: Any = logger
     experiment: Any = getattr(logger, "experiment", None)
     if _has(experiment, "add_figure"):
-        start = partial(_begin_tensorboard, logger, experiment)
-        return Board(experiment.add_figure, partial(_add_text, experiment), start)
+        start = _tag_start(logger)
+        return Board(
+            lambda name, figure, step: experiment.add_figure(start + name, figure, step),
+            lambda name, text, step: _add_text(experiment, start + name, text, step),
+            partial(_begin_tensorboard, logger, experiment),
+        )
     begin = partial(_log_arguments, logger)
     if _has(logger, "log_image"):
         return Board(lambda name, figure, step: known.log_image(name, [figure], step), None, begin)
@@ -101,6 +105,12 @@ def _has(holder: object, name: str) -> bool:
     return callable(getattr(type(holder), name, None))
 
 
+def _tag_start(logger: Logger) -> str:
+    """Return what TensorBoard's logger puts before the names of metrics, and with that before all that is logged."""
+    prefix = getattr(logger, "_prefix", "")
+    return f"{prefix}{getattr(logger, 'LOGGER_JOIN_CHAR', '-')}" if prefix else ""
+
+
 def _add_text(writer: _Writer, name: str, text: str, step: int) -> None:
     """Give TensorBoard a text, which it reads as Markdown: indented, it is shown as it is."""
     writer.add_text(name, "\n".join(f"    {line}" for line in text.splitlines()), step)
@@ -111,12 +121,11 @@ def _begin_tensorboard(logger: Logger, writer: _Writer, arguments: Arguments, lo
 
     Of one run it shows the hyperparameters that came first, and no more: those of the user stay alone.
     """
-    prefix = getattr(logger, "_prefix", "")
-    start = f"{prefix}{getattr(logger, 'LOGGER_JOIN_CHAR', '-')}" if prefix else ""
+    start = _tag_start(logger)
     shown = {title: names for title, names in CHARTS.items() if not {*names}.isdisjoint(logged)}
     tags = {title: [f"{start}compression/{name}" for name in names] for title, names in shown.items()}
     rows = [[name, str(value)] for name, value in arguments.items()]
-    _add_text(writer, "compression/arguments", align(["argument", "value"], rows), 0)
+    _add_text(writer, f"{start}compression/arguments", align(["argument", "value"], rows), 0)
     if getattr(logger, "hparams", None) == {}:
         _add_hyperparameters(writer, arguments, [*tags["kept"], *tags["error of the layers"]])
     writer.add_custom_scalars({"compression": {title: ["Multiline", some] for title, some in tags.items()}})

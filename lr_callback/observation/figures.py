@@ -111,15 +111,16 @@ def plot_spectra(curves: Curves, layers: Sequence[str] | None = None, ax: Axes |
 
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
-        TypeError: If it is something else, such as an Allocation, which knows no spectra.
+        TypeError: If it is something else, such as an Allocation, which knows no spectra: its model does.
         ValueError: If a layer has no curve.
 
     Example::
 
         >>> import lr_callback
         >>> from torch import nn
-        >>> analysis = lr_callback.analyze(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 96)))
-        >>> figure, panels = plot_spectra(analysis.curves(analysis.allocate(0.5)))
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 96))
+        >>> allocation = lr_callback.allocate(model, 0.5)
+        >>> figure, panels = plot_spectra(lr_callback.analyze(model).curves(allocation))
         >>> panels.shape
         (1, 2)
     """
@@ -279,7 +280,14 @@ def _scale(axes: Axes, lowest: float) -> None:
 
 
 def _check_curves(curves: object, function: str) -> None:
-    _check(curves, Curves, function, "Curves: `analysis.curves(allocation)`, or `callback.curves` of a run")
+    _check(
+        curves,
+        Curves,
+        function,
+        "Curves, such as `callback.curves` of a run. Of an allocation: "
+        f"`{function}(lr_callback.analyze(model).curves(allocation))`, with the model as it was before, and "
+        "`analyze(model, method)` where a method was given",
+    )
 
 
 def _check(value: object, kind: type, function: str, must: str) -> None:

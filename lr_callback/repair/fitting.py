@@ -191,7 +191,7 @@ class BothFit(Fit):
         student, sizes = self.student, self.student.geometry(self.student)
         encoder, decoder = (factor.double() for factor in student.ordered_factors)
         slices, groups = student.num_slices, sizes.groups
-        whole, halves = summed(parts).compute(), [one.compute() for one in parts]
+        whole, halves = summed(parts).products, [one.products for one in parts]
         left = decoder_matrices(decoder, slices, groups).reshape(groups, slices, -1, student.rank)
         right = encoder.reshape(groups, slices, student.rank, -1)
         found = [

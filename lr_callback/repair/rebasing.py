@@ -108,7 +108,7 @@ def _variances(
         return {name: one.cpu() for name, one in moments.items()}
 
     found = merged(processes.gather(measure, long=True))
-    variances = {name: (one.compute() - one.means.square())[0].clamp(min=0) for name, one in found.items()}
+    variances = {name: (one.products - one.means.square())[0].clamp(min=0) for name, one in found.items()}
     return {name: one for name, one in variances.items() if bool(one.isfinite().all())}
 
 

@@ -47,7 +47,6 @@ FAILED = {
     "fails in the analysis": "ArithmeticError: no convergence",
     "fails with NaN": "ValueError: network.4: every weight must be finite, found 1 of 3072",
     "fails in the factors": "the factors must be finite, found NaN or infinity in those of rank",
-    "fails on a full disk": "OSError: [Errno 28] No space left on device",
     "fails in the swap": "MemoryError: no room for the layers",
     "fails in the wrapping": "MemoryError: no room for the buckets",
     "fails in the buffers": "MemoryError: no room for the buffers",
@@ -57,7 +56,7 @@ FAILED = {
 OTHERS = [
     *("averages of other bits", "averages on one rank", "momentum of other bits"),
     *("double", "buffers", "fails to agree", "fails apart", "resume", "logs", "batches of other sizes", "uncountable"),
-    *("network that talks", "fsdp2", "auto", "gentle refit", "timed"),
+    *("network that talks", "fsdp2", "auto", "gentle refit", "timed", "full disk"),
 ]
 needs_fork = pytest.mark.skipif(
     torch.cuda.is_available(), reason="where there is a GPU, a process that has trained cannot be forked"
@@ -138,6 +137,15 @@ def test_where_one_rank_cannot_be_calibrated_a_gentle_refit_is_left_out_on_all(r
     found = read("gentle refit")
     assert all_same(found, "grads", "weights")
     assert [one["warned"] for one in found] == [2] + [0] * (len(found) - 1), "at each of two cuts"
+
+
+def test_snapshot_that_one_rank_cannot_write_is_left_out_on_all_and_said_once(read):
+    found = read("full disk")
+    assert all_same(found, "grads", "weights", "sizes", "factorized")
+    assert found[0]["factorized"] and found[0]["left"] == []
+    assert [len(one["said"]) for one in found] == [1] + [0] * (len(found) - 1)
+    assert "OSError: [Errno 28] No space left on device" in found[0]["said"][0]
+    assert [one["snapshots"] for one in found] == [{}] * len(found)
 
 
 def test_averages_that_not_all_ranks_have_are_refused_on_all(read):

@@ -106,10 +106,21 @@ def test_arguments_are_hyperparameters_where_a_run_has_no_others(fit, tmp_path):
 def test_each_cut_has_its_figures_and_the_layout_comes_once(fit, tmp_path):
     compression = LowRankCompression([0.6, 0.4], [1, 2], method=ALDS(slices=[1]), refit=None, show_table=False)
     found = events(fit(TensorBoardLogger(tmp_path, prefix="my"), compression=compression, max_epochs=3).logger)
-    assert [image.step for image in found.Images("compression/spectra")] == [2, 4]
+    assert [image.step for image in found.Images("my-compression/spectra")] == [2, 4]
     [layout] = found.Tensors("custom_scalars__config__")
     assert b"my-compression/kept_parameters" in layout.tensor_proto.string_val[0]
     assert "my-compression/kept_parameters" in found.Tags()["scalars"]
+
+
+@pytest.mark.parametrize("prefix", ["", "my"])
+def test_everything_has_the_prefix_that_the_logger_gives_its_scalars(fit, tmp_path, prefix):
+    tags = events(fit(TensorBoardLogger(tmp_path, prefix=prefix)).logger).Tags()
+    start = f"{prefix}-" if prefix else ""
+    assert tags["images"] == [f"{start}{name}" for name in FIGURES]
+    texts = [tag for tag in tags["tensors"] if tag.endswith("/text_summary")]
+    assert sorted(texts) == [f"{start}compression/{name}/text_summary" for name in ("arguments", "table")]
+    scalars = [tag for tag in tags["scalars"] if "compression/" in tag]
+    assert scalars and all(tag.startswith(f"{start}compression/") for tag in scalars)
 
 
 class Validated(Marked):

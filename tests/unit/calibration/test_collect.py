@@ -144,6 +144,18 @@ def test_inputs_that_are_constant_or_nearly_so_can_be_cut(value: float, scale: f
     assert torch.allclose(model(inputs), before, rtol=1e-3, atol=1e-3 * float(before.detach().abs().max()))
 
 
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("scale", [1e-19, 1e-23, 1e-40])
+def test_inputs_that_are_too_small_to_square_can_be_cut(seed, scale):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(16, 16, bias=False))
+    moments = collect_moments(model, [torch.randn(40, 16) * scale])
+    for shrinkage in (0, 0.5):
+        method = lrc.ALDS("activation", shrinkage=shrinkage)
+        allocation = lrc.allocate(model, 0.6, method=method, importance=moments)
+        assert allocation.factorized and allocation.worst_error <= 1
+
+
 def test_inputs_that_are_large_and_hardly_vary_are_weighed_by_how_they_vary():
     torch.manual_seed(0)
     layer = nn.Linear(96, 200)

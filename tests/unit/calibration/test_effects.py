@@ -245,3 +245,22 @@ def test_of_very_many_layers_the_largest_are_measured_and_the_others_get_the_med
     weights = lrc.analyze(model, lrc.ALDS("frobenius", "loss"), importance=some).allocate(0.5).weights
     middle = sorted(weights[name] for name in measured)
     assert middle[0] <= weights["0.0"] == weights["0.1"] <= middle[-1]
+
+
+class Walked(nn.Sequential):
+    """Layers one after the other, and how often all of them are gone through."""
+
+    walks = 0
+
+    def named_modules(self, *arguments, **named):
+        self.walks += 1
+        return super().named_modules(*arguments, **named)
+
+
+def test_a_model_is_gone_through_as_often_however_many_layers_it_has():
+    torch.manual_seed(0)
+    models = [Walked(*(nn.Linear(16, 16) for _ in range(layers))) for layers in (3, 30)]
+    for model in models:
+        measured = measure_effects(model, [torch.randn(64, 16)] * 2)
+        assert len(measured) == len(model) and all(one.weight > 0 for one in measured.values())
+    assert models[0].walks == models[1].walks > 0

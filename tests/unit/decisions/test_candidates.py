@@ -145,3 +145,10 @@ def test_a_factorization_without_error_beats_the_dense_layer():
     edge = frontier(LayerCandidates(100, (exact,)))
     assert (edge.costs, edge.errors, len(edge.choices)) == ([10], [0.0], 1)
     assert edge.choices[0] == (exact, 1)
+
+
+def test_a_frontier_is_found_once_for_each_rank_multiple():
+    layer, other = random_layer(0), random_layer(0)
+    assert frontier(layer) is frontier(layer) and frontier(layer, 2) is frontier(layer, 2)
+    assert frontier(layer, 2).costs != frontier(layer).costs
+    assert frontier(layer) is not frontier(other) and frontier(layer).costs == frontier(other).costs

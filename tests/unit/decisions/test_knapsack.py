@@ -5,9 +5,11 @@ from math import fsum
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lr_callback.decisions.candidates import Frontier
-from lr_callback.decisions.knapsack import smallest_sum
+from lr_callback.decisions.hull import Curve
+from lr_callback.decisions.knapsack import _priced, smallest_sum
 
 
 def network(layers: int, choices: int, seed: int = 0, power: float = 1.0) -> dict[str, Frontier]:
@@ -136,3 +138,33 @@ def test_a_budget_below_the_cheapest_choices_is_refused_with_what_is_needed():
     assert smallest_sum(edges, 7) == ({"one": 0, "two": 0}, 0.0)
     with pytest.raises(ValueError, match="`budget` must be at least 7, the cheapest choices together, got 6"):
         smallest_sum(edges, 6)
+
+
+class Operations(TorchDispatchMode):
+    """Count what torch is asked to do."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        self.count += 1
+        return operation(*arguments, **(options or {}))
+
+
+def test_layers_are_priced_and_thinned_in_as_many_steps_however_many_there_are():
+    counted = []
+    for layers in (3, 2000):
+        curves = {name: Curve(edge.costs, edge.errors) for name, edge in network(layers, 9).items()}
+        with Operations() as operations:
+            priced = _priced(curves, 1e-5)
+            kept = priced.within(1e-2)
+        counted.append(operations.count)
+        assert [layer.name for layer in kept] == list(curves)
+        for layer in kept:
+            curve = curves[layer.name]
+            charged = [value + 1e-5 * cost for cost, value in zip(curve.costs, curve.values, strict=True)]
+            near = [index for index, one in enumerate(charged) if one - min(charged) <= 1e-2]
+            assert layer.floor == min(charged) and layer.indices.tolist() == near
+            assert layer.costs.tolist() == [curve.costs[index] for index in near]
+            assert layer.values.tolist() == [curve.values[index] for index in near]
+            assert layer.excess.tolist() == [charged[index] - min(charged) for index in near]
+    assert counted[0] == counted[1] < 40

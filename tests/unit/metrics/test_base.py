@@ -165,6 +165,18 @@ def test_it_is_plotted(case):
     pyplot.close("all")
 
 
+@every
+def test_it_is_not_a_number_before_the_first_update_and_again_after_a_reset(case):
+    fresh, used = case.metric.clone(), case.filled()
+    used.reset()
+    for metric in (fresh, used):
+        with pytest.warns(UserWarning, match="``compute`` method of metric .* was called before the ``update`` method"):
+            found = metric.compute()
+        assert bool(found.isnan().all()) and found.shape == case.filled().compute().shape
+    used.update(*case.updates[0])
+    assert bool(used.compute().isfinite().all())
+
+
 def test_metrics_of_a_collection_are_those_alone_though_they_agree_at_first():
     """Settings that give the same at first must not be taken for one metric."""
     weights = [torch.eye(4), torch.diag(torch.tensor([2.0, 1.0])), torch.ones(3, 3)]

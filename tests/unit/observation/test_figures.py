@@ -185,8 +185,34 @@ def test_nothing_of_pyplot_is_left_behind(small, drawn):
 
 @pytest.mark.parametrize("draw", [plot_spectra, plot_tradeoff])
 def test_an_allocation_knows_no_curves(draw, small):
-    with pytest.raises(TypeError, match=r"must be Curves: `analysis.curves\(allocation\)`.*; got Allocation"):
+    call = rf"`{draw.__name__}\(lr_callback.analyze\(model\).curves\(allocation\)\)`"
+    with pytest.raises(TypeError, match=rf"must be Curves, such as `callback.curves`.*{call}.*; got Allocation"):
         draw(small[0])
+
+
+@pytest.mark.parametrize("draw", ["plot_spectra", "plot_tradeoff"])
+def test_the_call_that_the_error_tells_gives_the_figure(draw, drawn):
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 48))
+    names = {"lr_callback": lrc, "model": model, "allocation": lrc.allocate(model, 0.5), draw: getattr(lrc, draw)}
+    with pytest.raises(TypeError) as raised:
+        names[draw](names["allocation"])
+    figure, _ = eval(str(raised.value).split("`")[3], names)
+    drawn(figure)
+
+
+def test_curves_of_an_allocation_of_another_method_or_unit_are_refused():
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 48))
+    sliced = lrc.allocate(model, 0.5, method=lrc.ALDS(slices=[4]))
+    assert all(layer.num_slices == 4 for layer in sliced.layers.values())
+    refused = {
+        "slices": (lrc.analyze(model, lrc.ALDS(slices=[1])), sliced),
+        "error": (lrc.analyze(model, lrc.ALDS("frobenius")), lrc.allocate(model, 0.5)),
+        "unit": (lrc.analyze(model), lrc.allocate(model, 0.5, cost="bytes")),
+    }
+    for analysis, allocation in refused.values():
+        with pytest.raises(ValueError, match=r"same method; its layers, its unit, its error or its slices are others"):
+            analysis.curves(allocation)
+    assert lrc.analyze(model, lrc.ALDS(slices=[4])).curves(sliced).chosen.cost == sliced.cost
 
 
 def test_curves_are_no_allocation(small):
