@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -144,6 +145,14 @@ def test_what_is_wrong_with_the_control_is_an_error(laboratory, monkeypatch):
     monkeypatch.setattr(type(room.make()[0]), "training_step", broken)
     with pytest.raises(ValueError, match="a broken step"):
         room.run(Run(CONTROL, 1.0, 0))
+
+
+@pytest.mark.filterwarnings("ignore:LowRankCompression. the snapshot .* could not be written")
+def test_a_folder_that_takes_no_weights_is_told_of(laboratory, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("tempfile.TemporaryDirectory", lambda: nullcontext(str(tmp_path / "file" / "scratch")))
+    with pytest.raises(OSError, match=r"right after a cut must be kept .* scratch took no file; make room there"):
+        laboratory({"ALDS": Treatment(lrc.ALDS())}, epochs=1).run(Run("ALDS", 0.5, 0))
 
 
 def test_the_dense_network_is_trained_once_for_each_seed(laboratory, tmp_path):

@@ -148,7 +148,7 @@ class Laboratory:
             self._fit(run.seed, model, data, self.plan.epochs or _ROOM, [compression, *last], folder=scratch)
             if self.plan.epochs:
                 after = self.measure(model, data)
-                restore_(model, compression.snapshot_files["cut"])
+                restore_(model, _cut_of(compression, scratch))
             return self.measure(model, data), after
 
     def _network(self, seed: int) -> tuple[LightningModule, LightningDataModule | None]:
@@ -184,3 +184,18 @@ class Laboratory:
     def _trainer(self, epochs: int, callbacks: list[Callback], more: Mapping[str, Any]) -> Trainer:
         own: dict[str, Any] = {"devices": 1, "max_epochs": epochs, "callbacks": callbacks}
         return Trainer(**{**self.trainer, **SILENT, **own, **more})
+
+
+def _cut_of(compression: LowRankCompression, folder: str) -> str:
+    """Return the file of the weights right after the cut.
+
+    Raises:
+        OSError: If the run could not write it.
+    """
+    if "cut" in compression.snapshot_files:
+        return compression.snapshot_files["cut"]
+    raise OSError(
+        f"study: the weights right after a cut must be kept until the end of a run, found that {folder} took no file; "
+        "make room there, or name another folder by the environment variable TMPDIR, and start the study again: "
+        "it goes on with what is missing."
+    )
