@@ -8,7 +8,7 @@ of a kind take turns; the time of each is divided into that of the dense network
 and what is kept is the median over the rounds. ``compiled`` is ``torch.compile`` with inductor's freezing, which folds
 BatchNorm into the convolutions and appends activations to them; ``folded`` are BatchNorms folded by
 ``torch.fx.experimental.optimization.fuse``, ``pointwise`` is the network after ``lrc.pointwise_``. The last column
-compares with the dense network as it is, neither folded, nor compiled, nor pointwise.
+compares with the dense network as it is, neither folded, nor compiled, nor pointwise; rows of earlier runs may lack it.
 
 First the ranks are chosen under a budget in multiply-adds, one slice, multiples of 16 (a block of this processor); then
 under one in time, ``cost="latency"``, for which the share of the dense time that was predicted stands beside the one
@@ -198,7 +198,7 @@ def tables(found: Sequence[Row]) -> str:
             f"{row['speed_up']:.2f}",
             f"{row['speed_up'] * row['kept']:.2f}",
             _at_best(row),
-            f"{row['in_all']:.2f}",
+            f"{row['in_all']:.2f}" if "in_all" in row else "",
         ]
         for row in found
         if row["way"] != "latency"
