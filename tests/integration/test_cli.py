@@ -358,6 +358,7 @@ def test_analyze_finds_a_model_in_the_folder_where_it_is_called(tmp_path):
         (["--model=lr_callback.recipes.CifarResNet", "--keep_ratio=7"], "must be a number in (0, 1]"),
         (["--model=lr_callback.recipes.CifarResNet", "--keep_ratio=0.001"], "Reachable: keep_ratio from"),
         (["--model=lr_callback.recipes.CifarResNet", "--exclude=[nothing*]"], "'nothing*' matches none of"),
+        (["--model=torch.nn.Flatten", "--json=/nowhere/plan.json"], "--json /nowhere/plan.json: its folder must exist"),
     ],
 )
 def test_analyze_refuses_with_one_message(capsys, here, arguments, text):
