@@ -191,6 +191,15 @@ def test_without_a_logger_nothing_is_drawn_nor_said_of_loggers(fit, options, cap
     assert "takes no figures" not in caplog.text
 
 
+def test_what_a_logger_without_figures_gets_is_said_once_in_80_columns(fit, tmp_path, caplog):
+    compression = LowRankCompression([0.6, 0.4], [1, 2], method=ALDS(slices=[1]), refit=None, show_table=False)
+    with caplog.at_level("INFO"):
+        fit(CSVLogger(tmp_path), compression=compression, max_epochs=3)
+    [said] = [one.getMessage() for one in caplog.records if "takes no figures" in one.getMessage()]
+    assert "CSVLogger takes no figures; it is given numbers of the largest 20 layers" in " ".join(said.split())
+    assert max(map(len, said.splitlines())) <= 80
+
+
 class Twice(Marked):
     """Its optimizer steps twice in a batch, as those of two networks that learn from each other."""
 
