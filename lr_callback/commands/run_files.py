@@ -110,9 +110,9 @@ def _yaml_in(path: Path) -> object:
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
+        found = " ".join(str(error).replace(' in "<unicode string>"', "").split())[:300]
         raise ValueError(
-            f"{path}: must be YAML, plain text in UTF-8, found {' '.join(str(error).split())[:300]}; mend it, or name "
-            "another file by --config."
+            f"{path}: must be YAML, plain text in UTF-8, found {found}; mend it, or name another file by --config."
         ) from error
 
 
