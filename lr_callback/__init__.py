@@ -175,7 +175,7 @@ _ROOMS = ("layers", "metrics")
 """Rooms that are there without being imported by a user."""
 
 
-def __getattr__(name: str) -> object:
+def _first_use(name: str) -> object:
     """Import on first use: torch and Lightning take seconds, and not every use needs them."""
     if name in _ROOMS:
         return import_module(f"lr_callback.{name}")
@@ -185,6 +185,10 @@ def __getattr__(name: str) -> object:
     if name == "LowRankCompression":
         import_module("lr_callback.host.packages").serve_imported_packages()
     return found
+
+
+if not TYPE_CHECKING:  # to a type checker, which has the names from above, any other name would be one, too
+    __getattr__ = _first_use
 
 
 def __dir__() -> list[str]:

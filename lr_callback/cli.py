@@ -6,6 +6,7 @@ import difflib
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
+from io import TextIOWrapper
 
 from lr_callback import __version__
 
@@ -29,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     # As with `python -m`: the models and data of a user stand in files beside the configuration.
     sys.path.insert(0, "")
+    if isinstance(sys.stdout, TextIOWrapper):  # else Lightning's Rich bar ends a run where there is no Unicode
+        sys.stdout.reconfigure(errors="backslashreplace")
     first, *others = given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if first == "--version":
         sys.stdout.write(f"lr_callback {__version__}\n")

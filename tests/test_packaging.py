@@ -112,3 +112,13 @@ def test_the_names_for_type_checkers_are_those_that_are_imported():
     assert sorted(name for _, name in typed) == sorted(lr_callback.__all__)
     with pytest.raises(AttributeError, match="module 'lr_callback' has no attribute 'alocate'"):
         getattr(lr_callback, "".join(["alo", "cate"]))
+
+
+def test_a_type_checker_knows_the_public_names_and_no_others(tmp_path):
+    lines = ["import lr_callback", "lr_callback.LowRankCompression(0.3)", "lr_callback.layers", "lr_callback.alocate"]
+    (tmp_path / "user.py").write_text("\n".join(lines))
+    settings = {**os.environ, "MYPYPATH": str(ROOT)}
+    command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", "--cache-dir", ".", "user.py"]
+    done = subprocess.run(command, cwd=tmp_path, env=settings, capture_output=True, text=True, check=False, timeout=240)
+    [told, _] = done.stdout.splitlines()
+    assert told == 'user.py:4: error: Module has no attribute "alocate"; maybe "allocate"?  [attr-defined]'

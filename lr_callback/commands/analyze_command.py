@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
 from torch import nn
 
 from lr_callback.analysis.analyze import analyze
+from lr_callback.commands.from_checkpoint import check_writable
 from lr_callback.decisions.allocation import Allocation
 from lr_callback.decisions.methods import Method
 from lr_callback.observation.report import write
@@ -36,10 +38,12 @@ def analyze_command(arguments: Sequence[str]) -> None:
     if chosen.model is None:
         parser.error("--model must name a model, for example --model lr_callback.recipes.CifarResNet; got none.")
     try:
+        if chosen.json is not None:
+            check_writable("--json", Path(chosen.json))
         choice = {name: chosen[name] for name in ("include", "exclude", "embeddings", "overrides")}
         found = analyze(chosen.model, chosen.method, **choice)
         allocation: Allocation = found.allocate(chosen.keep_ratio)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OSError) as error:
         parser.error(str(error))
     write(str(allocation))
     low, high = found.reachable

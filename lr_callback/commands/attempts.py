@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from lr_callback.commands.places import is_refusal, raised_in_own_code, text_of
+from lr_callback.commands.places import is_exit, is_refusal, raised_in_own_code, text_of
 from lr_callback.page.facts import Missing
 
 Found = TypeVar("Found")
@@ -62,13 +62,13 @@ class Attempts:
         """
         try:
             return run()
-        except Exception as error:  # whatever a user's model and data raise
-            if self.are_asked(*asked) and is_refusal(error):
+        except (Exception, SystemExit) as error:  # whatever a user's model and data raise
+            if is_exit(error) or (self.are_asked(*asked) and is_refusal(error)):
                 raise
             self.note_error(what, way, error)
             return None
 
-    def note_error(self, what: str, way: str, error: Exception) -> None:
+    def note_error(self, what: str, way: str, error: BaseException) -> None:
         """Note what the page goes without for an error: where that is of the user's code, what, and where it is."""
         own = raised_in_own_code(error)
         if own is None:
@@ -92,6 +92,6 @@ def _name(word: str) -> str:
     return word.partition("=")[0].partition(".")[0]
 
 
-def _told(error: Exception) -> str:
+def _told(error: BaseException) -> str:
     kind = "" if isinstance(error, (ValueError, OSError, ImportError)) else f"{type(error).__name__}: "
     return f"{kind}{text_of(error)}"

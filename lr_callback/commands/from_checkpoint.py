@@ -77,7 +77,7 @@ def _peek(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the arguments that say where the others have their defaults."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("--checkpoint", "--config", "--model", "--data"):
-        parser.add_argument(name)
+        parser.add_argument(name, nargs="?")  # that a value is missing, the command's own parser says
     return parser.parse_known_args(list(arguments))[0]
 
 
@@ -119,8 +119,13 @@ def check_other_file(output: Path, checkpoint: Path, option: str = "--output") -
         )
 
 
-def check_writable(option: str, path: Path, checkpoint: Path) -> None:
+def check_writable(option: str, path: Path, checkpoint: Path | None = None) -> None:
     """Refuse a file that cannot be written, before anything that takes time.
+
+    Args:
+        option: of the command line, that names it.
+        path: of the file.
+        checkpoint: that is read; None: there is none.
 
     Raises:
         ValueError: If it is a folder, or the checkpoint.
@@ -130,7 +135,8 @@ def check_writable(option: str, path: Path, checkpoint: Path) -> None:
         raise ValueError(f"{option} must name a file, found the folder {path}. Nothing was written.")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{option} {path}: its folder must exist, found none; make it first.")
-    check_other_file(path, checkpoint, option)
+    if checkpoint is not None:
+        check_other_file(path, checkpoint, option)
     try:
         with TemporaryDirectory(dir=path.parent):
             pass

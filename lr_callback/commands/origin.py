@@ -57,8 +57,9 @@ def _asked(said: Recorded) -> str:
 
 def arguments_of(written: Mapping[str, Any]) -> str:
     """Return the callback's arguments in a configuration that are not its defaults, as YAML."""
-    listed = (written.get("trainer") or {}).get("callbacks") or []
-    entries = [one for one in listed if isinstance(one, Mapping)] if isinstance(listed, list) else []
+    trainer = written.get("trainer")
+    listed = trainer.get("callbacks") if isinstance(trainer, Mapping) else None
+    entries = [one for one in (listed if isinstance(listed, list) else [listed]) if isinstance(one, Mapping)]
     name = LowRankCompression.__name__
     own = [one.get("init_args") for one in entries if str(one.get("class_path")).endswith(name)]
     found = own[0] if own else written.get("compress")

@@ -21,6 +21,7 @@ _FRAMEWORKS = (
     "pytorch_lightning",
     "torch",
     "torchmetrics",
+    "yaml",
 )
 _NOBODY, _PACKAGE, _USER = range(3)
 _LONGEST = 400
@@ -88,6 +89,11 @@ def is_refusal(error: BaseException) -> bool:
     frames = _frames(error)
     called = any(_owner(file) == _USER for file, _, _ in frames)
     return bool(frames) and not called and Path(frames[-1][0]).resolve().is_relative_to(_HERE)
+
+
+def is_exit(error: BaseException) -> bool:
+    """Return whether a process is to end, and not because a user's code says so: as its help is shown."""
+    return isinstance(error, SystemExit) and raised_in_own_code(error) is None
 
 
 def text_of(error: BaseException) -> str:

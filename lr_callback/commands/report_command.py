@@ -25,7 +25,7 @@ from lr_callback.commands.from_checkpoint import (
 )
 from lr_callback.commands.measured import evaluated, evaluator, networks, sized, timed_stages, times_of
 from lr_callback.commands.origin import arguments_of, commands_for, device_of, origin_of
-from lr_callback.commands.places import raised_in_own_code
+from lr_callback.commands.places import is_exit, raised_in_own_code
 from lr_callback.commands.recorded import NOW, Recorded, recorded
 from lr_callback.commands.run_files import RunFiles
 from lr_callback.commands.snippet import loading_code
@@ -42,10 +42,8 @@ _WAY = (
     "`--config config.yaml`"
 )
 _WAY_OF_DATA = "`--data my_module.MyData`"
-_ASKED = ("--model", "--data", "--config", "--input_shape", "--device")
-"""Arguments that name what is measured."""
 _NAMED = ("--model", "--data", "--config", "--input_shape")
-"""Those that other commands on the same checkpoint take, too."""
+"""Arguments that name what is measured; other commands on the same checkpoint take them, too."""
 _LESS: Mapping[tuple[str, ...], tuple[str, str]] = {
     (): ("", ""),
     ("data",): (_METRICS, _WAY_OF_DATA),
@@ -105,13 +103,15 @@ def report_parser(exit_on_error: bool = True) -> ArgumentParser:
 
 def _read(parser: ArgumentParser, files: RunFiles | None, attempts: Attempts) -> Namespace:
     """Read the command line; make model and data, without those whose own code fails: that is told in the page."""
-    failed: Exception | None = None
+    failed: BaseException | None = None
     for without, (what, way) in _LESS.items():
         words = attempts.words_without(*(f"--{name}" for name in without))
         try:
             chosen = parsed(report_parser(exit_on_error=False), words, files, without)
-        except Exception as error:  # whatever a user's code, and a parser, raise
-            if attempts.are_asked(*_ASKED) and raised_in_own_code(error) is None:
+        except (Exception, SystemExit) as error:  # whatever a user's code, and a parser, raise
+            if is_exit(error):
+                raise
+            if attempts.are_asked(*_NAMED) and raised_in_own_code(error) is None:
                 parser.error(str(error))
             failed = error
             continue

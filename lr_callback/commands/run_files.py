@@ -49,15 +49,13 @@ class RunFiles:
 
         Raises:
             FileNotFoundError: If ``config`` does not exist.
+            ValueError: If a file is no YAML, or ``config`` holds something else than arguments.
         """
-        if self.config is not None and not Path(self.config).is_file():
-            raise FileNotFoundError(f"--config {self.config}: no such file.")
+        if self.config is not None:
+            return _arguments_in(self.config)
         above = (folder / "config.yaml" for folder in self.checkpoint.resolve().parents[:3])
-        for path in [path for path in above if path.is_file()] if self.config is None else [Path(self.config)]:
-            written = yaml.safe_load(path.read_text(encoding="utf-8"))
-            if isinstance(written, Mapping):
-                return written
-        return {}
+        found = (_yaml_in(path) for path in above if path.is_file())
+        return next((written for written in found if isinstance(written, Mapping)), {})
 
     def described(self, model: str | None = None, data: str | None = None) -> dict[str, Any]:
         """Return how the run made its model and its data, as far as its files say so.
@@ -87,10 +85,35 @@ class RunFiles:
         loaded = self.loaded
         if model is not None and not _is_lightning(model):
             return None  # a network inside of what has saved them
-        saved = loaded.get(_HYPERPARAMETERS) or {}
-        arguments = {name: value for name, value in saved.items() if not name.startswith("_")}
+        saved = loaded.get(_HYPERPARAMETERS)
+        if not isinstance(saved, Mapping) or not saved:
+            return None
+        arguments = {name: value for name, value in saved.items() if isinstance(name, str) and not name.startswith("_")}
         class_path = model or saved.get(_CLASS)
-        return None if class_path is None or not saved else {"class_path": class_path, "init_args": arguments}
+        return {"class_path": class_path, "init_args": arguments} if isinstance(class_path, str) else None
+
+
+def _arguments_in(config: str) -> Mapping[str, Any]:
+    """Return what a configuration that a command line names says."""
+    if not Path(config).is_file():
+        raise FileNotFoundError(f"--config {config}: no such file.")
+    written = _yaml_in(Path(config))
+    if not isinstance(written, Mapping):
+        raise ValueError(
+            f"--config {config}: must hold names and values, such as `model:` with a class_path, found "
+            f"{type(written).__name__}; give the config.yaml of the run."
+        )
+    return written
+
+
+def _yaml_in(path: Path) -> object:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        found = " ".join(str(error).replace(' in "<unicode string>"', "").split())[:300]
+        raise ValueError(
+            f"{path}: must be YAML, plain text in UTF-8, found {found}; mend it, or name another file by --config."
+        ) from error
 
 
 def _described(part: object, model: str | None) -> dict[str, Any] | None:
@@ -98,7 +121,8 @@ def _described(part: object, model: str | None) -> dict[str, Any] | None:
     if not isinstance(part, Mapping):
         return None
     if "class_path" in part:
-        return dict(part) if model is None or part["class_path"].endswith(model) else None
+        class_path = part["class_path"]
+        return dict(part) if isinstance(class_path, str) and class_path.endswith(model or "") else None
     return None if model is None else {"class_path": model, "init_args": dict(part)}
 
 

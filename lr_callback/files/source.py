@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from lr_callback.decisions.allocation import Allocation
 from lr_callback.files.names import is_extra
 from lr_callback.files.safetensors_file import is_composed, is_safetensors, read_with_notes
 
+_NOT_PLAIN = re.compile(r"GLOBAL (\S+) was not an allowed global")
 _SIGNED = (torch.int8, torch.int16, torch.int32, torch.int64)
 _WHOLE = (torch.bool, *_SIGNED, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
@@ -71,7 +73,7 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
     except Exception as error:  # torch raises half a dozen types for a damaged file
         raise ValueError(
             f"{path.name}: must be a checkpoint that torch.load(weights_only=True) reads; it may be cut off or hold "
-            f"objects other than tensors and plain data ({type(error).__name__}: {_first_line(error)}). "
+            f"objects other than tensors and plain data ({type(error).__name__}: {_why(error)}). "
             "If you trust the file, load it yourself: restore_(model, torch.load(path, weights_only=False)). "
             "Nothing was changed."
         ) from error
@@ -80,8 +82,10 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
     return loaded
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+def _why(error: Exception) -> str:
+    """Return why torch reads no file: the class of what it does not make, else the first line of what it says."""
+    found = _NOT_PLAIN.search(str(error))
+    return str(error).partition("\n")[0] if found is None else f"it holds {found[1]}"
 
 
 def state_dict_of(loaded: Mapping[str, Any]) -> dict[str, Tensor]:

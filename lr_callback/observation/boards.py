@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -54,7 +55,7 @@ class _Writer(Protocol):
         """Add a text, in Markdown."""
 
     def add_custom_scalars(self, layout: Mapping[str, Mapping[str, list[Any]]]) -> None:
-        """Add a layout of charts."""
+        """Add a layout of charts, each with patterns of tags."""
 
     def _get_file_writer(self) -> _FileWriter: ...
 
@@ -124,11 +125,12 @@ def _begin_tensorboard(logger: Logger, writer: _Writer, arguments: Arguments, lo
     start = _tag_start(logger)
     shown = {title: names for title, names in CHARTS.items() if not {*names}.isdisjoint(logged)}
     tags = {title: [f"{start}compression/{name}" for name in names] for title, names in shown.items()}
+    patterns = {title: ["Multiline", [re.escape(tag) for tag in some]] for title, some in tags.items()}
     rows = [[name, str(value)] for name, value in arguments.items()]
     _add_text(writer, f"{start}compression/arguments", align(["argument", "value"], rows), 0)
     if getattr(logger, "hparams", None) == {}:
         _add_hyperparameters(writer, arguments, [*tags["kept"], *tags["error of the layers"]])
-    writer.add_custom_scalars({"compression": {title: ["Multiline", some] for title, some in tags.items()}})
+    writer.add_custom_scalars({"compression": patterns})
 
 
 def _add_hyperparameters(writer: _Writer, arguments: Arguments, metrics: Iterable[str]) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from lightning.pytorch.loggers import Logger
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
-from lr_callback.common.table import readable
+from lr_callback.common.table import readable, wrap
 from lr_callback.decisions.allocation import Allocation
 from lr_callback.decisions.curves import Curves
 from lr_callback.observation.boards import Arguments, Board, board_of
@@ -100,10 +100,11 @@ class Gallery:
 
     def _say_no_figures(self, logger: Logger) -> None:
         if self._is_new(type(logger).__name__, ""):
-            rank_zero_info(
+            told = (
                 f"LowRankCompression: {type(logger).__name__} takes no figures; it is given numbers of the largest "
                 f"{MOST_NUMBERED} layers, `compression/layers/...`."
             )
+            rank_zero_info(wrap(told))
 
     def _is_new(self, *what: str) -> bool:
         new = what not in self._said

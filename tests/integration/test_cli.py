@@ -106,6 +106,15 @@ def test_comparison_is_the_last_thing_and_quiet(digits_run):
     assert "Traceback" not in digits_run.err
 
 
+def test_a_terminal_without_unicode_ends_no_run(tmp_path, monkeypatch):
+    """Lightning's Rich bar has characters that such a terminal has not."""
+    pytest.importorskip("rich")
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    out = program(tmp_path, "fit", *DIGITS, *SHORT, "--trainer.limit_train_batches", "2").out
+    assert out.isascii() and "\\u2022" in out
+    assert out.splitlines()[-1].startswith("a page of this: lr-callback report --checkpoint ")
+
+
 def measured(file):
     """Return what the comparison should show of a snapshot, from the file alone."""
     network = CifarResNet(depth=8, in_channels=1)
@@ -358,6 +367,7 @@ def test_analyze_finds_a_model_in_the_folder_where_it_is_called(tmp_path):
         (["--model=lr_callback.recipes.CifarResNet", "--keep_ratio=7"], "must be a number in (0, 1]"),
         (["--model=lr_callback.recipes.CifarResNet", "--keep_ratio=0.001"], "Reachable: keep_ratio from"),
         (["--model=lr_callback.recipes.CifarResNet", "--exclude=[nothing*]"], "'nothing*' matches none of"),
+        (["--model=torch.nn.Flatten", "--json=/nowhere/plan.json"], "--json /nowhere/plan.json: its folder must exist"),
     ],
 )
 def test_analyze_refuses_with_one_message(capsys, here, arguments, text):

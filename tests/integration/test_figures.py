@@ -1,6 +1,7 @@
 """Figures in loggers: what TensorBoard's files hold, what other loggers are given, and that nothing ends a training."""
 
 import csv
+import re
 import sys
 from io import BytesIO
 
@@ -11,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -107,9 +109,21 @@ def test_each_cut_has_its_figures_and_the_layout_comes_once(fit, tmp_path):
     compression = LowRankCompression([0.6, 0.4], [1, 2], method=ALDS(slices=[1]), refit=None, show_table=False)
     found = events(fit(TensorBoardLogger(tmp_path, prefix="my"), compression=compression, max_epochs=3).logger)
     assert [image.step for image in found.Images("my-compression/spectra")] == [2, 4]
+    assert len(found.Tensors("custom_scalars__config__")) == 1
+
+
+@pytest.mark.parametrize("prefix", ["", "my", "rate(0.1)+[a"])
+def test_the_layout_has_patterns_of_the_tags_that_are_logged(fit, tmp_path, prefix):
+    """TensorBoard takes what stands in a chart for a regular expression."""
+    found = events(fit(TensorBoardLogger(tmp_path, prefix=prefix)).logger)
     [layout] = found.Tensors("custom_scalars__config__")
-    assert b"my-compression/kept_parameters" in layout.tensor_proto.string_val[0]
-    assert "my-compression/kept_parameters" in found.Tags()["scalars"]
+    [category] = Layout.FromString(layout.tensor_proto.string_val[0]).category
+    patterns = {chart.title: list(chart.multiline.tag) for chart in category.chart}
+    scalars = found.Tags()["scalars"]
+    start = f"{prefix}-" if prefix else ""
+    [shown] = [tag for tag in scalars if re.match(patterns["kept"][0], tag)]
+    assert shown == f"{start}compression/kept_parameters"
+    assert all(any(re.match(one, tag) for one in some for tag in scalars) for some in patterns.values())
 
 
 @pytest.mark.parametrize("prefix", ["", "my"])
@@ -175,6 +189,15 @@ def test_without_a_logger_nothing_is_drawn_nor_said_of_loggers(fit, options, cap
     with caplog.at_level("INFO"):
         assert fit(**options).callbacks[0].curves is not None
     assert "takes no figures" not in caplog.text
+
+
+def test_what_a_logger_without_figures_gets_is_said_once_in_80_columns(fit, tmp_path, caplog):
+    compression = LowRankCompression([0.6, 0.4], [1, 2], method=ALDS(slices=[1]), refit=None, show_table=False)
+    with caplog.at_level("INFO"):
+        fit(CSVLogger(tmp_path), compression=compression, max_epochs=3)
+    [said] = [one.getMessage() for one in caplog.records if "takes no figures" in one.getMessage()]
+    assert "CSVLogger takes no figures; it is given numbers of the largest 20 layers" in " ".join(said.split())
+    assert max(map(len, said.splitlines())) <= 80
 
 
 class Twice(Marked):

@@ -359,6 +359,25 @@ def test_a_module_with_a_mistake_is_told_with_its_line(run, command, tmp_path, m
     assert "from mistaken import Images" in done.page
 
 
+SCRIPT = """
+import argparse
+from my_modules import Images
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--rate", required=True)
+rate = parser.parse_args().rate
+"""
+
+
+def test_a_script_that_ends_the_process_where_its_class_is_imported_leaves_a_page(run, command, tmp_path, monkeypatch):
+    (tmp_path / "my_script.py").write_text(SCRIPT)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lr-callback", "report"])
+    done = command(run.last, "--model", "my_script.Images")
+    assert "without times, multiply-adds and metrics: SystemExit: 2 (my_script.py, line 7, in <module>)" in done.out
+
+
 OWN = """
 from torch import nn
 from torch.utils.data import DataLoader
@@ -497,6 +516,7 @@ def test_the_checkpoint_is_not_written_over(run, refusal, capsys):
 def test_a_wrong_command_line_is_refused(run, refusal):
     assert "--outptu" in refusal(run.last, "--outptu", "a.html")
     assert "no such file" in refusal("nowhere.ckpt")
+    assert "argument --checkpoint: expected one argument" in refusal("--device=cpu")
 
 
 def test_a_configuration_that_cannot_be_used_leaves_a_page_without_measurements(run, command, tmp_path):
@@ -507,6 +527,22 @@ def test_a_configuration_that_cannot_be_used_leaves_a_page_without_measurements(
     done = command(tmp_path / "run" / "checkpoints" / run.last.name)
     assert lacking(done.out)[0] == "times, multiply-adds and metrics" and "gone" in done.out
     assert "keep_ratio: 0.4" in done.page and "from gone import Model" in done.page
+
+
+def test_a_configuration_that_is_no_yaml_is_refused(run, refusal, tmp_path):
+    shutil.copytree(run.folder, tmp_path / "run")
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text("model: {class_path: my_modules.Images\n data: [\n")
+    file = tmp_path / "run" / "checkpoints" / run.last.name
+    for arguments in ((), MODEL, ("--config", config)):
+        assert f"{config}: must be YAML, plain text in UTF-8, found " in refusal(file, *arguments)
+
+
+def test_a_device_asks_for_no_model_and_no_data(run, command, tmp_path):
+    shutil.copytree(run.folder, tmp_path / "run")
+    (tmp_path / "run" / "config.yaml").write_text("model: {class_path: gone.Model}\ntrainer: 7\n")
+    done = command(tmp_path / "run" / "checkpoints" / run.last.name, "--device", "cpu")
+    assert lacking(done.out)[-1] == "times, multiply-adds and metrics" and "No module named 'gone'" in done.out
 
 
 def test_by_default_the_page_stands_beside_the_checkpoint(run, capsys, monkeypatch):

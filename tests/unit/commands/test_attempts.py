@@ -1,5 +1,6 @@
 """What a page goes without: noted once for a reason, or raised where a user has named what is refused."""
 
+import sys
 from functools import partial
 
 import pytest
@@ -59,3 +60,13 @@ def test_a_reason_is_said_once():
         "without more: it is otherwise. To have them: one",
     ]
     assert attempts.lack("more") and not attempts.lack("times")
+
+
+def ends():
+    sys.exit("no arguments")
+
+
+def test_own_code_that_ends_the_process_costs_what_it_was_run_for():
+    attempts = Attempts([])
+    assert attempts.make("times", "name another", ends) is None
+    assert attempts.missing[0].why.startswith("SystemExit: no arguments (")

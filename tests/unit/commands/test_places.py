@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import lr_callback as lrc
-from lr_callback.commands.places import Raised, is_refusal, raised_in_own_code, text_of
+from lr_callback.commands.places import Raised, is_exit, is_refusal, raised_in_own_code, text_of
 
 HERE = Path(__file__)
 
@@ -125,3 +125,16 @@ def test_what_this_package_raises_by_itself_is_a_refusal():
 def test_a_text_is_one_line_of_a_length_to_be_read():
     assert text_of(ValueError("two\n  lines")) == "two lines"
     assert len(text_of(ValueError("long " * 1000))) == 400
+
+
+def ends():
+    sys.exit("no arguments given")
+
+
+def test_a_process_that_own_code_ends_is_a_mistake_there_and_any_other_end_is_one():
+    with pytest.raises(SystemExit) as stopped:
+        ends()
+    error = stopped.value
+    assert not is_exit(error)
+    assert raised_in_own_code(error).text == "no arguments given"
+    assert is_exit(SystemExit(0)) and not is_exit(ValueError("made up"))

@@ -57,3 +57,28 @@ def test_what_is_no_file_of_a_run_is_refused(tmp_path):
         _ = RunFiles(plan).loaded
     with pytest.raises(FileNotFoundError, match=r"--config gone\.yaml: no such file"):
         _ = RunFiles(Path("last.ckpt"), "gone.yaml").configuration
+
+
+@pytest.mark.parametrize(
+    "text", [b"model: {class_path: my.Model\n  data: [\n", b"\xff\xfe", b"model: !!python/name:os.system"]
+)
+def test_a_configuration_that_cannot_be_read_is_refused_by_its_name(checkpoint, text):
+    path = checkpoint.parents[1] / "config.yaml"
+    path.write_bytes(text)
+    for files in (RunFiles(checkpoint), RunFiles(checkpoint, str(path))):
+        with pytest.raises(ValueError, match=r"config\.yaml: must be YAML, plain text in UTF-8, found .* by --config"):
+            _ = files.configuration
+
+
+def test_a_configuration_that_is_named_must_hold_arguments(checkpoint):
+    path = configured(checkpoint, ["model"])
+    assert RunFiles(checkpoint).configuration == {}  # some other file of that name
+    with pytest.raises(ValueError, match=r"config\.yaml: must hold names and values, .* found list; give the config"):
+        _ = RunFiles(checkpoint, str(path)).configuration
+
+
+@pytest.mark.parametrize("saved", [[1, 2], "width", {1: 2}, {"width": 5, "_class_path": 7}, None])
+def test_hyperparameters_of_any_kind_leave_what_the_configuration_says(checkpoint, saved):
+    configured(checkpoint, {"model": MODEL, "data": {"class_path": 3}})
+    torch.save({"state_dict": {"weight": torch.ones(2)}, "hyper_parameters": saved}, checkpoint)
+    assert RunFiles(checkpoint).described() == {"model": MODEL}

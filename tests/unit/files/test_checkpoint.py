@@ -213,6 +213,11 @@ def test_a_file_with_pickled_objects_is_never_unpickled(tmp_path):
     refused(network(), tmp_path / "model.pt", r"objects other than tensors and plain data.*Nothing was changed")
 
 
+def test_what_is_no_plain_data_in_a_file_is_named(tmp_path):
+    torch.save({"state_dict": network().state_dict(), "hyper_parameters": {"root": tmp_path}}, tmp_path / "last.ckpt")
+    refused(network(), tmp_path / "last.ckpt", r"plain data \(UnpicklingError: it holds pathlib\.\w+\)\. If you trust")
+
+
 def test_a_file_must_hold_a_dict(tmp_path):
     torch.save([1, 2], tmp_path / "list.pt")
     refused(network(), tmp_path / "list.pt", "list.pt: must hold a dict, found list")
