@@ -167,7 +167,10 @@ class Analysis:
             return solve_budgets(self.method, self.free, left)
         except ContradictoryError as error:
             asked = ", ".join(f"{ratio:g} of {spoken(unit)}" for unit, ratio in ratios.items())
-            raise ValueError(f"`budget`: {asked}: {error}. Raise one of them.") from error
+            least = ", ".join(f"{self.smallest_in(unit) / self._dense(unit):.4f} of {spoken(unit)}" for unit in ratios)
+            raise ValueError(
+                f"`budget`: {asked}: {error}. Raise one of them; each alone can go down to {least}."
+            ) from error
 
     def _within(self, max_error: float) -> Allocation:
         solution = Solution(self.method.within(self.free, max_error))

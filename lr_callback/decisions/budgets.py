@@ -4,7 +4,8 @@ A surrogate charges a choice for the weighted sum of the shares that it takes of
 budget_u``, with weights that add up to 1: what keeps every budget costs at most 1, so the best for the surrogate is at
 least as good as the best for all budgets together. If it keeps them all, it is that. Otherwise the weights move towards
 the budgets that are exceeded, and what is then found that keeps all is told with its gap, the distance from the largest
-bound that was met on the way.
+bound that was met on the way. If nothing is, what takes the least of the other budgets within the first is looked for,
+a knapsack: of two budgets that is known exactly.
 
 Source: surrogate relaxation, Glover, "Surrogate constraints" (Operations Research, 1968); the weights are moved by
 multiplication, as in Plotkin, Shmoys, Tardos (1995).
@@ -18,7 +19,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lr_callback.decisions.candidates import Candidate, LayerCandidates
+from lr_callback.decisions.candidates import Candidate, Frontier, LayerCandidates, edge_in
+from lr_callback.decisions.knapsack import smallest_sum
 from lr_callback.decisions.methods import Choice, Method, Solution
 
 _SCALE = 2**40
@@ -27,6 +29,7 @@ _ROUNDS = 24
 _HALVINGS = 24
 _STEP = 4.0
 """Power of what a budget is exceeded by that its weight is multiplied with."""
+_NONE = "no allocation keeps all of them"
 
 Layers = Mapping[str, LayerCandidates]
 
@@ -66,23 +69,39 @@ def solve_budgets(method: Method, layers: Layers, budgets: Mapping[str, int]) ->
 
     Returns:
         A solution that keeps every budget; its gap is 0 where it is the best there is. For a method without an
-        objective that is not known, and the gap is 0, too.
+        objective that is not known, and the gap is 0, too. For two budgets, and a method that chooses freely, one is
+        found if there is any. What a survey of the candidates accepts (:meth:`Method.priced`) is not refused once their
+        errors are known.
 
     Raises:
         ContradictoryError: If none is found.
     """
     if any(budget < 0 for budget in budgets.values()):
-        raise ContradictoryError("no allocation keeps all of them")
+        raise ContradictoryError(_NONE)
     if not layers:
         return Solution({}, value=0.0)
     if len(budgets) == 1:
         return method.solve(layers, next(iter(budgets.values())))
+    found = (
+        _searched(method, layers, budgets) or _fitting(method, layers, budgets) or _as_surveyed(method, layers, budgets)
+    )
+    if found is None:
+        raise ContradictoryError("no allocation was found that keeps all of them")
+    return found
+
+
+def _searched(method: Method, layers: Layers, budgets: Mapping[str, int]) -> Solution | None:
+    """Return the best that was found to keep all budgets, None if nothing was.
+
+    Raises:
+        ContradictoryError: If nothing does.
+    """
     best, bound = None, 0.0
     weights: dict[str, float] = {}
     for weights in _weights(budgets):
         charged = _charged(layers, budgets, weights)
         if method.smallest_cost(charged) > _SCALE + len(layers):
-            raise ContradictoryError("no allocation keeps all of them")
+            raise ContradictoryError(_NONE)
         found = _translated(method.solve(charged, _SCALE + len(layers)), layers)
         shares = _shares(layers, budgets, found)
         if found.value is not None:
@@ -92,9 +111,55 @@ def solve_budgets(method: Method, layers: Layers, budgets: Mapping[str, int]) ->
             return replace(best.solution, gap=_gap(best.solution, bound))
         _move(weights, shares)
     best = _tightened(method, layers, budgets, weights, best)
-    if best is None:
-        raise ContradictoryError("no allocation was found that keeps all of them")
-    return replace(best.solution, gap=_gap(best.solution, bound))
+    return None if best is None else replace(best.solution, gap=_gap(best.solution, bound))
+
+
+def _fitting(method: Method, layers: Layers, budgets: Mapping[str, int]) -> Solution | None:
+    """Return what takes the least of the other budgets within the first, if it keeps them; how good it is is not said.
+
+    Raises:
+        ContradictoryError: If nothing keeps the first, or both of two.
+    """
+    if not method.chooses_freely:
+        return None
+    first, *others = budgets
+    edges = {name: _taken(layer, budgets, method.rank_multiple) for name, layer in layers.items()}
+    if sum(edge.costs[0] for edge in edges.values()) > budgets[first]:
+        raise ContradictoryError(_NONE)
+    chosen, gap = smallest_sum(edges, budgets[first], power=1)
+    found = Solution({name: edges[name].choices[index] for name, index in chosen.items()}, gap=1.0)
+    shares = _shares(layers, budgets, found)
+    if _keeps(shares):
+        return found
+    if gap == 0 and [max(shares, key=shares.__getitem__)] == others:
+        raise ContradictoryError(_NONE)
+    return None
+
+
+def _taken(layer: LayerCandidates, budgets: Mapping[str, int], rank_multiple: int) -> Frontier:
+    """Return the choices of a layer that no other beats in cost and in what is taken of the other budgets."""
+    _, *others = budgets
+
+    def of_ranks(candidate: Candidate) -> Tensor:
+        shares = [candidate.others[unit].double() / _positive(budgets[unit]) for unit in others]
+        return torch.stack(shares).sum(0).where(candidate.errors.isfinite(), torch.inf)
+
+    of_dense = sum(layer.others[unit] / _positive(budgets[unit]) for unit in others)
+    return edge_in(layer, rank_multiple, of_dense, of_ranks)
+
+
+def _as_surveyed(method: Method, layers: Layers, budgets: Mapping[str, int]) -> Solution | None:
+    """Return what is found for the layers before their errors are known."""
+    found = _searched(method, {name: _surveyed(layer) for name, layer in layers.items()}, budgets)
+    return None if found is None else replace(_translated(found, layers), gap=1.0, weights={}, value=None)
+
+
+def _surveyed(layer: LayerCandidates) -> LayerCandidates:
+    def falling(candidate: Candidate) -> Candidate:
+        errors = torch.linspace(1, 0, candidate.last + 1, dtype=torch.float64)
+        return replace(candidate, errors=errors.where(candidate.errors.isfinite(), torch.inf))
+
+    return replace(layer, candidates=tuple(map(falling, layer.candidates)), norm=1.0, weight=None)
 
 
 def _weights(budgets: Mapping[str, int]) -> Iterator[dict[str, float]]:

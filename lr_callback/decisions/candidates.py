@@ -168,21 +168,31 @@ def frontier(layer: LayerCandidates, rank_multiple: int = 1) -> Frontier:
         ([20, 60, 100], [0.5, 0.1, 0.0])
     """
     if rank_multiple not in layer.frontiers:
-        layer.frontiers[rank_multiple] = _frontier(layer, rank_multiple)
+        layer.frontiers[rank_multiple] = edge_in(layer, rank_multiple, 0.0, lambda candidate: candidate.errors)
     return layer.frontiers[rank_multiple]
 
 
-def _frontier(layer: LayerCandidates, rank_multiple: int) -> Frontier:
+def edge_in(
+    layer: LayerCandidates, rank_multiple: int, of_dense: float, of_ranks: Callable[[Candidate], Tensor]
+) -> Frontier:
+    """Keep the choices that no other beats in cost and in another number, which takes the place of the error.
+
+    Args:
+        layer: its candidates.
+        rank_multiple: the rank must be a multiple of it.
+        of_dense: the number of the dense layer.
+        of_ranks: gives those of a candidate, ``(last + 1,)`` float64; of what may not be chosen infinity.
+    """
     owners: list[Tensor] = [torch.tensor([[-1, 0]])]
     costs: list[Tensor] = [torch.tensor([layer.dense_cost])]
-    errors: list[Tensor] = [torch.zeros(1, dtype=torch.float64)]
+    values: list[Tensor] = [torch.tensor([of_dense], dtype=torch.float64)]
     for index, candidate in enumerate(layer.candidates):
         ranks = torch.arange(1, candidate.last + 1)
         ranks = ranks[ranks % rank_multiple == 0]
         owners.append(torch.stack([torch.full_like(ranks, index), ranks], dim=1))
         costs.append(candidate.costs[ranks])
-        errors.append(candidate.errors[ranks])
-    return _lower_edge(layer, torch.cat(owners), torch.cat(costs), torch.cat(errors))
+        values.append(of_ranks(candidate)[ranks])
+    return _lower_edge(layer, torch.cat(owners), torch.cat(costs), torch.cat(values))
 
 
 def _lower_edge(layer: LayerCandidates, owners: Tensor, costs: Tensor, errors: Tensor) -> Frontier:

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from math import floor
+from math import floor, isfinite
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from lr_callback.common.table import listed
@@ -65,8 +66,8 @@ class Override:
             name: of the layer.
             layer: its candidates, by :meth:`method`.
             rank_multiple: that the rank must be a multiple of, where it is not given.
-            known: whether the errors are; if not, of a fraction it is the form that costs the most within it: what is
-                chosen once they are known costs no more.
+            known: whether the errors are; if not, of a fraction it is what costs, in each unit, as much as any form
+                within it: what is chosen once they are known costs no more.
 
         Raises:
             ValueError: If there is no such form, or none that is as small.
@@ -215,17 +216,19 @@ def pinned(
 
 
 def _dearest(layer: LayerCandidates, rank_multiple: int, most: int) -> Choice:
-    """Return the form that costs the most within a bound; None: there is none."""
+    """Return what costs in each unit as much as the dearest form in it of those within a bound; None: there is none."""
     forms = [
-        (candidate.cost(rank), candidate, rank)
+        (candidate, rank)
         for candidate in layer.candidates
         for rank in range(rank_multiple, candidate.last + 1, rank_multiple)
-        if candidate.cost(rank) <= most
+        if candidate.cost(rank) <= most and isfinite(candidate.errors[rank])
     ]
     if not forms:
         return None
-    _, candidate, rank = max(forms, key=lambda form: form[0])
-    return candidate, rank
+    own = max(candidate.cost(rank) for candidate, rank in forms)
+    others = {unit: max(int(candidate.others[unit][rank]) for candidate, rank in forms) for unit in layer.others}
+    dearest = {unit: torch.tensor([0, cost]) for unit, cost in others.items()}
+    return replace(forms[0][0], errors=torch.tensor([1.0, 0.0]), costs=torch.tensor([0, own]), others=dearest), 1
 
 
 def _check_able(pattern: str, override: Override, names: set[str], found: Found) -> None:

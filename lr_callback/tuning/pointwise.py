@@ -8,10 +8,11 @@ where oneDNN reaches all of it. Which is faster is measured (:func:`~lr_callback
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.fx import wrap
 from torch.nn import functional
 from torch.nn.utils import parametrize
 
@@ -35,11 +36,19 @@ class PointwiseLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the map; the first axis is that of images, those between are along a row of pixels."""
-        if input.dim() < 3 or input.numel() == 0:  # a single image gains nothing, none at all is refused
-            return functional.linear(input, self.weight, self.bias)
-        pixels = input.flatten(1, -2).unsqueeze(1).permute(0, 3, 1, 2)
-        mapped = functional.conv2d(pixels, self.weight[:, :, None, None], self.bias)
-        return mapped.permute(0, 2, 3, 1).reshape(input.shape[:-1] + self.weight.shape[:1])
+        return _mapped(input, self.weight, self.bias)
+
+
+def _mapped(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if input.dim() < 3 or input.is_nested or input.numel() == 0:  # a single image gains nothing, no pixels are refused
+        return functional.linear(input, weight, bias)
+    pixels = input.flatten(1, -2).contiguous().unsqueeze(1).permute(0, 3, 1, 2)
+    mapped = functional.conv2d(pixels, weight[:, :, None, None], bias).permute(0, 2, 3, 1)
+    # As a Linear's, whatever the strides of its inputs: what comes next may ask for a view.
+    return mapped.reshape(input.shape[:-1] + weight.shape[:1]).contiguous()
+
+
+wrap("_mapped")  # one node of a graph of torch.fx, which cannot see what an input's axes are
 
 
 def pointwise_(model: nn.Module) -> tuple[str, ...]:
@@ -47,8 +56,10 @@ def pointwise_(model: nn.Module) -> tuple[str, ...]:
 
     For a model whose training is over, dense or compressed; what :func:`~lr_callback.tune` measures as ``pointwise``.
     Factors are among the layers that change. Layers, parameters and names stay, so that a state dict is as before: no
-    file keeps this, call it after reading one. Subclasses of Linear stay as they are, ``nn.MultiheadAttention`` has
-    one, and so do layers in other dtypes than float32, which oneDNN multiplies already.
+    file keeps this, call it after reading one, and last: what quantizes Linear layers passes them over from now on, or
+    puts weights into them that no convolution takes. Subclasses of Linear stay as they are, ``nn.MultiheadAttention``
+    has one, and so do layers in other dtypes than float32, which oneDNN multiplies already, and those whose weights are
+    no plain tensors: quantized or sparse ones.
 
     Args:
         model: is changed.
@@ -62,8 +73,17 @@ def pointwise_(model: nn.Module) -> tuple[str, ...]:
         >>> pointwise_(model), type(model[0]).__name__
         (('0',), 'PointwiseLinear')
     """
+    with ExitStack() as undo:
+        names = make_pointwise(model, undo)
+        undo.pop_all()
+    return names
+
+
+def make_pointwise(model: nn.Module, undo: ExitStack) -> tuple[str, ...]:
+    """Do what :func:`pointwise_` does; what takes it back goes on the stack."""
     named = {name: layer for name, layer in model.named_modules() if _can_be(layer)}
     for layer in named.values():
+        undo.callback(setattr, layer, "__class__", nn.Linear)
         layer.__class__ = PointwiseLinear
     return tuple(named)
 
@@ -76,16 +96,14 @@ def can_be_pointwise(model: nn.Module) -> bool:
 @contextmanager
 def as_pointwise(model: nn.Module) -> Iterator[None]:
     """Let a model be so for a while."""
-    changed = [layer for layer in model.modules() if _can_be(layer)]
-    try:
-        pointwise_(model)
+    with ExitStack() as undo:
+        make_pointwise(model, undo)
         yield
-    finally:
-        for layer in changed:
-            layer.__class__ = nn.Linear
 
 
 def _can_be(layer: nn.Module) -> bool:
     if type(layer) is not nn.Linear or parametrize.is_parametrized(layer):
         return False
-    return layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32
+    weight = layer.weight
+    is_plain = type(weight) in (nn.Parameter, Tensor) and weight.layout == torch.strided and weight.numel() > 0
+    return is_plain and weight.device.type == "cpu" and weight.dtype == torch.float32

@@ -24,7 +24,7 @@ from lr_callback.layers import FactorizedLayer, any_weight
 from lr_callback.model.find import factorized_in, find_layers
 from lr_callback.model.observe import observe_inputs
 from lr_callback.tuning.forms import forms_of, in_form
-from lr_callback.tuning.pointwise import as_pointwise, can_be_pointwise, pointwise_
+from lr_callback.tuning.pointwise import as_pointwise, can_be_pointwise, make_pointwise
 from lr_callback.tuning.tuned import AS_BUILT, CHANNELS_LAST, POINTWISE, TUNED, LayerForms, Tuning, is_faster
 from lr_callback.units.latency import Bench, LayerInput, Progress, Timing, device_facts, timed
 
@@ -115,7 +115,7 @@ def tune_(model: nn.Module, tuning: Tuning, *, channels_last: bool = False, poin
         if channels_last:
             _lay_out(model, undo)
         if pointwise:
-            pointwise_(model)
+            make_pointwise(model, undo)
         undo.pop_all()
     return report
 

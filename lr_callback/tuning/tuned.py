@@ -97,7 +97,7 @@ class Tuning:
 
     @property
     def changed(self) -> dict[str, str]:
-        """Name of each layer that :func:`~lr_callback.tune.tune_` replaces -> its form.
+        """Name of each layer that :func:`~lr_callback.tune_` replaces -> its form.
 
         None, where the whole model turned out to be slower with what is faster alone.
         """

@@ -27,6 +27,8 @@ from lr_callback.mathematics.folding import Geometry
 
 _LARGEST = 2**53
 """Up to here every whole number is a float, too."""
+_FORM = ("kernel_in_encoder", 1, 1)
+"""Folding, number of slices and rank of a form that every layer can have."""
 
 
 class OwnCost:
@@ -104,7 +106,9 @@ class OwnCost:
             if isinstance(layer, FactorizedLayer):
                 now = costs[name].at(layer.folding, layer.num_slices, layer.rank)
                 total += dense[name] - now
-        self._check_sums({name: cost.module for name, cost in costs.items()}, dense)
+        self._check_sums({name: cost.module for name, cost in costs.items()}, dense, "layers")
+        made = {name: Forms(cost.module, *_FORM[:2]).at(_FORM[2]) for name, cost in costs.items()}
+        self._check_sums(made, {name: cost.at(*_FORM) for name, cost in costs.items()}, "layers of rank 1")
         if total < sum(dense.values()):
             raise ValueError(
                 f"cost={self.name}: a model must cost at least what its layers cost together, {sum(dense.values()):,} "
@@ -114,7 +118,7 @@ class OwnCost:
             raise ValueError(f"cost={self.name}: the model must cost more than 0, to keep a fraction of it, got 0.")
         return total
 
-    def _check_sums(self, modules: Mapping[str, nn.Module], costs: Mapping[str, int]) -> None:
+    def _check_sums(self, modules: Mapping[str, nn.Module], costs: Mapping[str, int], what: str) -> None:
         """Refuse a function by which several layers together do not cost what each of them does."""
         if self._together(modules) == sum(costs.values()):
             return
@@ -123,7 +127,7 @@ class OwnCost:
             found, sums = self._together({name: modules[name] for name in names}), sum(costs[name] for name in names)
             if found != sums:
                 raise ValueError(
-                    f"cost={self.name}: layers must cost together what each of them does, {sums:,} for "
+                    f"cost={self.name}: {what} must cost together what each of them does, {sums:,} for "
                     f"{' and '.join(names)}, got {found:,} for nn.ModuleList of them. Let the function add up what the "
                     "parts of a module cost."
                 )

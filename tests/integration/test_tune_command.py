@@ -162,7 +162,7 @@ def test_what_is_written_restores_as_any_other(times, form, output, saved, comma
     if output.endswith("safetensors"):
         pytest.importorskip("safetensors")
     model, checkpoint = saved(Known, "last.ckpt")
-    timed_as(times, 10_000, *([] if form == "as built" else [8_000]), 9_900)
+    timed_as(times, 10_000, *([] if form == "as built" else [8_000]), 9_900, 9_900)
     shown = command("--checkpoint", checkpoint, *MODEL, "--output", output)
     how = "as they were built" if form == "as built" else "in the chosen forms"
     assert f"weights {how}: {output}\nread it with: lr_callback.restore_(model, '{output}')" in shown
@@ -186,7 +186,7 @@ def test_what_is_written_restores_as_any_other(times, form, output, saved, comma
 
 def test_a_tuned_file_is_tuned_and_exported_again(saved, command, timed_as, tmp_path, capsys):
     _, checkpoint = saved(Known, "last.ckpt")
-    timed_as(BLOCK, 10_000, 8_000, 9_000)
+    timed_as(BLOCK, 10_000, 8_000, 9_000, 9_000)
     command("--checkpoint", checkpoint, *MODEL, "--output", "tuned.ckpt")
     main(["export", "--checkpoint", "tuned.ckpt", *MODEL, "--format", "torch-export"])
     images = torch.ones(5, 4, 6, 6)
@@ -198,24 +198,33 @@ def test_a_tuned_file_is_tuned_and_exported_again(saved, command, timed_as, tmp_
 
 def test_it_says_plainly_that_nothing_is_faster(saved, command, timed_as):
     _, checkpoint = saved(Known, "last.ckpt")
-    timed_as(BUILT, 10_000, 10_000)
+    timed_as(BUILT, 10_000, 10_000, 10_000)
     shown = " ".join(command("--checkpoint", checkpoint, *MODEL).split())
     assert "No other form of a layer is clearly faster: the layers stay as they were built." in shown
     assert "In channels_last, weights and inputs, the model is not clearly faster." in shown
+    assert "as convolutions of one pixel, `pointwise_(model)`, it is not clearly faster." in shown
 
 
 def test_channels_last_is_told_where_no_file_keeps_it(saved, command, timed_as):
     _, checkpoint = saved(Known, "last.ckpt")
-    timed_as(BUILT, 10_000, 7_000)
+    timed_as(BUILT, 10_000, 7_000, 10_000)
     shown = command("--checkpoint", checkpoint, *MODEL, "--output", "tuned.ckpt")
     assert "In channels_last, weights and inputs, the model is faster." in shown
     assert shown.endswith("after reading it: model.to(memory_format=torch.channels_last)\n")
 
 
+def test_pointwise_is_told_where_no_file_keeps_it(saved, command, timed_as):
+    _, checkpoint = saved(Known, "last.ckpt")
+    timed_as(BUILT, 10_000, 10_000, 7_000)
+    shown = command("--checkpoint", checkpoint, *MODEL, "--output", "tuned.ckpt")
+    assert "`pointwise_(model)`, it is faster." in " ".join(shown.split())
+    assert shown.endswith("after reading it: lr_callback.pointwise_(model)\n")
+
+
 def test_batch_size_and_shape_of_the_input(saved, command, timed_as, tmp_path):
     _, checkpoint = saved(Silent, "last.ckpt")
     shape = ["--model", "my_modules.Silent", "--model.width", 8]
-    timed_as(BUILT, 10_000, 10_000)
+    timed_as(BUILT, 10_000, 10_000, 10_000)
     command("--checkpoint", checkpoint, *shape, "--input_shape", "1,4,6,6", "--batch_size", 7, "--json", "times.json")
     assert Tuning.from_json(tmp_path / "times.json").inputs == ("7x4x6x6 float32",)
     assert json.loads((tmp_path / "times.json").read_text())["device"]["type"] == "cpu"
@@ -223,7 +232,7 @@ def test_batch_size_and_shape_of_the_input(saved, command, timed_as, tmp_path):
 
 def test_a_network_inside_is_written_alone(saved, command, timed_as, tmp_path):
     model, checkpoint = saved(Known, "last.ckpt")
-    timed_as(DENSE, 10_000, 9_000, 9_000)
+    timed_as(DENSE, 10_000, 9_000, 9_000, 9_000)
     inside = ["--model", "my_modules.Inside", "--input_shape", "1,4,6,6"]
     command("--checkpoint", checkpoint, *inside, "--output", "tuned.ckpt")
     assert list(torch.load(tmp_path / "tuned.ckpt")) == list(nn.Sequential(*Images().network).state_dict())

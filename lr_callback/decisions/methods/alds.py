@@ -109,6 +109,11 @@ class ALDS(Method):
         """Whether there is no ``rank_multiple``."""
         return self.rank_multiple == 1
 
+    @property
+    def chooses_freely(self) -> bool:
+        """Yes."""
+        return True
+
     def slice_counts(self, geometry: Geometry) -> list[int]:
         """Return the numbers of slices that it tries of a layer, ascending."""
         channels = geometry.in_channels // geometry.groups

@@ -79,6 +79,11 @@ class Method(ABC):
         return True
 
     @property
+    def chooses_freely(self) -> bool:
+        """Whether each layer may have any choice whatever the others have."""
+        return False
+
+    @property
     def needs_effects(self) -> bool:
         """Whether it must know what the layers' errors do to the outputs of the model."""
         return False

@@ -8,7 +8,10 @@ from torch import nn
 
 import lr_callback as lrc
 from lr_callback.analysis.analyze import analyze, survey
+from lr_callback.mathematics.folding import FOLDINGS
+from lr_callback.model.observe import observe
 from lr_callback.model.overrides import read_overrides
+from lr_callback.model.pricing import Prices
 
 
 def network():
@@ -216,6 +219,17 @@ def test_what_passes_before_the_training_passes_at_the_cut(make, ratio):
     assert promised.pinned.keys() == real.pinned.keys()
 
 
+@pytest.mark.parametrize("unit", ["activation_memory", "multiply_adds"])
+@pytest.mark.parametrize("ratio", [0.3, 0.6, 0.9])
+def test_so_it_does_in_each_of_several_units(unit, ratio):
+    model, pins = network(), {"0": {"keep_ratio": ratio}, "3": {"keep_ratio": ratio}}
+    seen = observe(model, torch.zeros(4, 8, 6, 5), activations=True)
+    prices, method = [Prices("parameters"), Prices(unit, seen)], lrc.ALDS(foldings=list(FOLDINGS))
+    promised, real = (look(model, method, prices=prices, overrides=pins) for look in (survey, analyze))
+    for one in ("parameters", unit):
+        assert real.smallest_in(one) <= promised.smallest_in(one)
+
+
 def test_layers_of_a_pattern_that_are_too_small_for_any_form_are_passed_over():
     model = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 64, 1), nn.Conv2d(64, 64, 1))
     allocation = lrc.allocate(model, 0.8, overrides={"type:Conv2d": {"keep_ratio": 0.7}})
@@ -246,9 +260,6 @@ def test_a_layer_whose_weights_are_zero_for_now_is_passed_over_at_the_cut():
 
 
 def test_a_rank_that_gains_in_one_unit_counts_in_the_others_as_it_is():
-    from lr_callback.model.observe import observe
-    from lr_callback.model.pricing import Prices
-
     model = nn.Sequential(nn.Conv2d(16, 16, 3, padding=4, bias=False), nn.Conv2d(16, 64, 1))
     seen = observe(model, torch.zeros(1, 16, 4, 4))
     pins = {"0": {"rank": 15, "folding": "kernel_in_decoder"}}

@@ -69,6 +69,36 @@ def test_what_a_convolution_does_not_make_faster_stays():
     assert pointwise_(model) == ()
 
 
+class Quantized(torch.Tensor):
+    pass
+
+
+@pytest.mark.filterwarnings("ignore:.*Sparse.*:UserWarning", "ignore:Initializing zero-element tensors:UserWarning")
+def test_weights_that_no_convolution_takes_stay():
+    own, sparse = nn.Linear(4, 4), nn.Linear(4, 4, bias=False)
+    own.weight = nn.Parameter(own.weight.detach().as_subclass(Quantized))  # as torchao's are
+    sparse.weight = nn.Parameter(sparse.weight.detach().to_sparse_csr(), requires_grad=False)
+    model = nn.ModuleList([own, sparse, nn.Linear(4, 0)])
+    assert pointwise_(model) == ()
+
+
+def test_outputs_are_laid_out_as_those_of_the_linear():
+    layer = nn.Linear(6, 4)
+    pointwise_(layer)
+    assert layer(torch.randn(7, 3, 6).transpose(0, 1)).view(-1).shape == (84,)
+
+
+def test_nested_inputs_and_graphs_of_fx():
+    model, rows = nn.Sequential(nn.Linear(6, 4)), torch.randn(3, 5, 6)
+    nested = torch.nested.nested_tensor([torch.randn(3, 6), torch.randn(5, 6)], layout=torch.jagged)
+    expected, of_nested = model(rows), model(nested)
+    pointwise_(model)
+    assert all(map(torch.equal, model(nested).unbind(), of_nested.unbind()))
+    traced = torch.fx.symbolic_trace(model)
+    assert torch.allclose(traced(rows), expected, atol=1e-6)
+    assert torch.equal(traced(rows[0]), model(rows[0]))
+
+
 def test_for_a_while_also_where_that_ends_early():
     model = compressed()
     kinds = [type(one) for one in model.modules()]

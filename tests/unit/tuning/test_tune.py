@@ -9,6 +9,7 @@ from torch import nn
 import lr_callback as lrc
 from lr_callback import Factorization, FactorizedConv2d, FactorizedLinear, Tuning, tune, tune_
 from lr_callback.layers import FactorizedLayer
+from lr_callback.tuning import tune as tune_module
 from lr_callback.tuning.forms import forms_of, in_form
 from lr_callback.tuning.tuned import LayerForms
 from lr_callback.units.latency import Timing
@@ -180,18 +181,21 @@ def test_channels_last_if_asked():
     assert model[0].encoder.weight.is_contiguous()
 
 
-def test_what_fails_on_the_way_is_undone(monkeypatch):
+@pytest.mark.parametrize(("step", "options"), [("_lay_out", {"channels_last": True}), ("make_pointwise", {})])
+def test_what_fails_on_the_way_is_undone(step, options, monkeypatch):
     model = network()
-    before, modules = state(model), list(model.modules())
+    before, modules = state(model), [(one, type(one)) for one in model.modules()]
+    as_it_is = getattr(tune_module, step)
 
-    def broken(*_):
+    def broken(*arguments):
+        as_it_is(*arguments)
         raise MemoryError
 
-    monkeypatch.setattr("lr_callback.tuning.tune._lay_out", broken)
+    monkeypatch.setattr(tune_module, step, broken)
     with pytest.raises(MemoryError):
-        tune_(model, choosing(_0="dense"), channels_last=True)
+        tune_(model, choosing(_0="dense"), pointwise=True, **options)
     assert is_same(state(model), before)
-    assert list(model.modules()) == modules
+    assert [(one, type(one)) for one in model.modules()] == modules
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import lr_callback as lrc
+from lr_callback.layers import FactorizedLayer
 from lr_callback.units.own_cost import OwnCost, read_cost
 
 
@@ -126,9 +127,13 @@ def test_whole_floats_are_costs():
             lambda module: 0 if isinstance(module, nn.Sequential) else size(module),
             r"cost at least what its layers cost",
         ),
+        (
+            lambda module: size(module) + 500 * any(isinstance(one, FactorizedLayer) for one in module.modules()),
+            r"layers of rank 1 must cost together what each of them does, 1,384 for 0 and 2, got 884 for nn.ModuleList",
+        ),
         (lambda module: 0, r"the model must cost more than 0, to keep a fraction of it, got 0"),
     ],
-    ids=["constant", "square", "largest", "model", "nothing"],
+    ids=["constant", "square", "largest", "model", "factorized", "nothing"],
 )
 def test_a_cost_that_does_not_add_up_is_refused_with_the_layers(function, text):
     with pytest.raises(ValueError, match=text):
