@@ -219,7 +219,7 @@ class LowRankCompression(Checkpointed):
         prices, goals = self._counting.prices, self.schedule.left(self._record)
         self.scope.check_budgets(pl_module, goals, prices)
         if self.show_table and goals:
-            show(trainer, self.scope.reach(pl_module, prices))
+            show(trainer, self.scope.reach(pl_module, prices, self._counting.observation))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse from now on a state dict of another structure, and begin an epoch that is to begin."""

@@ -23,6 +23,7 @@ from lr_callback.host.events import check_flags
 from lr_callback.host.strategies import processes_of
 from lr_callback.mathematics.importance import Importance
 from lr_callback.model.find import find_layers
+from lr_callback.model.observe import Observation
 from lr_callback.model.overrides import read_overrides
 from lr_callback.model.patterns import check_patterns
 from lr_callback.model.pricing import Prices
@@ -105,15 +106,16 @@ class Scope:
                 if unit not in OBSERVED:
                     self.check_budgets(pl_module, [ratio], [Prices(unit)])
 
-    def reach(self, pl_module: LightningModule, prices: Sequence[Prices]) -> str:
-        """Return what of a module can be kept at least, in each unit that is known before the training.
+    def reach(self, pl_module: LightningModule, prices: Sequence[Prices], seen: Observation | None) -> str:
+        """Return what of a module can be kept at least, in each unit that is known.
 
         Args:
             pl_module: whose layers are priced; no weight is looked at.
             prices: the units of the budgets.
+            seen: of a run, if there was one: multiply-adds are known then.
         """
-        own = [one.unit for one in prices]
-        every = [*prices, *(Prices(unit) for unit in ("parameters", "bytes") if unit not in own)]
+        own, counted = [one.unit for one in prices], () if seen is None else ("multiply_adds",)
+        every = [*prices, *(Prices(unit, seen) for unit in ("parameters", "bytes", *counted) if unit not in own)]
         found = survey(pl_module, self.method, prices=every, **self._layers)
         ranges = [
             f"{100 * found.smallest_in(unit) / dense:.1f} % of {amount(unit, dense)}"

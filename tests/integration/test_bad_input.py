@@ -279,3 +279,4 @@ def test_what_can_be_reached_is_told_in_the_unit_of_each_budget_before_the_first
         fit(module, LowRankCompression(epochs=2, **options), Stop())
     (told,) = [line for line in messages if line.startswith("Low-rank compression can go down to")]
     assert re.search(rf"[\d.]+ % of [\d,.]+ {unit}", " ".join(told.split()))
+    assert ("multiply-adds" in told) == ("multiply_adds" in str(options) or "activation_memory" in str(options))
