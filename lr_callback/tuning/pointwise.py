@@ -7,8 +7,7 @@ where oneDNN reaches all of it. Which is faster is measured (:func:`~lr_callback
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
@@ -80,25 +79,12 @@ def pointwise_(model: nn.Module) -> tuple[str, ...]:
 
 
 def make_pointwise(model: nn.Module, undo: ExitStack) -> tuple[str, ...]:
-    """Do what :func:`pointwise_` does; what takes it back goes on the stack."""
+    """Do what :func:`pointwise_` does, and return the same; what takes it back goes on the stack."""
     named = {name: layer for name, layer in model.named_modules() if _can_be(layer)}
     for layer in named.values():
         undo.callback(setattr, layer, "__class__", nn.Linear)
         layer.__class__ = PointwiseLinear
     return tuple(named)
-
-
-def can_be_pointwise(model: nn.Module) -> bool:
-    """Return whether :func:`pointwise_` would change a model."""
-    return any(map(_can_be, model.modules()))
-
-
-@contextmanager
-def as_pointwise(model: nn.Module) -> Iterator[None]:
-    """Let a model be so for a while."""
-    with ExitStack() as undo:
-        make_pointwise(model, undo)
-        yield
 
 
 def _can_be(layer: nn.Module) -> bool:

@@ -24,7 +24,7 @@ from lr_callback.layers import FactorizedLayer, any_weight
 from lr_callback.model.find import factorized_in, find_layers
 from lr_callback.model.observe import observe_inputs
 from lr_callback.tuning.forms import forms_of, in_form
-from lr_callback.tuning.pointwise import as_pointwise, can_be_pointwise, make_pointwise
+from lr_callback.tuning.pointwise import make_pointwise
 from lr_callback.tuning.tuned import AS_BUILT, CHANNELS_LAST, POINTWISE, TUNED, LayerForms, Tuning, is_faster
 from lr_callback.units.latency import Bench, LayerInput, Progress, Timing, device_facts, timed
 
@@ -223,10 +223,9 @@ def _timed_whole(
         with standing_in(model, instead), ExitStack() as undo:
             _lay_out(model, undo)
             times[CHANNELS_LAST] = time(_laid_out(example))
-    with standing_in(model, instead):
-        if can_be_pointwise(model):
-            with as_pointwise(model):
-                times[POINTWISE] = time()
+    with standing_in(model, instead), ExitStack() as undo:
+        if make_pointwise(model, undo):
+            times[POINTWISE] = time()
     return times
 
 

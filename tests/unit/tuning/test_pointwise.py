@@ -1,6 +1,7 @@
 """Linear layers as convolutions of one pixel compute the same, are the same parameters, and can go back."""
 
 import pickle
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import lr_callback as lrc
-from lr_callback.tuning.pointwise import PointwiseLinear, as_pointwise, can_be_pointwise, pointwise_
+from lr_callback.tuning.pointwise import PointwiseLinear, make_pointwise, pointwise_
 
 
 @given(leading=st.lists(st.integers(0, 4), max_size=3), has_bias=st.booleans(), transposed=st.booleans())
@@ -65,7 +66,6 @@ def test_what_a_convolution_does_not_make_faster_stays():
     model = nn.ModuleList(
         [attention, own, nn.Linear(4, 4).bfloat16(), nn.Linear(4, 4, device="meta"), nn.Conv2d(1, 1, 1)]
     )
-    assert not can_be_pointwise(model)
     assert pointwise_(model) == ()
 
 
@@ -102,8 +102,9 @@ def test_nested_inputs_and_graphs_of_fx():
 def test_for_a_while_also_where_that_ends_early():
     model = compressed()
     kinds = [type(one) for one in model.modules()]
-    with pytest.raises(KeyboardInterrupt), as_pointwise(model):
-        assert not can_be_pointwise(model)
+    with pytest.raises(KeyboardInterrupt), ExitStack() as undo:
+        make_pointwise(model, undo)
+        assert pointwise_(model) == ()
         raise KeyboardInterrupt
     assert [type(one) for one in model.modules()] == kinds
 
@@ -111,8 +112,8 @@ def test_for_a_while_also_where_that_ends_early():
 def test_what_was_so_before_stays_so():
     model = compressed()
     pointwise_(model[0])
-    with as_pointwise(model):
-        pass
+    with ExitStack() as undo:
+        make_pointwise(model, undo)
     assert [type(one) for one in (model[0].encoder, model[2])] == [PointwiseLinear, nn.Linear]
 
 
