@@ -1,6 +1,6 @@
 """Low-rank compression in Ray Train: a TorchTrainer starts the workers, each of which runs a Lightning Trainer.
 
-    pip install 'ray[train]'
+    pip install 'lr_callback[ray]'
     python examples/ray_train.py
 
 Ray's strategy is DDP, and the callback takes it for that. It prints the parameters before and after, and the accuracy

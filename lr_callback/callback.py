@@ -207,8 +207,8 @@ class LowRankCompression(Checkpointed):
         if self.learning_rate_rewind:
             self._record = replace(self._record, start=start_of(trainer, self._record.start))
         self._counting.check_known(pl_module, self.scope.to_time)
-        if 0 in self.events or is_smoke_test(trainer) or pl_module.example_input_array is not None:
-            self._counting.observe_example(trainer, pl_module, self.scope.to_time)
+        at_once = 0 in self.events or is_smoke_test(trainer)
+        self._counting.begin(trainer, pl_module, self.scope.to_time, at_once)
         if not self._counting.is_due:
             self._check_budgets(trainer, pl_module)
         else:

@@ -163,7 +163,7 @@ def test_multi_node(tmp_path):
 
 
 @pytest.mark.skipif(
-    find_spec("ray") is None, reason="needs pip install 'ray[train]', which is not in the extra dev: 500 MB"
+    find_spec("ray") is None, reason="needs pip install 'lr_callback[ray]', which is not in the extra dev: 500 MB"
 )
 @pytest.mark.situation("Strategies", "Ray Train, TorchTrainer with RayDDPStrategy", "works")
 def test_ray_train(tmp_path):

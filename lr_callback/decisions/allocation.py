@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from lr_callback.common.table import printable, wrap
 from lr_callback.common.written import Kind, check_fields, describe, is_plain, read_json
 from lr_callback.decisions.costs import COSTS, amount, is_unit
+from lr_callback.decisions.curves import Curves
 from lr_callback.decisions.factorization import Factorization, Spending, read_layer, read_shape, read_spending
 from lr_callback.decisions.printed import reasons_of, table_of
 
@@ -40,6 +41,8 @@ class Allocation:
         others: unit -> what is spent in it, where there were budgets in several units.
         max_error: that no layer errs by more than, where that was asked for; the budget is then what it takes.
         overridden: names of the layers that an override is for, whatever the others are.
+        sampled: its curves, or what makes them, the analysis that it was made of; None: neither is at hand. It is not
+            written, nor compared.
     """
 
     layers: Mapping[str, Factorization | None]
@@ -57,6 +60,11 @@ class Allocation:
     others: Mapping[str, Spending] = field(default_factory=dict)
     max_error: float | None = None
     overridden: tuple[str, ...] = ()
+    sampled: Curves | Callable[[Allocation], Curves] | None = field(default=None, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out an analysis: it may hold functions of a user, which do not travel."""
+        return {**vars(self), "sampled": self.sampled if isinstance(self.sampled, Curves) else None}
 
     @property
     def worst_error(self) -> float:
@@ -75,9 +83,25 @@ class Allocation:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the allocation as dicts, lists, strings and numbers (``torch.load(weights_only=True)`` takes it)."""
-        written = asdict(self)
+        written = asdict(replace(self, sampled=None))
+        del written["sampled"]
         written["shapes"] = {name: list(shape) for name, shape in self.shapes.items()}
         return {"version": VERSION, **written, "overridden": list(self.overridden)}
+
+    def curves(self) -> Curves:
+        """Return what figures draw of it and of the layers it was made for.
+
+        Raises:
+            ValueError: If it was read from a file, or came from another process, where its analysis stayed.
+        """
+        if self.sampled is None:
+            raise ValueError(
+                "Allocation: its singular values and errors must be at hand to be drawn, and they are not: it was read "
+                "from a file, or came from another process. Use `callback.curves` of a run, or "
+                "`lr_callback.analyze(model).curves(allocation)` with the model as it was before, and "
+                "`analyze(model, method)` where a method was given."
+            )
+        return self.sampled if isinstance(self.sampled, Curves) else self.sampled(self)
 
     @classmethod
     def from_dict(cls, written: Mapping[str, Any]) -> Allocation:

@@ -205,6 +205,7 @@ class Analysis:
             others={unit: Spending(costs[unit], self._dense(unit), budgets[unit]) for unit in self.others},
             max_error=max_error,
             overridden=tuple(self.pinned),
+            sampled=self.curves,
         )
 
     def _out_of_reach(self, keep_ratio: float, budget: int) -> str:

@@ -57,6 +57,33 @@ class Counting:
         """What is paid for, in each unit; not before there is an observation, where one takes it."""
         return [Prices(unit, self.observation) for unit in self.units]
 
+    def begin(self, trainer: Trainer, pl_module: LightningModule, to_time: ToTime, at_once: bool) -> None:
+        """Count on the module's example input before the training; without one the first batch takes its place.
+
+        Args:
+            trainer: of the run.
+            pl_module: that is run.
+            to_time: says what is to be measured of which layer.
+            at_once: whether a compression comes before the first batch: budgets that wait for a run need the example.
+
+        Raises:
+            MisconfigurationException: If there is no example, and one is needed.
+            ValueError: If budgets wait for a run, and the module cannot be run on its example.
+        """
+        has_example = pl_module.example_input_array is not None
+        if self.required and (at_once or has_example):
+            self.observe_example(trainer, pl_module, to_time)
+        elif has_example and self.observation is None:
+            self.observation = _of_the_first(trainer, lambda: self._try(lambda: observe_example(trainer, pl_module)))
+
+    def _try(self, observe: Callable[[], Observation]) -> Observation | None:
+        """Count for the sake of what is told; where that fails the training is not to end."""
+        try:
+            return observe()
+        except ValueError as error:
+            rank_zero_warn(f"LowRankCompression: multiply-adds are counted on the first batch instead. {error}")
+            return None
+
     def observe_example(self, trainer: Trainer, pl_module: LightningModule, to_time: ToTime) -> None:
         """Count on the module's example input, where budgets wait for a run.
 

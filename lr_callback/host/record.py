@@ -67,7 +67,8 @@ class Record:
     def after(self, allocation: Allocation, passed: Iterable[int], curves: Curves | None = None) -> Record:
         """Return the record after a compression with which some events have passed; later snapshots are yet to come."""
         applied = tuple(sorted({*self.applied, *passed}))
-        return replace(self.without_files("cut", "final"), allocation=allocation, curves=curves, applied=applied)
+        made = replace(allocation, sampled=curves)  # an analysis would stay in memory until the next one
+        return replace(self.without_files("cut", "final"), allocation=made, curves=curves, applied=applied)
 
     def with_ranks(self, epoch: int, ranks: Mapping[str, float], most: int) -> Record:
         """Return the record with the stable ranks at the start of an epoch, and at most so many others before."""
@@ -114,11 +115,13 @@ class Record:
             ValueError: If a newer version wrote it, or it is damaged or foreign; the text says what to do.
         """
         parts = _checked(written)
-        allocation, observation, curves = parts["allocation"], parts["observation"], parts["curves"]
+        allocation, observation = parts["allocation"], parts["observation"]
+        curves = None if parts["curves"] is None else _read("curves", Curves.from_dict, parts["curves"])
+        made = None if allocation is None else _read("allocation", Allocation.from_dict, allocation)
         return cls(
             applied=tuple(parts["applied"]),
-            allocation=None if allocation is None else _read("allocation", Allocation.from_dict, allocation),
-            curves=None if curves is None else _read("curves", Curves.from_dict, curves),
+            allocation=None if made is None else replace(made, sampled=curves),
+            curves=curves,
             observation=None if observation is None else _read("observation", Observation.from_dict, observation),
             start=copy.deepcopy(parts["start"]),
             snapshot_files=dict(parts["snapshot_files"]),

@@ -15,7 +15,7 @@ from lr_callback.analysis.analyze import analyze, survey, to_time
 from lr_callback.calibration.fisher import WITHOUT
 from lr_callback.common.table import wrap
 from lr_callback.decisions.analysed import Analysis
-from lr_callback.decisions.costs import OBSERVED, amount
+from lr_callback.decisions.costs import ACTIVATION_MEMORY, LATENCY, OBSERVED, amount
 from lr_callback.decisions.goals import Goal, is_open
 from lr_callback.decisions.methods import Method, best_method, check_method
 from lr_callback.edits.optimizers import optimizers_in, with_inner
@@ -107,7 +107,7 @@ class Scope:
                     self.check_budgets(pl_module, [ratio], [Prices(unit)])
 
     def reach(self, pl_module: LightningModule, prices: Sequence[Prices], seen: Observation | None) -> str:
-        """Return what of a module can be kept at least, in each unit that is known.
+        """Say what of a module can be kept at least, in each unit, or why that is not known.
 
         Args:
             pl_module: whose layers are priced; no weight is looked at.
@@ -121,7 +121,7 @@ class Scope:
             f"{100 * found.smallest_in(unit) / dense:.1f} % of {amount(unit, dense)}"
             for unit, dense in {found.unit: found.dense_cost, **found.others}.items()
         ]
-        return wrap(f"Low-rank compression can go down to {', '.join(ranges)}")
+        return wrap(f"Low-rank compression can go down to {', '.join(ranges)}. {_not_priced(found)}".strip())
 
     def check_optimizers(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse optimizers that would stop a compression, before the training.
@@ -169,3 +169,14 @@ class Scope:
     def _layers(self) -> dict[str, Any]:
         own = {"include": self.include, "exclude": self.exclude}
         return {**own, "embeddings": self.embeddings, "overrides": self.overrides}
+
+
+def _not_priced(found: Analysis) -> str:
+    """Say why some units have no range: none is below the dense network, or it takes a run, or minutes."""
+    reasons = {
+        "multiply_adds": "multiply-adds are known before the training with an `example_input_array`",
+        ACTIVATION_MEMORY: "activation memory does not fall below the dense network's",
+        LATENCY: "time is measured for a budget in latency",
+    }
+    told = "; ".join(reason for unit, reason in reasons.items() if unit not in (found.unit, *found.others))
+    return f"{told[:1].upper()}{told[1:]}." if told else ""

@@ -95,14 +95,16 @@ def plot_allocation(allocation: Allocation, ax: Axes | None = None) -> tuple[Fig
     return figure, axes
 
 
-def plot_spectra(curves: Curves, layers: Sequence[str] | None = None, ax: Axes | None = None) -> tuple[Figure, Any]:
+def plot_spectra(
+    allocation: Allocation | Curves, layers: Sequence[str] | None = None, ax: Axes | None = None
+) -> tuple[Figure, Any]:
     """Draw the singular values of layers, relative to the largest, with the rank at which each is cut off.
 
     A layer of which the analysis tells no singular values (``error="operator"`` with several slices) is drawn by its
     error, and its title says so.
 
     Args:
-        curves: ``analysis.curves(allocation)``, or ``callback.curves`` of a run.
+        allocation: of a compression; or its curves, ``callback.curves`` of a run, ``analysis.curves(allocation)``.
         layers: names of layers; None: the largest ones, at most 24.
         ax: to draw all of them into, one line for each; None: a figure of its own with a panel for each.
 
@@ -111,20 +113,19 @@ def plot_spectra(curves: Curves, layers: Sequence[str] | None = None, ax: Axes |
 
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
-        TypeError: If it is something else, such as an Allocation, which knows no spectra: its model does.
-        ValueError: If a layer has no curve.
+        TypeError: If it is something else.
+        ValueError: If a layer has no curve, or the allocation was read from a file: files of it hold no spectra.
 
     Example::
 
         >>> import lr_callback
         >>> from torch import nn
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 96))
-        >>> allocation = lr_callback.allocate(model, 0.5)
-        >>> figure, panels = plot_spectra(lr_callback.analyze(model).curves(allocation))
+        >>> figure, panels = plot_spectra(lr_callback.allocate(model, 0.5))
         >>> panels.shape
         (1, 2)
     """
-    _check_curves(curves, "plot_spectra")
+    curves = _curves_of(allocation, "plot_spectra")
     shown = _shown(curves, layers)
     lines = {name: _line(curves.layers[name]) for name in shown}
     lowest = min((one for _, values, _ in lines.values() for one in values if one > _LEAST), default=1.0)
@@ -147,14 +148,14 @@ def plot_spectra(curves: Curves, layers: Sequence[str] | None = None, ax: Axes |
     return figure, panels
 
 
-def plot_tradeoff(curves: Curves, ax: Axes | None = None) -> tuple[Figure, Axes]:
+def plot_tradeoff(allocation: Allocation | Curves, ax: Axes | None = None) -> tuple[Figure, Axes]:
     """Draw the worst and the mean error of the layers against what is kept, with the allocation that was chosen.
 
     The lines are close to what the method would choose for other budgets. Where it cannot tell that quickly, the chosen
     point stands alone.
 
     Args:
-        curves: ``analysis.curves(allocation)``, or ``callback.curves`` of a run.
+        allocation: of a compression; or its curves, see :func:`plot_spectra`.
         ax: to draw into; None: a figure of its own.
 
     Returns:
@@ -163,17 +164,18 @@ def plot_tradeoff(curves: Curves, ax: Axes | None = None) -> tuple[Figure, Axes]
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
         TypeError: If it is something else.
+        ValueError: If the allocation was read from a file.
 
     Example::
 
         >>> import lr_callback
         >>> from torch import nn
-        >>> analysis = lr_callback.analyze(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 96)))
-        >>> figure, axes = plot_tradeoff(analysis.curves(analysis.allocate(0.5)))
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 96))
+        >>> figure, axes = plot_tradeoff(lr_callback.allocate(model, 0.5))
         >>> axes.get_xlabel()
         'parameters kept (%)'
     """
-    _check_curves(curves, "plot_tradeoff")
+    curves = _curves_of(allocation, "plot_tradeoff")
     figure, axes = axes_of(ax, (5.6, 3.8))
 
     def kept(one: Point) -> float:
@@ -279,15 +281,11 @@ def _scale(axes: Axes, lowest: float) -> None:
     axes.minorticks_off()
 
 
-def _check_curves(curves: object, function: str) -> None:
-    _check(
-        curves,
-        Curves,
-        function,
-        "Curves, such as `callback.curves` of a run. Of an allocation: "
-        f"`{function}(lr_callback.analyze(model).curves(allocation))`, with the model as it was before, and "
-        "`analyze(model, method)` where a method was given",
-    )
+def _curves_of(given: Curves | Allocation, function: str) -> Curves:
+    if isinstance(given, Allocation):
+        return given.curves()
+    _check(given, Curves, function, "an Allocation, such as `callback.allocation`, or its Curves")
+    return given
 
 
 def _check(value: object, kind: type, function: str, must: str) -> None:

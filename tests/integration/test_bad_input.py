@@ -279,4 +279,30 @@ def test_what_can_be_reached_is_told_in_the_unit_of_each_budget_before_the_first
         fit(module, LowRankCompression(epochs=2, **options), Stop())
     (told,) = [line for line in messages if line.startswith("Low-rank compression can go down to")]
     assert re.search(rf"[\d.]+ % of [\d,.]+ {unit}", " ".join(told.split()))
-    assert ("multiply-adds" in told) == ("multiply_adds" in str(options) or "activation_memory" in str(options))
+    told = " ".join(told.split())
+    assert re.search(r"[\d.]+ % of [\d,]+ multiply-adds", told), "the example was run"
+    assert ("activation memory does not fall" in told.lower()) == ("activation_memory" not in str(options))
+    assert told.lower().endswith("time is measured for a budget in latency.")
+
+
+def test_without_an_example_it_is_told_why_costs_of_a_run_have_no_range(fit, new_module, messages):
+    fit(new_module(), LowRankCompression(0.5, epochs=1))
+    (told,) = [line for line in messages if line.startswith("Low-rank compression can go down to")]
+    ranges, reasons = " ".join(told.split()).split(" bytes. ")
+    assert " parameters, " in ranges and "multiply-adds" not in ranges
+    assert reasons == (
+        "Multiply-adds are known before the training with an `example_input_array`; activation memory does not fall "
+        "below the dense network's; time is measured for a budget in latency."
+    )
+
+
+def test_an_example_that_the_network_does_not_take_ends_no_training_that_needs_no_example(fit, new_module, messages):
+    module = new_module()
+    module.example_input_array = torch.zeros(4, 3)
+    compression = LowRankCompression(0.5, epochs=1)
+    match = r"multiply-adds are counted on the first batch instead\. `example_input_array`: \w+ must run on it"
+    with pytest.warns(UserWarning, match=match):
+        fit(module, compression)
+    (told,) = [line for line in messages if line.startswith("Low-rank compression can go down to")]
+    assert "Multiply-adds are known" in told and compression.allocation is not None
+    assert compression._counting.observation is not None, "of the first batch"

@@ -163,7 +163,8 @@ def test_resumed_run_has_the_curves_and_draws_the_next_cut(fit, tmp_path):
     trainer = fit(TensorBoardLogger(tmp_path, version=0), compression=first)
     trainer.save_checkpoint(tmp_path / "cut.ckpt", weights_only=False)
     second.load_state_dict(first.state_dict())
-    assert second.curves == first.curves and plot_spectra(second.curves)[1].size == 2
+    assert second.curves == first.curves and plot_spectra(second.allocation)[1].size == 2
+    assert first.allocation.curves() is first.curves
     path = tmp_path / "cut.ckpt"
     trainer = fit(TensorBoardLogger(tmp_path, version=1), compression=second, ckpt_path=path, max_epochs=3)
     assert [image.step for image in events(trainer.logger).Images("compression/spectra")] == [4]

@@ -1,5 +1,7 @@
 """Figures: what is drawn is what the values say, names as they are, and nothing is left behind."""
 
+import copy
+import pickle
 import sys
 from dataclasses import replace
 
@@ -184,20 +186,44 @@ def test_nothing_of_pyplot_is_left_behind(small, drawn):
 
 
 @pytest.mark.parametrize("draw", [plot_spectra, plot_tradeoff])
-def test_an_allocation_knows_no_curves(draw, small):
-    call = rf"`{draw.__name__}\(lr_callback.analyze\(model\).curves\(allocation\)\)`"
-    with pytest.raises(TypeError, match=rf"must be Curves, such as `callback.curves`.*{call}.*; got Allocation"):
-        draw(small[0])
+def test_an_allocation_is_drawn_as_its_curves_are(draw, small, drawn):
+    allocation, curves = small
+    (figure, _), (other, _) = draw(allocation), draw(curves)
+    drawn(figure)
+    for one, of_curves in zip(figure.axes, other.axes, strict=True):
+        for line, own in zip(one.lines, of_curves.lines, strict=True):
+            assert line.get_xydata().tolist() == own.get_xydata().tolist()
+
+
+def test_allocations_know_their_curves_until_they_are_written_and_no_longer():
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 48))
+    allocation = lrc.allocate(model, 0.5, cost=lambda module: sum(one.numel() for one in module.parameters()))
+    assert allocation.curves().chosen.cost == allocation.cost
+    known = replace(allocation, sampled=allocation.curves())
+    assert pickle.loads(pickle.dumps(known)).curves() == known.curves()
+    assert "sampled" not in allocation.to_dict() and "sampled" not in repr(allocation)
+    read = [lrc.Allocation.from_json(allocation.to_json()), pickle.loads(pickle.dumps(allocation))]
+    for one in [*read, copy.deepcopy(allocation)]:
+        assert one == allocation and str(one) == str(allocation)
+        with pytest.raises(ValueError, match=r"it was read from a file, or came from another process\. Use"):
+            one.curves()
 
 
 @pytest.mark.parametrize("draw", ["plot_spectra", "plot_tradeoff"])
 def test_the_call_that_the_error_tells_gives_the_figure(draw, drawn):
     model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 48))
-    names = {"lr_callback": lrc, "model": model, "allocation": lrc.allocate(model, 0.5), draw: getattr(lrc, draw)}
-    with pytest.raises(TypeError) as raised:
-        names[draw](names["allocation"])
-    figure, _ = eval(str(raised.value).split("`")[3], names)
+    read = lrc.Allocation.from_json(lrc.allocate(model, 0.5).to_json())
+    names = {"lr_callback": lrc, "model": model, "allocation": read}
+    with pytest.raises(ValueError, match="must be at hand to be drawn") as raised:
+        getattr(lrc, draw)(read)
+    figure, _ = getattr(lrc, draw)(eval(str(raised.value).split("`")[3], names))
     drawn(figure)
+
+
+@pytest.mark.parametrize("draw", [plot_spectra, plot_tradeoff])
+def test_what_is_no_allocation_is_refused(draw):
+    with pytest.raises(TypeError, match=rf"{draw.__name__}: .* must be an Allocation, .*, or its Curves; got Linear"):
+        draw(nn.Linear(2, 2))
 
 
 def test_curves_of_an_allocation_of_another_method_or_unit_are_refused():
