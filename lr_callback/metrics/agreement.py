@@ -54,6 +54,7 @@ class PredictionAgreement(Plotted):
             target: class scores of the model that it is compared with, of the same shape.
 
         Raises:
+            TypeError: If one is no tensor. Nothing was added.
             ValueError: If the shapes or the dtypes are others. Nothing was added.
         """
         agreed = agreeing(preds, target, self.top_k)

@@ -20,7 +20,7 @@ def prediction_agreement(preds: Tensor, target: Tensor, top_k: int = 1) -> Tenso
         A number from 0 to 1; NaN of no samples. A sample with a score that is NaN agrees with none.
 
     Raises:
-        TypeError: If ``top_k`` is no whole number.
+        TypeError: If ``preds`` or ``target`` is no tensor, or ``top_k`` no whole number.
         ValueError: If the shapes, the dtypes or ``top_k`` are others.
 
     Example::
@@ -56,8 +56,11 @@ def check_top_k(top_k: int) -> None:
         raise ValueError(f"PredictionAgreement: `top_k` must be at least 1, got {top_k}.")
 
 
-def _check(preds: Tensor, target: Tensor, top_k: int) -> None:
+def _check(preds: object, target: object, top_k: int) -> None:
     where = "PredictionAgreement: `preds` and `target`"
+    if not (isinstance(preds, Tensor) and isinstance(target, Tensor)):
+        found = f"{type(preds).__name__} and {type(target).__name__}"
+        raise TypeError(f"{where} must be tensors, got {found}. Give what the models return.")
     if preds.shape != target.shape:
         raise ValueError(
             f"{where} must have the same shape, got {tuple(preds.shape)} and {tuple(target.shape)}. Give the scores of "

@@ -73,6 +73,16 @@ def test_what_is_no_pair_of_scores_is_refused(preds, target, top_k, text):
     assert metric.samples == 0
 
 
+@pytest.mark.parametrize("scores", [[[1.0, 2.0]], None, "scores"], ids=str)
+def test_what_is_no_tensor_is_refused(scores):
+    metric, found = PredictionAgreement(), type(scores).__name__
+    for pair, told in (((scores, torch.zeros(1, 2)), f"{found} and Tensor"), ((torch.zeros(1, 2), scores), found)):
+        for function in (metric.update, prediction_agreement):
+            with pytest.raises(TypeError, match=f"`preds` and `target` must be tensors, got .*{told}.* Give what"):
+                function(*pair)
+    assert metric.samples == 0
+
+
 def test_what_is_no_number_of_classes_is_refused():
     for bad, kind, text in ((0, ValueError, "at least 1, got 0"), (1.5, TypeError, "a whole number, got 1.5")):
         with pytest.raises(kind, match=f"PredictionAgreement: `top_k` must be {text}"):
