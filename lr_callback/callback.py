@@ -207,8 +207,8 @@ class LowRankCompression(Checkpointed):
         if self.learning_rate_rewind:
             self._record = replace(self._record, start=start_of(trainer, self._record.start))
         self._counting.check_known(pl_module, self.scope.to_time)
-        at_once = 0 in self.events or is_smoke_test(trainer)
-        self._counting.begin(trainer, pl_module, self.scope.to_time, at_once)
+        if 0 in self.events or is_smoke_test(trainer) or pl_module.example_input_array is not None:
+            self._counting.observe_example(trainer, pl_module, self.scope.to_time)
         if not self._counting.is_due:
             self._check_budgets(trainer, pl_module)
         else:
@@ -219,7 +219,7 @@ class LowRankCompression(Checkpointed):
         prices, goals = self._counting.prices, self.schedule.left(self._record)
         self.scope.check_budgets(pl_module, goals, prices)
         if self.show_table and goals:
-            show(trainer, self.scope.reach(pl_module, prices, self._counting.observation))
+            show(trainer, self.scope.reach(pl_module, prices, self._counting.glance(trainer, pl_module)))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse from now on a state dict of another structure, and begin an epoch that is to begin."""

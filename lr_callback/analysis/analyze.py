@@ -20,9 +20,21 @@ from lr_callback.mathematics.importance import Importance, checked_importance, w
 from lr_callback.model.find import Found, find_layers
 from lr_callback.model.observe import Observation, observe
 from lr_callback.model.overrides import Override, overridden, pinned, read_overrides
-from lr_callback.model.pricing import Prices, dense_again, layer_costs, leave_out_unused, no_gain, wanted_times
+from lr_callback.model.pricing import (
+    Prices,
+    dense_again,
+    first_costs,
+    layer_costs,
+    leave_out_unused,
+    no_gain,
+    wanted_times,
+)
 from lr_callback.units.latency import Progress, Wanted
 from lr_callback.units.own_cost import read_cost
+
+
+class NothingToFactorizeError(ValueError):
+    """No layer of a model is worth factorizing."""
 
 
 def allocate(
@@ -148,15 +160,15 @@ def analyze(
     """
     method, processes, paid = check_method(method), processes or Processes(), _listed(prices)
 
-    def priced() -> tuple[Found, dict[str, Units], dict[str, Override], dict[str, int]]:
+    def priced() -> tuple[Found, Mapping[str, Units], dict[str, Override], dict[str, int]]:
         checked_importance(method.error, importance, method.needs_effects)
         found = find_layers(model, include, exclude)
         leave_out_unused(found, used)
         own = overridden(read_overrides(overrides), model, found)
-        return found, _units(found, paid, True, embeddings), own, _totals(model, paid)
+        return found, layer_costs(found, paid, True, embeddings), own, _totals(model, paid)
 
     found, units, pins, totals = processes.agree(priced)
-    costs, others = _first(units), _others(units)
+    costs, others = first_costs(units), _others(units)
     methods = _methods(method, costs, pins)
     owners = dict(zip(costs, processes.owners(_work(cost.geometry, method) for cost in costs.values()), strict=True))
     own = {name: found.layers[name] for name, owner in owners.items() if owner == processes.rank}
@@ -182,20 +194,6 @@ def _listed(prices: Prices | Sequence[Prices] | None) -> list[Prices]:
 def _totals(model: nn.Module, prices: Sequence[Prices]) -> dict[str, int]:
     """Return what the model costs in each unit, all layers dense."""
     return {one.unit: one.of_model(model) for one in prices}
-
-
-def _units(found: Found, prices: Sequence[Prices], skip_zero: bool, embeddings: bool) -> dict[str, Units]:
-    """Return the costs of each layer in every unit; a layer that saves nothing in one of them is skipped."""
-    costs = {one.unit: layer_costs(found, one, skip_zero, embeddings) for one in prices}
-    for one in prices:
-        for name in found.layers.keys() & found.skipped.keys():
-            costs[one.unit].pop(name, None)
-    shared = [name for name in costs[prices[0].unit] if all(name in own for own in costs.values())]
-    return {name: {unit: own[name] for unit, own in costs.items()} for name in shared}
-
-
-def _first(units: Mapping[str, Units]) -> dict[str, LayerCost]:
-    return {name: next(iter(own.values())) for name, own in units.items()}
 
 
 def _others(units: Mapping[str, Units]) -> dict[str, Units]:
@@ -229,8 +227,8 @@ def survey(
     method, paid = check_method(method), _listed(prices)
     found = find_layers(model, include, exclude)
     pins = overridden(read_overrides(overrides), model, found)
-    units = _units(found, paid, False, embeddings)
-    costs, others = _first(units), _others(units)
+    units = layer_costs(found, paid, False, embeddings)
+    costs, others = first_costs(units), _others(units)
     methods = _methods(method, costs, pins)
     layers = {name: methods[name].priced(own, others[name]) for name, own in costs.items()}
     return _analysis(model, method, _totals(model, paid), found, costs, layers, pins, known=False)
@@ -252,7 +250,7 @@ def _analysis(
     found.skipped.update({name: no_gain(costs[name].geometry, method) for name in useless})
     layers = {name: layer for name, layer in layers.items() if name not in useless}
     if not layers:
-        raise ValueError(_nothing(found))
+        raise NothingToFactorizeError(_nothing(found))
     (unit, dense), *others = totals.items()
     return Analysis(
         method=method,

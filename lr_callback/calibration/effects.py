@@ -38,7 +38,7 @@ from lr_callback.layers import dense_bias
 from lr_callback.layers.layer_types import dense_weight
 from lr_callback.mathematics.importance import Importance, checked_importance
 from lr_callback.model.find import find_layers
-from lr_callback.model.pricing import Prices, layer_costs
+from lr_callback.model.pricing import Prices, first_costs, layer_costs
 from lr_callback.model.running import runner, watching
 from lr_callback.units.latency import Progress
 
@@ -111,7 +111,7 @@ def measure_effects(
     _check_share(share)
     known = checked_importance(method.error, importance)
     found = find_layers(model, include, exclude)
-    costs = layer_costs(found, Prices(), embeddings=embeddings)
+    costs = first_costs(layer_costs(found, [Prices()], embeddings=embeddings))
     layers = {name: found.layers[name] for name in _largest(costs)}
 
     def measure() -> _Measured:

@@ -55,8 +55,13 @@ class Analysis:
         """Cost of what the method has no choice of: what is not a layer here, and the layers that are overridden."""
         return self._fixed(self.unit)
 
+    @property
+    def dense_costs(self) -> dict[str, int]:
+        """Cost of the whole model with all layers dense, in each unit, the first one first."""
+        return {self.unit: self.dense_cost, **self.others}
+
     def _dense(self, unit: str) -> int:
-        return self.dense_cost if unit == self.unit else self.others[unit]
+        return self.dense_costs[unit]
 
     def _cost(self, unit: str, name: str, choice: Choice) -> int:
         return cost_in(unit, self.layers[name], choice, unit == self.unit)
@@ -110,7 +115,7 @@ class Analysis:
         # The epsilon keeps a ratio that was made by division (cost / dense_cost) from losing its last unit.
         budgets = {unit: floor(ratio * self._dense(unit) * (1 + 1e-12)) for unit, ratio in ratios.items()}
         if budgets[self.unit] < self.smallest_cost:
-            raise ValueError(self._out_of_reach(ratios[self.unit], budgets[self.unit]))
+            raise ValueError(self._out_of_reach(ratios[self.unit], budgets[self.unit], isinstance(goal, Mapping)))
         solution = self._solve(ratios, budgets)
         return self._allocation(solution, ratios, budgets)
 
@@ -208,15 +213,15 @@ class Analysis:
             sampled=self.curves,
         )
 
-    def _out_of_reach(self, keep_ratio: float, budget: int) -> str:
+    def _out_of_reach(self, keep_ratio: float, budget: int, by_unit: bool) -> str:
         overridden = " or that `overrides` are for" if self.pinned else ""
-        asked = f"`budget`: {keep_ratio:g} of {spoken(self.unit)}" if self.others else f"`keep_ratio`={keep_ratio}"
+        asked = f"`budget`: {keep_ratio:g} of {spoken(self.unit)}" if by_unit else f"`keep_ratio`={keep_ratio}"
         least, got, fixed = (amount(self.unit, cost) for cost in (self.smallest_cost, budget, self.fixed_cost))
         return (
             f"{asked}: the budget must be at least {least}, got {got}. {fixed} are in layers that are not factorized"
             f"{overridden}, and the cheapest form of the others takes "
             f"{amount(self.unit, self.smallest_cost - self.fixed_cost)}. Reachable: "
-            f"{'a fraction' if self.others else 'keep_ratio'} from {self.reachable[0]:.4f} to 1."
+            f"{'a fraction' if by_unit else 'keep_ratio'} from {self.reachable[0]:.4f} to 1."
         )
 
 

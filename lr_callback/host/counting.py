@@ -57,33 +57,6 @@ class Counting:
         """What is paid for, in each unit; not before there is an observation, where one takes it."""
         return [Prices(unit, self.observation) for unit in self.units]
 
-    def begin(self, trainer: Trainer, pl_module: LightningModule, to_time: ToTime, at_once: bool) -> None:
-        """Count on the module's example input before the training; without one the first batch takes its place.
-
-        Args:
-            trainer: of the run.
-            pl_module: that is run.
-            to_time: says what is to be measured of which layer.
-            at_once: whether a compression comes before the first batch: budgets that wait for a run need the example.
-
-        Raises:
-            MisconfigurationException: If there is no example, and one is needed.
-            ValueError: If budgets wait for a run, and the module cannot be run on its example.
-        """
-        has_example = pl_module.example_input_array is not None
-        if self.required and (at_once or has_example):
-            self.observe_example(trainer, pl_module, to_time)
-        elif has_example and self.observation is None:
-            self.observation = _of_the_first(trainer, lambda: self._try(lambda: observe_example(trainer, pl_module)))
-
-    def _try(self, observe: Callable[[], Observation]) -> Observation | None:
-        """Count for the sake of what is told; where that fails the training is not to end."""
-        try:
-            return observe()
-        except ValueError as error:
-            rank_zero_warn(f"LowRankCompression: multiply-adds are counted on the first batch instead. {error}")
-            return None
-
     def observe_example(self, trainer: Trainer, pl_module: LightningModule, to_time: ToTime) -> None:
         """Count on the module's example input, where budgets wait for a run.
 
@@ -100,6 +73,17 @@ class Counting:
             with self._progress(trainer) as progress:
                 options = (self._timed(pl_module, to_time), progress, self._kept)
                 self.observation = _of_the_first(trainer, lambda: observe_example(trainer, pl_module, *options))
+
+    def glance(self, trainer: Trainer, pl_module: LightningModule) -> Observation | None:
+        """Return what is known of a run; else what the module's example input shows, which decides nothing.
+
+        Args:
+            trainer: of the run.
+            pl_module: that is run; where it cannot be run on its example input, a warning says why.
+        """
+        if self.observation is not None or pl_module.example_input_array is None:
+            return self.observation
+        return _of_the_first(trainer, lambda: _glance(trainer, pl_module))
 
     def check_known(self, pl_module: LightningModule, to_time: ToTime) -> None:
         """Forget what lacks something that a run before did not need, or measured on another device.
@@ -184,6 +168,20 @@ class Counting:
         if self._probe is not None:
             self._probe.stop()
             self._probe = None
+
+
+def _glance(trainer: Trainer, pl_module: LightningModule) -> Observation | None:
+    try:
+        return observe_example(trainer, pl_module)
+    except ValueError as error:
+        cause = error.__cause__  # what the network raised, if that is why
+        told = error if cause is None else f"it raised {type(cause).__name__}: {' '.join(str(cause).split())[:400]}"
+        rank_zero_warn(
+            "LowRankCompression: how many multiply-adds can be kept is not said before the training: the network must "
+            f"run on its `example_input_array`, and {told}. The compression is not affected. Give what its forward "
+            "takes, or none."
+        )
+        return None
 
 
 def _of_the_first(trainer: Trainer, observe: Callable[[], Observation | None]) -> Observation | None:

@@ -76,8 +76,8 @@ def _milliseconds(allocation: Allocation) -> dict[str, float]:
 
 
 def _multiply_adds(pl_module: LightningModule, observation: Observation | None) -> tuple[int, int] | None:
-    """Return the module's multiply-adds now and with all layers dense."""
-    if observation is None:
+    """Return the module's multiply-adds now and with all layers dense; None: not known, or none, as of embeddings."""
+    if observation is None or observation.dense_multiply_adds == 0:
         return None
     return observation.multiply_adds(pl_module), observation.dense_multiply_adds
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.optim import SparseAdam
 
-from lr_callback.analysis.analyze import analyze, survey, to_time
+from lr_callback.analysis.analyze import NothingToFactorizeError, analyze, survey, to_time
 from lr_callback.calibration.fisher import WITHOUT
 from lr_callback.common.table import wrap
 from lr_callback.decisions.analysed import Analysis
@@ -104,7 +104,7 @@ class Scope:
         for goal in goals:
             for unit, ratio in goal.items() if isinstance(goal, Mapping) and not is_open(goal) else ():
                 if unit not in OBSERVED:
-                    self.check_budgets(pl_module, [ratio], [Prices(unit)])
+                    self.check_budgets(pl_module, [{unit: ratio}], [Prices(unit)])
 
     def reach(self, pl_module: LightningModule, prices: Sequence[Prices], seen: Observation | None) -> str:
         """Say what of a module can be kept at least, in each unit, or why that is not known.
@@ -114,14 +114,25 @@ class Scope:
             prices: the units of the budgets.
             seen: of a run, if there was one: multiply-adds are known then.
         """
-        own, counted = [one.unit for one in prices], () if seen is None else ("multiply_adds",)
-        every = [*prices, *(Prices(unit, seen) for unit in ("parameters", "bytes", *counted) if unit not in own)]
-        found = survey(pl_module, self.method, prices=every, **self._layers)
-        ranges = [
-            f"{100 * found.smallest_in(unit) / dense:.1f} % of {amount(unit, dense)}"
-            for unit, dense in {found.unit: found.dense_cost, **found.others}.items()
-        ]
-        return wrap(f"Low-rank compression can go down to {', '.join(ranges)}. {_not_priced(found)}".strip())
+        joint = survey(pl_module, self.method, prices=prices, **self._layers)
+        known = {unit: (joint.smallest_in(unit), dense) for unit, dense in joint.dense_costs.items()}
+        counted = () if seen is None else ("multiply_adds",)
+        for unit in ("parameters", "bytes", *counted):
+            if unit not in known:
+                known[unit] = self._alone(pl_module, Prices(unit, seen))
+        told = (
+            (f"{100 * least / dense:.1f} %", amount(unit, dense)) for unit, (least, dense) in known.items() if dense
+        )
+        ranges = ", ".join(f"{share} of {whole}" for share, whole in told)
+        return wrap(f"Low-rank compression can go down to {ranges}. {_no_range(known)}".strip())
+
+    def _alone(self, pl_module: LightningModule, price: Prices) -> tuple[int, int]:
+        """Return the smallest cost, and that of the dense module, for a budget in one unit."""
+        try:
+            found = survey(pl_module, self.method, prices=price, **self._layers)
+        except NothingToFactorizeError:  # in this unit
+            return (dense := price.of_model(pl_module)), dense
+        return found.smallest_cost, found.dense_cost
 
     def check_optimizers(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse optimizers that would stop a compression, before the training.
@@ -171,12 +182,12 @@ class Scope:
         return {**own, "embeddings": self.embeddings, "overrides": self.overrides}
 
 
-def _not_priced(found: Analysis) -> str:
-    """Say why some units have no range: none is below the dense network, or it takes a run, or minutes."""
+def _no_range(known: Container[str]) -> str:
+    """Say why the other units have no range: none is below the dense network, or it takes a run, or minutes."""
     reasons = {
-        "multiply_adds": "multiply-adds are known before the training with an `example_input_array`",
+        "multiply_adds": "multiply-adds are known of a network that runs on its `example_input_array`",
         ACTIVATION_MEMORY: "activation memory does not fall below the dense network's",
         LATENCY: "time is measured for a budget in latency",
     }
-    told = "; ".join(reason for unit, reason in reasons.items() if unit not in (found.unit, *found.others))
+    told = "; ".join(reason for unit, reason in reasons.items() if unit not in known)
     return f"{told[:1].upper()}{told[1:]}." if told else ""

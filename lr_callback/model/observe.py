@@ -50,6 +50,10 @@ class Observation:
         spent = composed_multiply_adds(model, self.reads)
         return self.dense_multiply_adds - saved_multiply_adds(model, self.calls) + spent
 
+    def is_used(self, name: str) -> bool:
+        """Return whether the run called a layer, or read its weight."""
+        return bool(self.calls.get(name) or self.reads.get(name))
+
     def why_not(self, name: str) -> str | None:
         """Return why a layer saves no multiply-adds however it is factorized, None if it can."""
         if self.reads.get(name):

@@ -1,12 +1,14 @@
 """Patterns: which layers of a model a user means, by name, by type or by place.
 
-``layer1.*`` is a glob pattern of names. ``type:Conv2d`` is one of types, of the class alone or in full; a factorized
-layer counts as of the type that it stands for. ``place:first`` and ``place:last`` are the first and the last layer that
-can be factorized, embeddings aside, in the order in which the model holds them.
+``layer1.*`` is a glob pattern of names. ``type:Conv2d`` is one of types, of the class alone or in full, such as
+``type:torch.nn.Conv2d``; a factorized layer counts as of the type that it stands for. ``place:first`` and
+``place:last`` are the first and the last layer that can be factorized, embeddings aside, in the order in which the
+model holds them.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
@@ -91,4 +93,5 @@ def _types(layer: nn.Module) -> list[str]:
     kind = type(layer)
     full = [name for name, row in LAYER_TYPES.items() if row is kind] if isinstance(layer, FactorizedLayer) else []
     names = full or [full_name(kind)]
-    return [*names, *(name.rpartition(".")[2] for name in names)]
+    usual = [re.sub(r"^torch\.nn\.modules\.\w+\.", "torch.nn.", name) for name in names]
+    return [*names, *usual, *(name.rpartition(".")[2] for name in names)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeVar
@@ -62,11 +62,14 @@ class _MultiplyAdds(_Rate):
 @dataclass(frozen=True)
 class _Latency(_Rate):
     timed: Latencies
+    observation: Observation
 
     def of_model(self, model: nn.Module) -> int:
         return self.timed.dense
 
     def of_layer(self, name: str, layer: nn.Module) -> LayerCost:
+        if not self.observation.is_used(name):
+            return layer_cost(layer, ())
         counted = layer_cost(layer)
         return MeasuredCost(counted.geometry, self.timed.layers.get(name, LayerTimes(0)), counted)
 
@@ -129,6 +132,10 @@ class Prices:
         """Return why nothing is saved at a layer, however it is factorized; None if it can be."""
         return self.observation.why_not(name) if self.unit in OBSERVED and self.observation is not None else None
 
+    def is_free(self, name: str) -> bool:
+        """Return whether a layer costs nothing in any form: the unit is one of a run that does not use it."""
+        return self.unit in OBSERVED and self.observation is not None and not self.observation.is_used(name)
+
     @cached_property
     def _rate(self) -> _Rate:
         if not isinstance(self.asked, str):
@@ -140,7 +147,7 @@ class Prices:
         if seen is None:
             raise ValueError(f"cost={self.asked!r} is counted on a run of the model, and there is none: observe one.")
         if self.asked == LATENCY:
-            return _Latency(_counted(seen.latencies, "cost='latency' is measured in", "timed: time it"))
+            return _Latency(_counted(seen.latencies, "cost='latency' is measured in", "timed: time it"), seen)
         if self.asked == ACTIVATION_MEMORY:
             how = "observed in training: do so with `activations=True`"
             return _ActivationMemory(_counted(seen.activations, f"cost={self.asked!r} is counted on", how))
@@ -240,26 +247,46 @@ def leave_out_unused(found: Found, observation: Observation | None) -> None:
     if observation is None:
         return
     for name in list(found.layers):
-        if not observation.calls.get(name) and not observation.reads.get(name):
+        if not observation.is_used(name):
             found.skipped[name] = "not used on the example input: neither called, nor its weight read"
             del found.layers[name]
 
 
-def layer_costs(found: Found, prices: Prices, skip_zero: bool = True, embeddings: bool = False) -> dict[str, LayerCost]:
-    """Return the cost of each layer; move those without one, without error or not asked for to the skipped ones."""
-    costs: dict[str, LayerCost] = {}
+def layer_costs(
+    found: Found, prices: Sequence[Prices], skip_zero: bool = True, embeddings: bool = False
+) -> dict[str, dict[str, LayerCost]]:
+    """Return the costs of each layer by unit; move those without one, without error or not asked for to the skipped.
+
+    Args:
+        found: what can be factorized.
+        prices: in each unit.
+        skip_zero: whether layers whose weights are all zero are skipped.
+        embeddings: whether embeddings are factorized, too.
+    """
+    costs: dict[str, dict[str, LayerCost]] = {}
     for name, layer in found.layers.items():
         kind = layer_type(layer)
         if kind is not None and kind.only_if_asked is not None and not embeddings:
             found.skipped[name] = kind.only_if_asked
             continue
         zero = check_weight(name, layer)
-        reason = prices.why_not(name) or (zero if skip_zero else None)
+        reason = _saves_nothing(name, prices) or (zero if skip_zero else None)
         if reason is not None:
             found.skipped[name] = reason
             continue
-        costs[name] = prices.of_layer(name, layer)
+        costs[name] = {one.unit: one.of_layer(name, layer) for one in prices}
     return costs
+
+
+def first_costs(units: Mapping[str, Mapping[str, LayerCost]]) -> dict[str, LayerCost]:
+    """Return the cost of each layer in the first unit, of its costs by unit."""
+    return {name: next(iter(own.values())) for name, own in units.items()}
+
+
+def _saves_nothing(name: str, prices: Sequence[Prices]) -> str | None:
+    """Return why a layer cannot be factorized for what is paid for; where it is free, it may be for another unit."""
+    charged = [one for one in prices if not one.is_free(name)] or prices
+    return next((reason for one in charged if (reason := one.why_not(name)) is not None), None)
 
 
 def no_gain(geometry: Geometry, method: Method) -> str:

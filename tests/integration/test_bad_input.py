@@ -1,11 +1,13 @@
 """What cannot work is refused early, with the reason and the way out, and leaves everything as it was."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
 import lr_callback as lrc
@@ -291,16 +293,92 @@ def test_without_an_example_it_is_told_why_costs_of_a_run_have_no_range(fit, new
     ranges, reasons = " ".join(told.split()).split(" bytes. ")
     assert " parameters, " in ranges and "multiply-adds" not in ranges
     assert reasons == (
-        "Multiply-adds are known before the training with an `example_input_array`; activation memory does not fall "
+        "Multiply-adds are known of a network that runs on its `example_input_array`; activation memory does not fall "
         "below the dense network's; time is measured for a budget in latency."
     )
+
+
+def test_a_budget_that_cannot_be_met_is_named_as_it_was_given_also_where_another_waits_for_a_batch(fit, new_module):
+    compression = LowRankCompression(epochs=1, budget={"parameters": 0.001, "multiply_adds": 0.5})
+    with pytest.raises(ValueError, match=r"`budget`: 0.001 of parameters: .* Reachable: a fraction from 0\.\d+ to 1\."):
+        fit(new_module(), compression)
+    assert compression.allocation is None
+
+
+class Looks(LightningModule):
+    """Multiplies nothing: it looks up, and adds."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(64, 32)
+
+    def training_step(self, batch, _):
+        return self.table(batch[0].flatten(1).long() % 64).mean()
+
+    validation_step = training_step
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.05)
+
+
+def test_a_network_without_a_multiplication_is_compressed_and_nothing_is_said_of_these(fit, tmp_path):
+    options = {"method": ALDS(), "embeddings": True, "refit": None}
+    compression, logger = LowRankCompression(0.5, epochs=1, **options), CSVLogger(tmp_path)
+    fit(Looks(), compression, logger=logger)
+    assert set(compression.allocation.factorized) == {"table"}
+    logged = (Path(logger.log_dir) / "metrics.csv").read_text(encoding="utf-8")
+    assert "compression/kept_parameters" in logged and "kept_multiply_adds" not in logged
+
+
+class TwoParts(LightningModule):
+    """Trains an encoder and a decoder; its forward is another part of it."""
+
+    def __init__(self, forward, example):
+        super().__init__()
+        self.encoder, self.decoder, self.small = nn.Linear(64, 32), nn.Linear(32, 64), nn.Linear(8, 1)
+        self.example_input_array, self.part = example, forward
+
+    def forward(self, inputs):
+        return getattr(self, self.part)(inputs) if self.part else inputs @ self.encoder.weight
+
+    def training_step(self, batch, _):
+        images = batch[0].flatten(1)
+        return (self.decoder(self.encoder(images)) - images).square().mean()
+
+    validation_step = training_step
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.05)
+
+
+@pytest.mark.parametrize(
+    ("forward", "example", "multiply_adds"),
+    [
+        ("small", torch.zeros(4, 8), "100.0 % of 32 multiply-adds"),
+        ("decoder", torch.zeros(4, 32), r"[4-6]\.\d % of 8,192 multiply-adds"),
+        ("", torch.zeros(4, 32), "100.0 % of 8,192 multiply-adds"),
+        ("small", torch.zeros(0, 8), None),
+    ],
+    ids=["too small", "a part", "a weight", "no sample"],
+)
+def test_an_example_of_a_part_of_the_network_decides_nothing(fit, messages, forward, example, multiply_adds):
+    """Ranges are those of each unit alone, whatever another has to say of a layer."""
+    module = TwoParts(forward, example)
+    low = lrc.analyze(module).reachable[0]
+    compression = LowRankCompression(0.4, epochs=1, refit=None)
+    fit(module, compression)
+    (told,) = [" ".join(line.split()) for line in messages if line.startswith("Low-rank compression can go down to")]
+    assert f"can go down to {100 * low:.1f} % of " in told
+    assert "multiply-adds" not in told if multiply_adds is None else re.search(multiply_adds, told)
+    assert set(compression.allocation.factorized) == {"encoder", "decoder"}
+    assert compression._counting.observation.dense_multiply_adds == 64 * 2 * 64 * 32, "of the first batch"
 
 
 def test_an_example_that_the_network_does_not_take_ends_no_training_that_needs_no_example(fit, new_module, messages):
     module = new_module()
     module.example_input_array = torch.zeros(4, 3)
     compression = LowRankCompression(0.5, epochs=1)
-    match = r"multiply-adds are counted on the first batch instead\. `example_input_array`: \w+ must run on it"
+    match = r"the network must run on its `example_input_array`, and it raised RuntimeError: .* not affected"
     with pytest.warns(UserWarning, match=match):
         fit(module, compression)
     (told,) = [line for line in messages if line.startswith("Low-rank compression can go down to")]

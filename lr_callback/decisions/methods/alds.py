@@ -102,7 +102,7 @@ class ALDS(Method):
         self.power = power
         self.shrinkage = float(shrinkage)
         if slices is not None:  # what is not given is not written: methods of before are equal to those of now
-            self.slices = _checked_slices(slices)
+            self.slices = _checked_slices(slices, max_slices)
 
     @property
     def takes_any_rank(self) -> bool:
@@ -192,10 +192,12 @@ def _check_power(power: object, objective: str) -> None:
         )
 
 
-def _checked_slices(slices: Sequence[int]) -> tuple[int, ...]:
+def _checked_slices(slices: Sequence[int], most: int | None) -> tuple[int, ...]:
     listed = list(slices) if isinstance(slices, Sequence) and not isinstance(slices, str) else []
     if not listed or not all(type(count) is int and count >= 1 for count in listed):
         raise ValueError(f"`slices` must be a list of whole numbers from 1, such as [1, 2, 4], got {slices!r}.")
+    if most is not None and min(listed) > most:
+        raise ValueError(f"`slices` must have a number up to `max_slices`, got {listed} and {most}; leave one out.")
     return tuple(sorted(set(listed)))
 
 

@@ -11,13 +11,13 @@ from lr_callback.analysis.layerwise import candidates_of
 from lr_callback.decisions.costs import LayerCost
 from lr_callback.decisions.methods import ALDS
 from lr_callback.model.find import find_layers
-from lr_callback.model.pricing import Prices, layer_costs
+from lr_callback.model.pricing import Prices, first_costs, layer_costs
 
 
 def network() -> tuple[dict[str, nn.Module], dict[str, LayerCost]]:
     torch.manual_seed(0)
     found = find_layers(nn.Sequential(nn.Linear(600, 500), nn.Linear(40, 30), nn.Conv2d(8, 12, 3), nn.Linear(30, 20)))
-    return found.layers, layer_costs(found, Prices())
+    return found.layers, first_costs(layer_costs(found, [Prices()]))
 
 
 @pytest.mark.parametrize("error", ["slice", "operator"])
@@ -58,7 +58,7 @@ def test_a_failure_in_a_small_layer_comes_out_and_the_others_are_not_waited_for(
             raise ValueError("this layer cannot be had")
 
     layers = {str(number): nn.Linear(4, 4) for number in range(500)}
-    costs = layer_costs(find_layers(nn.ModuleDict(layers)), Prices())
+    costs = first_costs(layer_costs(find_layers(nn.ModuleDict(layers)), [Prices()]))
     with pytest.raises(ValueError, match="this layer cannot be had"):
         candidates_of(layers, costs, dict.fromkeys(layers, Failing()), None)
     assert 1 <= len(seen) < 500

@@ -309,3 +309,46 @@ def test_an_overridden_layer_may_err_by_more_than_is_asked_of_the_others_and_the
     others = [one.relative_error for name, one in allocation.factorized.items() if name != "4"]
     assert others and max(others) <= 0.2
     assert "at most 0.2 asked besides overrides" in allocation.summary()
+
+
+class Half(nn.Module):
+    """Runs one of its two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.unused, self.used = nn.Linear(192, 64), nn.Linear(64, 192)
+
+    def forward(self, inputs):
+        return self.used(inputs)
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [{"parameters": 0.4, "multiply_adds": 1.0}, {"multiply_adds": 0.3, "parameters": 0.4}],
+    ids=["parameters first", "multiply_adds first"],
+)
+def test_a_layer_that_a_run_does_not_use_is_factorized_for_what_it_holds(budget):
+    model, example = Half(), torch.zeros(4, 64)
+    found = lrc.allocate(model, budget=budget, example_input=example)
+    assert set(found.factorized) == {"unused", "used"}
+    lrc.factorize_(model, found)
+    kept = {"parameters": sum(one.numel() for one in model.parameters()) / (2 * 192 * 64 + 192 + 64)}
+    kept["multiply_adds"] = observe(model, example).multiply_adds(model) / (4 * 192 * 64)
+    assert all(kept[unit] <= ratio for unit, ratio in budget.items())
+
+
+def test_a_layer_that_a_run_does_not_use_is_left_out_where_all_is_of_the_run():
+    model = Half()
+    with torch.no_grad():
+        found = lrc.allocate(model, 0.4, cost="multiply_adds", example_input=torch.zeros(4, 64))
+    assert found.skipped == {"unused": "its forward is not called on the example input"}
+
+
+def test_a_layer_whose_weight_a_run_reads_is_left_out_whatever_else_is_paid_for():
+    class Reads(Half):
+        def forward(self, inputs):
+            return self.used(inputs @ self.unused.weight @ self.unused.weight.T)
+
+    budget = {"parameters": 0.9, "multiply_adds": 0.9}
+    found = lrc.allocate(Reads(), budget=budget, example_input=torch.zeros(4, 64))
+    assert set(found.factorized) == {"used"} and "read directly" in found.skipped["unused"]

@@ -20,6 +20,7 @@ def network():
         (None, None, ["0", "2", "4", "5"]),
         (["type:Linear"], None, ["4", "5"]),
         (None, "type:torch.nn.modules.conv.*", ["4", "5"]),
+        ("type:torch.nn.Linear", None, ["4", "5"]),
         ("type:Conv*", "place:first", ["2"]),
         (None, ["place:first", "place:last"], ["2", "4"]),
         (["place:last", "0"], None, ["0", "5"]),

@@ -136,6 +136,10 @@ def test_the_sum_to_a_power_is_below_that_of_other_powers(power, crew):
         ({"foldings": []}, r"`foldings` must be a non-empty list of names, got \[\]"),
         ({"foldings": "kernel_in_encoder"}, r"`foldings` must be a non-empty list of names, got 'kernel_in_encoder'"),
         ({"max_slices": 0}, "`max_slices` must be a whole number of at least 1, got 0"),
+        (
+            {"slices": [4, 8], "max_slices": 2},
+            r"must have a number up to `max_slices`, got \[4, 8\] and 2",
+        ),
         ({"max_slices": 2.0}, "`max_slices` must be a whole number of at least 1, got 2.0"),
         ({"rank_multiple": -1}, "`rank_multiple` must be a whole number of at least 1, got -1"),
         ({"rank_multiple": "8"}, "`rank_multiple` must be a whole number of at least 1, got '8'"),
