@@ -17,6 +17,7 @@ from lr_callback.commands.from_checkpoint import (
     check_other_file,
     parsed,
 )
+from lr_callback.commands.places import reworded
 from lr_callback.commands.run_files import weights_in
 from lr_callback.common.table import listed
 from lr_callback.decisions.allocation import Allocation
@@ -39,7 +40,7 @@ def export_command(arguments: Sequence[str]) -> None:
     try:
         exported = _export(parsed(parser, arguments))
     except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
-        parser.error(str(error))
+        parser.error(reworded(error))
     write(str(exported))
 
 

@@ -21,13 +21,14 @@ _MADE = ("model", "data")
 """Arguments that are made into objects."""
 
 
-def add_checkpoint(parser: ArgumentParser) -> None:
+def add_checkpoint(parser: ArgumentParser, help_text: str = "a checkpoint of Lightning, or a state dict") -> None:
     """Add the argument for the checkpoint.
 
     Args:
         parser: of a command that begins with one.
+        help_text: what it may be.
     """
-    parser.add_argument("--checkpoint", type=str, required=True, help="a checkpoint of Lightning, or a state dict")
+    parser.add_argument("--checkpoint", type=str, required=True, help=help_text)
 
 
 def add_model(parser: ArgumentParser) -> None:
@@ -56,14 +57,17 @@ def parsed(
 
     Raises:
         FileNotFoundError: If a file does not exist.
-        ValueError: If the checkpoint cannot be read.
+        ValueError: If the checkpoint cannot be read, or the shape of the input is none.
     """
     files = files or files_named(arguments)
     if files is not None and len(without) < len(_MADE):
         seen = _peek(arguments)
         described = files.described(seen.model, _class_path(seen.data))
         parser.set_defaults({name: part for name, part in described.items() if name not in without})
-    chosen: Namespace = parser.instantiate_classes(parser.parse_args(list(arguments)))
+    read = parser.parse_args(list(arguments))
+    if read.input_shape is not None:
+        _sizes(read.input_shape)
+    chosen: Namespace = parser.instantiate_classes(read)
     return chosen
 
 
@@ -205,7 +209,11 @@ def _lightning(chosen: Namespace) -> LightningModule:
 
 def _random(shape: str) -> Tensor:
     """Return random numbers, the same ones each time."""
+    return torch.randn(_sizes(shape), generator=torch.Generator().manual_seed(0))
+
+
+def _sizes(shape: str) -> list[int]:
     sizes = [size.strip() for size in shape.strip("[]()").split(",")]
     if not all(size.isdigit() for size in sizes):
         raise ValueError(f"--input_shape must be whole numbers, for example 1,3,32,32, got {shape}.")
-    return torch.randn([int(size) for size in sizes], generator=torch.Generator().manual_seed(0))
+    return [int(size) for size in sizes]

@@ -98,7 +98,12 @@ def is_exit(error: BaseException) -> bool:
 
 def text_of(error: BaseException) -> str:
     """Return the text of an error on one line, cut off where it is long."""
-    return " ".join(str(error).split())[:_LONGEST]
+    return " ".join(reworded(error).split())[:_LONGEST]
+
+
+def reworded(error: BaseException) -> str:
+    """Return the text of an error in the words of a command line, which has a checkpoint for a source."""
+    return str(error).replace("`source`", "--checkpoint")
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

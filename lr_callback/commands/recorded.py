@@ -109,8 +109,8 @@ def _without(checkpoint: Path) -> ValueError:
     near = f" Beside it are {listed(others)}." if others else ""
     return ValueError(
         f"--checkpoint {checkpoint}: must be written by a Trainer with LowRankCompression, found nothing in it that "
-        "says what became of the layers. A snapshot, or a file of weights alone, does not; give a checkpoint of the "
-        f"run, as ModelCheckpoint writes them.{near}"
+        "says what became of the layers. A snapshot, or a file of weights alone (of torch.save, or of "
+        f"ModelCheckpoint(save_weights_only=True)), does not; give a checkpoint with the state of the training.{near}"
     )
 
 

@@ -25,7 +25,7 @@ from lr_callback.commands.from_checkpoint import (
 )
 from lr_callback.commands.measured import evaluated, evaluator, networks, sized, timed_stages, times_of
 from lr_callback.commands.origin import arguments_of, commands_for, device_of, origin_of
-from lr_callback.commands.places import is_exit, raised_in_own_code
+from lr_callback.commands.places import is_exit, raised_in_own_code, reworded
 from lr_callback.commands.recorded import NOW, Recorded, recorded
 from lr_callback.commands.run_files import RunFiles
 from lr_callback.commands.snippet import loading_code
@@ -81,7 +81,7 @@ def report_command(arguments: Sequence[str]) -> None:
         chosen = _read(parser, files, attempts)
         told = _report(chosen, files or RunFiles(Path(chosen.checkpoint), chosen.config), attempts)
     except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
-        parser.error(str(error))
+        parser.error(reworded(error))
     write(told)
 
 
@@ -94,7 +94,7 @@ def report_parser(exit_on_error: bool = True) -> ArgumentParser:
     description = "Write one HTML page that says what the compression of a checkpoint did."
     parser = ArgumentParser(prog="lr-callback report", description=description, exit_on_error=exit_on_error)
     add = parser.add_argument
-    add_checkpoint(parser)
+    add_checkpoint(parser, "a checkpoint of a run with LowRankCompression, as ModelCheckpoint writes them")
     add("--output", type=str | None, help="the page; by default beside the checkpoint, with the suffix .html")
     add("--device", type=str | None, help="where it is measured, as cpu or cuda:0; by default where Lightning would")
     add_model(parser)
@@ -112,7 +112,7 @@ def _read(parser: ArgumentParser, files: RunFiles | None, attempts: Attempts) ->
             if is_exit(error):
                 raise
             if attempts.are_asked(*_NAMED) and raised_in_own_code(error) is None:
-                parser.error(str(error))
+                parser.error(reworded(error))
             failed = error
             continue
         if failed is not None:

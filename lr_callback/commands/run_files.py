@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from lightning.pytorch import LightningModule
 
+from lr_callback.common.table import listed
 from lr_callback.decisions.allocation import Allocation
 from lr_callback.files.source import load
 
@@ -128,7 +129,15 @@ def _described(part: object, model: str | None) -> dict[str, Any] | None:
 
 def _is_lightning(class_path: str) -> bool:
     module, _, name = class_path.rpartition(".")
-    found = getattr(import_module(module), name, None) if module else None
+    try:
+        found = getattr(import_module(module), name, None) if module else None
+    except ModuleNotFoundError as error:
+        if f"{module}.".startswith(f"{error.name}."):
+            raise ModuleNotFoundError(
+                f"--model {class_path}: no module {error.name!r} is found from here; name the class by the path that "
+                "your program imports it by, in the folder in which it does."
+            ) from error
+        raise
     return isinstance(found, type) and issubclass(found, LightningModule)
 
 
@@ -136,9 +145,16 @@ def weights_in(checkpoint: Path) -> Mapping[str, Any]:
     """Return the dict of a file with weights.
 
     Raises:
-        ValueError: If it is an allocation.
+        FileNotFoundError: If there is none.
+        ValueError: If it is an allocation, a folder, or cannot be read.
     """
-    loaded = load(checkpoint)
+    if not checkpoint.is_file():
+        folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+        there = [str(path) for path in sorted(folder.glob("*.ckpt"))]
+        found = "must be a file, found a folder" if checkpoint.is_dir() else "no such file"
+        near = f" There are {listed(there)}." if there else ""
+        raise FileNotFoundError(f"--checkpoint {checkpoint}: {found}; name one that ModelCheckpoint wrote.{near}")
+    loaded = load(checkpoint, "Name another checkpoint of the run.")
     if isinstance(loaded, Allocation):
         raise ValueError(f"--checkpoint {checkpoint}: must be a file with weights, found an allocation.")
     return loaded

@@ -22,6 +22,7 @@ from lr_callback.commands.from_checkpoint import (
     moved,
     parsed,
 )
+from lr_callback.commands.places import reworded
 from lr_callback.commands.run_files import weights_in
 from lr_callback.common.example import Example
 from lr_callback.files.checkpoint import restore_
@@ -55,7 +56,7 @@ def tune_command(arguments: Sequence[str]) -> None:
     try:
         told = _tune(parsed(parser, arguments))
     except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
-        parser.error(str(error))
+        parser.error(reworded(error))
     write(told)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from math import inf
 from pathlib import Path
@@ -61,6 +62,14 @@ class Allocation:
     max_error: float | None = None
     overridden: tuple[str, ...] = ()
     sampled: Curves | Callable[[Allocation], Curves] | None = field(default=None, repr=False, compare=False)
+
+    def __copy__(self) -> Allocation:
+        """Return a copy; in this process it keeps its analysis, as :meth:`__deepcopy__` does."""
+        return replace(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Allocation:
+        """Return a copy that shares no data but the analysis, which nothing changes."""
+        return replace(self, **{name: deepcopy(value, memo) for name, value in vars(self).items() if name != "sampled"})
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out an analysis: it may hold functions of a user, which do not travel."""

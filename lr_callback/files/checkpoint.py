@@ -259,5 +259,6 @@ def _differences(
     why = "".join(f" {layer} can only be dense here: {skipped[layer]}." for layer in dense[:2])
     return (
         f"`source`: its weights must be of this model, {len(lines)} of {len(every)} names or shapes differ: "
-        f"{'; '.join(lines[:4])}{more}.{why} Nothing was changed."
+        f"{'; '.join(lines[:4])}{more}.{why} Give the model that the file is of, made with the same arguments. "
+        "Nothing was changed."
     )

@@ -17,11 +17,18 @@ from lr_callback.files.safetensors_file import is_composed, is_safetensors, read
 
 _NOT_PLAIN = re.compile(r"GLOBAL (\S+) was not an allowed global")
 _SIGNED = (torch.int8, torch.int16, torch.int32, torch.int64)
+_TRUSTED = "If you trust the file, load it yourself: restore_(model, torch.load(path, weights_only=False))."
 _WHOLE = (torch.bool, *_SIGNED, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
 
-def load(source: Allocation | Mapping[str, Any] | str | Path) -> Allocation | Mapping[str, Any]:
+def load(
+    source: Allocation | Mapping[str, Any] | str | Path, unpickled: str = _TRUSTED
+) -> Allocation | Mapping[str, Any]:
     """Return the allocation, or the dict of a checkpoint, that a source is.
+
+    Args:
+        source: see :func:`lr_callback.restore_`.
+        unpickled: what to do about a file that cannot be read without unpickling objects, for the text of an error.
 
     Raises:
         TypeError: If it is of none of the types of :func:`lr_callback.restore_`.
@@ -50,7 +57,7 @@ def load(source: Allocation | Mapping[str, Any] | str | Path) -> Allocation | Ma
         return {"state_dict": state, "allocation": notes.get("allocation")}
     with path.open("rb") as file:
         is_text = file.read(64).lstrip().startswith(b"{")
-    return Allocation.from_json(path) if is_text or path.suffix == ".json" else read_checkpoint(path)
+    return Allocation.from_json(path) if is_text or path.suffix == ".json" else read_checkpoint(path, unpickled)
 
 
 def _is_file(path: Path) -> bool:
@@ -60,7 +67,7 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def read_checkpoint(path: Path) -> Mapping[str, Any]:
+def read_checkpoint(path: Path, unpickled: str = _TRUSTED) -> Mapping[str, Any]:
     """Read a file of ``torch.save`` without unpickling objects, on the CPU.
 
     Raises:
@@ -74,8 +81,7 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
         raise ValueError(
             f"{path.name}: must be a checkpoint that torch.load(weights_only=True) reads; it may be cut off or hold "
             f"objects other than tensors and plain data ({type(error).__name__}: {_why(error)}). "
-            "If you trust the file, load it yourself: restore_(model, torch.load(path, weights_only=False)). "
-            "Nothing was changed."
+            f"{unpickled} Nothing was changed."
         ) from error
     if not isinstance(loaded, Mapping):
         raise ValueError(f"{path.name}: must hold a dict, found {type(loaded).__name__}. Nothing was changed.")

@@ -23,7 +23,7 @@ CHARTS: Mapping[str, tuple[str, ...]] = {
     "kept": ("kept_parameters", "kept_multiply_adds"),
     "error of the layers": ("worst_error", "mean_error"),
     "layers factorized": ("layers_factorized",),
-    "accuracy, before and right after": ("accuracy_before", "accuracy_after"),
+    "accuracy, of the validations before and after": ("accuracy_before", "accuracy_after"),
     "milliseconds of one run": ("milliseconds",),
     "seconds that it took": ("seconds",),
 }

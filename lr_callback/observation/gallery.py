@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from lightning.pytorch.loggers import Logger
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
-from lr_callback.common.table import readable, wrap
+from lr_callback.common.table import printable, readable, wrap
 from lr_callback.decisions.allocation import Allocation
 from lr_callback.decisions.curves import Curves
 from lr_callback.observation.boards import Arguments, Board, board_of
@@ -140,7 +140,7 @@ def layer_numbers(allocation: Allocation, curves: Curves) -> dict[str, float]:
     numbers: dict[str, float] = {}
     for name in largest:
         layer = allocation.layers[name]
-        told = f"compression/layers/{readable(name)}"
+        told = f"compression/layers/{printable(readable(name))}"
         numbers[f"{told}/kept"] = 1.0 if layer is None else layer.cost / layer.dense_cost
         numbers[f"{told}/error"] = 0.0 if layer is None else layer.relative_error
     return numbers

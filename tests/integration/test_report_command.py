@@ -515,7 +515,26 @@ def test_the_checkpoint_is_not_written_over(run, refusal, capsys):
 
 def test_a_wrong_command_line_is_refused(run, refusal):
     assert "--outptu" in refusal(run.last, "--outptu", "a.html")
-    assert "no such file" in refusal("nowhere.ckpt")
+    named = r"name one that ModelCheckpoint wrote\."
+    assert re.search(rf"--checkpoint nowhere\.ckpt: no such file; {named}", refusal("nowhere.ckpt"))
+    found = refusal(run.last.parent)
+    assert re.search(rf"--checkpoint {run.last.parent}: must be a file, found a folder; {named} There are ", found)
+    assert str(run.last) in found
+    assert "--input_shape must be whole numbers, for example 1,3,32,32, got abc" in refusal(
+        run.last, "--input_shape=abc"
+    )
+    told = refusal(run.last, "--model", "gone.Model")
+    assert "--model gone.Model: no module 'gone' is found from here; name the class by the path" in told
+
+
+def test_what_the_command_line_says_is_named_as_it_is_there(run, refusal, tmp_path):
+    told = refusal(run.last, "--model", "lr_callback.recipes.CifarResNet", "--model.depth=8")
+    assert "--checkpoint: its weights must be of this model," in told and "source" not in told
+    assert "Give the model that the file is of, made with the same arguments." in told
+    cut_off = tmp_path / "last.ckpt"
+    cut_off.write_bytes(run.last.read_bytes()[:1000])
+    told = refusal(cut_off)
+    assert "it may be cut off" in told and "Name another checkpoint of the run." in told and "restore_" not in told
     assert "argument --checkpoint: expected one argument" in refusal("--device=cpu")
 
 

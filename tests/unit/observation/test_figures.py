@@ -203,7 +203,10 @@ def test_allocations_know_their_curves_until_they_are_written_and_no_longer():
     assert pickle.loads(pickle.dumps(known)).curves() == known.curves()
     assert "sampled" not in allocation.to_dict() and "sampled" not in repr(allocation)
     read = [lrc.Allocation.from_json(allocation.to_json()), pickle.loads(pickle.dumps(allocation))]
-    for one in [*read, copy.deepcopy(allocation)]:
+    for one in (copy.copy(allocation), copy.deepcopy(allocation)):
+        assert one == allocation and one.layers is not None and one.curves() == allocation.curves()
+    assert copy.deepcopy(allocation).layers is not allocation.layers
+    for one in read:
         assert one == allocation and str(one) == str(allocation)
         with pytest.raises(ValueError, match=r"it was read from a file, or came from another process\. Use"):
             one.curves()

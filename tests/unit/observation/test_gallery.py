@@ -32,6 +32,15 @@ def test_numbers_of_a_compiled_network_have_the_names_of_its_layers():
     assert list(numbers) == ["compression/layers/0.0/kept", "compression/layers/0.0/error"]
 
 
+def test_numbers_have_names_that_any_file_takes():
+    model = nn.Module()
+    model.add_module("größe\n层", nn.Linear(32, 32))
+    analysis = lrc.analyze(model, method=lrc.ALDS(slices=[1]))
+    allocation = analysis.allocate(0.5)
+    numbers = layer_numbers(allocation, analysis.curves(allocation))
+    assert list(numbers) == [rf"compression/layers/gr\xf6\xdfe\n\u5c42/{what}" for what in ("kept", "error")]
+
+
 def test_what_answers_to_every_name_takes_no_figures():
     class Everything:
         def __getattr__(self, name):
