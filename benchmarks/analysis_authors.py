@@ -119,7 +119,8 @@ def _tables(figures: dict[str, Any]) -> str:
         "and, of ours, the analysis (all candidates) with the allocation. After that each computes the factors:",
         markdown(["network", "kept", *_HEADER], [_time_cells(row) for row in rows]),
         f"Ours takes at least {least['choice']:.1f} times less to choose, and {least['choice and factors']:.1f} times "
-        "less with the factors. The last column is what each further budget takes after the analysis.",
+        "less with the factors. The last column is what each further budget takes after the analysis. The factors, in "
+        "more rounds: `analysis_factors.md`.",
         "Largest relative error of a layer (its worst slice's, by our exact count for both) at the same size:",
         markdown(
             ["network", "kept", "parameters, theirs", "ours", "error, theirs", "ours"],
