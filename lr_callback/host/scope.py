@@ -120,10 +120,8 @@ class Scope:
         for unit in ("parameters", "bytes", *counted):
             if unit not in known:
                 known[unit] = self._alone(pl_module, Prices(unit, seen))
-        told = (
-            (f"{100 * least / dense:.1f} %", amount(unit, dense)) for unit, (least, dense) in known.items() if dense
-        )
-        ranges = ", ".join(f"{share} of {whole}" for share, whole in told)
+        shares = {unit: (least / dense, dense) for unit, (least, dense) in known.items() if dense}
+        ranges = ", ".join(f"{100 * share:.1f} % of {amount(unit, dense)}" for unit, (share, dense) in shares.items())
         return wrap(f"Low-rank compression can go down to {ranges}. {_no_range(known)}".strip())
 
     def _alone(self, pl_module: LightningModule, price: Prices) -> tuple[int, int]:
