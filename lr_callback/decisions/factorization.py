@@ -42,6 +42,11 @@ class Factorization:
     cost: int
     dense_cost: int
 
+    @property
+    def kept(self) -> float | None:
+        """Fraction of the dense layer's cost that is kept; None where that is nothing, in units of a run without it."""
+        return self.cost / self.dense_cost if self.dense_cost else None
+
 
 @dataclass(frozen=True)
 class Spending:
@@ -95,10 +100,9 @@ def read_layer(name: str, written: object) -> Factorization | None:
         raise ValueError(
             f"{where}: `relative_error` must be a finite number from 0, got {describe(layer.relative_error)}."
         )
-    if not 0 < layer.cost <= layer.dense_cost:
-        raise ValueError(
-            f"{where}: `cost` must be above 0 and at most `dense_cost`, got {layer.cost} and {layer.dense_cost}."
-        )
+    if min(layer.cost, layer.dense_cost) < 0:  # for the sake of another unit a form may cost more than the dense layer
+        found = f"{layer.cost} and {layer.dense_cost}"
+        raise ValueError(f"{where}: `cost` and `dense_cost` must be at least 0, got {found}.")
     return layer
 
 

@@ -70,7 +70,7 @@ def _row(name: str, shape: Sequence[int], layer: Factorization | None) -> list[s
     sizes = shorten("x".join(map(str, shape)), _LONGEST_SHAPE)
     if layer is None:
         return [printable(readable(name)), sizes, "dense", "", "", "", "100.0%"]
-    kept = f"{layer.cost / layer.dense_cost:.1%}" if layer.dense_cost else "-"
+    kept = "-" if layer.kept is None else f"{layer.kept:.1%}"
     ranks = [str(layer.num_slices), str(layer.rank), f"{layer.relative_error:.3f}"]
     return [printable(readable(name)), sizes, FOLDED[layer.folding], *ranks, kept]
 

@@ -201,7 +201,7 @@ _Line = tuple[list[int], list[float], bool]
 
 def _rows(allocation: Allocation) -> tuple[list[_Row], list[_Row]]:
     """Return name, kept cost and dense cost of layers, the largest first; and of all that is left over, if any."""
-    own = {name: (layer.cost, layer.dense_cost) for name, layer in allocation.factorized.items()}
+    own = {name: (layer.cost, layer.dense_cost) for name, layer in allocation.factorized.items() if layer.dense_cost}
     if allocation.unit == "parameters":
         sizes = {name: prod(allocation.shapes[name]) for name, layer in allocation.layers.items() if layer is None}
         own |= {name: (size, size) for name, size in sizes.items()}

@@ -141,6 +141,8 @@ def layer_numbers(allocation: Allocation, curves: Curves) -> dict[str, float]:
     for name in largest:
         layer = allocation.layers[name]
         told = f"compression/layers/{printable(readable(name))}"
-        numbers[f"{told}/kept"] = 1.0 if layer is None else layer.cost / layer.dense_cost
+        kept = 1.0 if layer is None else layer.kept
+        if kept is not None:
+            numbers[f"{told}/kept"] = kept
         numbers[f"{told}/error"] = 0.0 if layer is None else layer.relative_error
     return numbers

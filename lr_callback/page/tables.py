@@ -91,7 +91,7 @@ def _layer(name: str, shape: Sequence[int], layer: Factorization | None) -> Mark
     if layer is None:
         rest = [tag("td", _NONE) for _ in range(5)]
         return tag("tr", head, sizes, tag("td", "dense", class_="text"), *rest, _part(1.0, "100.0%"), class_="dense")
-    kept = layer.cost / layer.dense_cost
+    kept = tag("td", _NONE) if layer.kept is None else _part(layer.kept, f"{layer.kept:.1%}")
     return tag(
         "tr",
         head,
@@ -102,7 +102,7 @@ def _layer(name: str, shape: Sequence[int], layer: Factorization | None) -> Mark
         _part(layer.relative_error, f"{layer.relative_error:.3f}"),
         tag("td", f"{layer.cost:,}"),
         tag("td", f"{layer.dense_cost:,}"),
-        _part(kept, f"{kept:.1%}"),
+        kept,
     )
 
 

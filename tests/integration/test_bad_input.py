@@ -351,6 +351,19 @@ class TwoParts(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.05)
 
 
+def test_a_run_goes_on_from_a_checkpoint_with_a_layer_that_costs_nothing_in_the_first_unit(
+    fit, tmp_path, loader, new_trainer
+):
+    options = {"budget": {"multiply_adds": 0.9, "parameters": 0.4}, "method": ALDS(), "refit": None}
+    first, second = (LowRankCompression(epochs=1, **options) for _ in range(2))
+    trainer = fit(TwoParts("decoder", torch.zeros(4, 32)), first)
+    assert first.allocation.layers["encoder"].kept is None
+    trainer.save_checkpoint(tmp_path / "last.ckpt", weights_only=False)
+    again = new_trainer(tmp_path, second, max_epochs=4)
+    again.fit(TwoParts("decoder", torch.zeros(4, 32)), loader(), loader(), ckpt_path=tmp_path / "last.ckpt")
+    assert second.allocation == first.allocation
+
+
 @pytest.mark.parametrize(
     ("forward", "example", "multiply_adds"),
     [

@@ -1,6 +1,7 @@
 """Budgets in several units at once: all are kept, the gap is true, and contradictions are told of."""
 
 import itertools
+import re
 from dataclasses import replace
 
 import pytest
@@ -15,6 +16,8 @@ from lr_callback.decisions.budgets import ContradictoryError, cost_in, solve_bud
 from lr_callback.decisions.candidates import Candidate, LayerCandidates, frontier
 from lr_callback.model.observe import observe
 from lr_callback.model.pricing import Prices
+from lr_callback.observation.gallery import layer_numbers
+from lr_callback.page.tables import layers
 
 UNITS = ("parameters", "multiply_adds", "bytes")
 
@@ -335,6 +338,21 @@ def test_a_layer_that_a_run_does_not_use_is_factorized_for_what_it_holds(budget)
     kept = {"parameters": sum(one.numel() for one in model.parameters()) / (2 * 192 * 64 + 192 + 64)}
     kept["multiply_adds"] = observe(model, example).multiply_adds(model) / (4 * 192 * 64)
     assert all(kept[unit] <= ratio for unit, ratio in budget.items())
+
+
+def test_what_costs_nothing_in_the_first_unit_is_written_shown_and_drawn():
+    budget = {"multiply_adds": 0.9, "parameters": 0.4}
+    found = lrc.allocate(Half(), budget=budget, example_input=torch.zeros(4, 64))
+    assert found.layers["unused"].kept is None and found.layers["used"].kept < 1
+    assert lrc.Allocation.from_json(found.to_json()) == found
+    (row,) = [line for line in str(found).splitlines() if line.startswith("unused")]
+    assert row.split()[-1] == "-"
+    numbers = layer_numbers(found, found.curves())
+    assert "compression/layers/unused/error" in numbers and "compression/layers/unused/kept" not in numbers
+    _, axes = lrc.plot_allocation(found)
+    assert "unused" not in [label.get_text() for label in axes.get_yticklabels()]
+    (cells,) = re.findall(r"<tr[^>]*><th[^>]*>unused</th>(.*?)</tr>", str(layers(found)))
+    assert cells.endswith("<td>\N{EN DASH}</td>")
 
 
 def test_a_layer_that_a_run_does_not_use_is_left_out_where_all_is_of_the_run():

@@ -86,11 +86,11 @@ def test_an_allocation_out_of_range_is_refused(field, value, message):
         lrc.restore_(network(), {**written, field: value})
 
 
-def test_a_layer_that_costs_nothing_is_refused():
+def test_a_layer_that_costs_less_than_nothing_is_refused():
     written = lrc.allocate(network(), 0.5).to_dict()
     name = next(name for name, layer in written["layers"].items() if layer is not None)
-    written["layers"][name]["dense_cost"] = 0
-    with pytest.raises(ValueError, match=f"layer '{name}': `cost` must be above 0 and at most `dense_cost`"):
+    written["layers"][name]["dense_cost"] = -1
+    with pytest.raises(ValueError, match=f"layer '{name}': `cost` and `dense_cost` must be at least 0, got .* and -1"):
         lrc.Allocation.from_dict(written)
 
 
