@@ -173,7 +173,7 @@ class Counting:
 def _glance(trainer: Trainer, pl_module: LightningModule) -> Observation | None:
     try:
         return observe_example(trainer, pl_module)
-    except ValueError as error:
+    except (ValueError, NotImplementedError) as error:  # the latter of an example on the meta device
         cause = error.__cause__  # what the network raised, if that is why
         told = error if cause is None else f"it raised {type(cause).__name__}: {' '.join(str(cause).split())[:400]}"
         rank_zero_warn(

@@ -119,18 +119,21 @@ class Scope:
         counted = () if seen is None else ("multiply_adds",)
         for unit in ("parameters", "bytes", *counted):
             if unit not in known:
-                known[unit] = self._alone(pl_module, Prices(unit, seen))
+                known |= self._alone(pl_module, Prices(unit, seen))
         shares = {unit: (least / dense, dense) for unit, (least, dense) in known.items() if dense}
         ranges = ", ".join(f"{100 * share:.1f} % of {amount(unit, dense)}" for unit, (share, dense) in shares.items())
         return wrap(f"Low-rank compression can go down to {ranges}. {_no_range(known)}".strip())
 
-    def _alone(self, pl_module: LightningModule, price: Prices) -> tuple[int, int]:
-        """Return the smallest cost, and that of the dense module, for a budget in one unit."""
+    def _alone(self, pl_module: LightningModule, price: Prices) -> dict[str, tuple[int, int]]:
+        """Return by its unit the smallest cost, and that of the dense module, for a budget in one that is not asked."""
         try:
             found = survey(pl_module, self.method, prices=price, **self._layers)
         except NothingToFactorizeError:  # in this unit
-            return (dense := price.of_model(pl_module)), dense
-        return found.smallest_cost, found.dense_cost
+            dense = price.of_model(pl_module)
+            return {price.unit: (dense, dense)}
+        except ValueError:  # an override that is out of range in this unit: the run does not pay in it
+            return {}
+        return {price.unit: (found.smallest_cost, found.dense_cost)}
 
     def check_optimizers(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse optimizers that would stop a compression, before the training.

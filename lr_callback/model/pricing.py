@@ -133,8 +133,9 @@ class Prices:
         return self.observation.why_not(name) if self.unit in OBSERVED and self.observation is not None else None
 
     def is_free(self, name: str) -> bool:
-        """Return whether a layer costs nothing in any form: the unit is one of a run that does not use it."""
-        return self.unit in OBSERVED and self.observation is not None and not self.observation.is_used(name)
+        """Return whether a layer costs nothing in any form; in training, whose activations count, it may be used."""
+        seen = self.observation if self.unit in ("multiply_adds", LATENCY) else None
+        return seen is not None and not seen.is_used(name)
 
     @cached_property
     def _rate(self) -> _Rate:

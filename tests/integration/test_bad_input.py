@@ -351,6 +351,12 @@ class TwoParts(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.05)
 
 
+def test_an_override_that_is_out_of_range_in_a_unit_that_is_not_asked_for_ends_nothing(fit):
+    compression = LowRankCompression(0.6, epochs=1, method=ALDS(), refit=None, overrides={"encoder": {"rank": 4}})
+    fit(TwoParts("decoder", torch.zeros(4, 32)), compression)
+    assert compression.allocation.layers["encoder"].rank == 4
+
+
 def test_a_run_goes_on_from_a_checkpoint_with_a_layer_that_costs_nothing_in_the_first_unit(
     fit, tmp_path, loader, new_trainer
 ):
