@@ -19,6 +19,7 @@ from torch import nn
 from lr_callback.commands.from_checkpoint import calls_of, moved
 from lr_callback.commands.stages import SILENT, evaluation_of, logged_by
 from lr_callback.common.example import Example
+from lr_callback.common.table import on_one_line
 from lr_callback.common.untouched import as_written, untouched
 from lr_callback.edits.surgery import densify_
 from lr_callback.files.checkpoint import restore_
@@ -109,7 +110,7 @@ def _multiply_adds(model: nn.Module, run: Callable[[], object], batch: str) -> i
     except Exception as error:  # whatever the model raises
         raise ValueError(
             f"the model must take a batch of {batch}, found that it makes a {type(error).__name__}: "
-            f"{' '.join(str(error).split())[:400]}; say by --input_shape what it is called with"
+            f"{on_one_line(error)}; say by --input_shape what it is called with"
         ) from error
 
 

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from lr_callback.common.table import on_one_line
+
 _HERE = Path(__file__).resolve().parents[1]
 _STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib")).resolve()
 _INSTALLED = ("site-packages", "dist-packages")
@@ -24,7 +26,6 @@ _FRAMEWORKS = (
     "yaml",
 )
 _NOBODY, _PACKAGE, _USER = range(3)
-_LONGEST = 400
 _IN_A_WORKER = re.compile(r"Caught (\w+) in DataLoader worker process \d+\.\nOriginal Traceback")
 _FRAME = re.compile(r'^ *File "(.+)", line (\d+), in (.+)$', re.MULTILINE)
 
@@ -98,7 +99,7 @@ def is_exit(error: BaseException) -> bool:
 
 def text_of(error: BaseException) -> str:
     """Return the text of an error on one line, cut off where it is long."""
-    return " ".join(reworded(error).split())[:_LONGEST]
+    return on_one_line(reworded(error))
 
 
 def reworded(error: BaseException) -> str:
@@ -128,7 +129,7 @@ def _told(error: BaseException) -> tuple[str, str]:
     if found is None:
         return type(error).__name__, text_of(error)
     _, mark, text = str(error).rpartition(f"{found[1]}: ")
-    return found[1], " ".join(text.split())[:_LONGEST] if mark else ""
+    return found[1], on_one_line(text) if mark else ""
 
 
 def _owner(file: str) -> int:

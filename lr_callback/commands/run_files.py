@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from lightning.pytorch import LightningModule
 
-from lr_callback.common.table import listed
+from lr_callback.common.table import listed, on_one_line
 from lr_callback.decisions.allocation import Allocation
 from lr_callback.files.source import load
 
@@ -111,7 +111,7 @@ def _yaml_in(path: Path) -> object:
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        found = " ".join(str(error).replace(' in "<unicode string>"', "").split())[:300]
+        found = on_one_line(str(error).replace(' in "<unicode string>"', ""), most=300)
         raise ValueError(
             f"{path}: must be YAML, plain text in UTF-8, found {found}; mend it, or name another file by --config."
         ) from error

@@ -84,6 +84,17 @@ def listed(names: Sequence[str], most: int = 3) -> str:
     return ", ".join([*names[:most], *(["..."] if len(names) > most else [])])
 
 
+def on_one_line(text: object, most: int = 400) -> str:
+    r"""Return a text, or that of an error, on one line for a message, cut off where it is long.
+
+    Example::
+
+        >>> on_one_line(ValueError("no\n  such file")), on_one_line("too long", most=3)
+        ('no such file', 'too')
+    """
+    return " ".join(str(text).split())[:most]
+
+
 def wrap(text: str) -> str:
     """Return the text in lines of at most :data:`WIDTH` characters, the later ones indented; no word is longer."""
     return textwrap.fill(text, WIDTH, subsequent_indent="  ", break_on_hyphens=False)

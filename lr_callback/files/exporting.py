@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_leaves_with_path
 
 from lr_callback.common.example import Example, classes_around, largest_difference
-from lr_callback.common.table import align
+from lr_callback.common.table import align, on_one_line
 from lr_callback.common.untouched import kept_buffers, untouched
 from lr_callback.decisions.allocation import Allocation
 from lr_callback.files.formats import FORMATS, Order, check_format
@@ -197,7 +197,8 @@ def _calls(model: nn.Module, example: Example | None, dynamic_batch: bool) -> li
     except Exception as error:  # whatever the model raises
         raise ValueError(
             f"`example_input`: {type(model).__name__} must take it, found that {_rows(example)} make a "
-            f"{type(error).__name__}: {_short(error)}; give a batch as the model is called with. Nothing was written."
+            f"{type(error).__name__}: {on_one_line(error)}; give a batch as the model is called with. "
+            "Nothing was written."
         ) from error
     for rows in {1, (example.rows or 1) + 1} - {example.rows} if dynamic_batch else ():
         other = example.with_rows(rows)
@@ -206,7 +207,7 @@ def _calls(model: nn.Module, example: Example | None, dynamic_batch: bool) -> li
         except Exception as error:  # whatever the model raises
             raise ValueError(
                 f"`dynamic_batch`: {type(model).__name__} must take any number of rows itself, found that "
-                f"{_rows(other)} make a {type(error).__name__}: {_short(error)}; pass `dynamic_batch=False`. "
+                f"{_rows(other)} make a {type(error).__name__}: {on_one_line(error)}; pass `dynamic_batch=False`. "
                 "Nothing was written."
             ) from error
     return calls
@@ -279,10 +280,6 @@ def _rows(example: Example) -> str:
 def _unreadable(format: str, what: str, error: Exception) -> str:
     return (
         f"{format}: the file that was made must be one that can be {what}, found {type(error).__name__}: "
-        f"{_short(error)}. Not every runtime has every dtype: a copy of the model in float32 may do. "
+        f"{on_one_line(error)}. Not every runtime has every dtype: a copy of the model in float32 may do. "
         "Nothing was written."
     )
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:400]

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
+from lr_callback.common.table import on_one_line
 from lr_callback.decisions.costs import ACTIVATION_MEMORY, LATENCY, OBSERVED, Unit, check_cost
 from lr_callback.host.strategies import processes_of
 from lr_callback.host.trainer import observe_example
@@ -175,7 +176,7 @@ def _glance(trainer: Trainer, pl_module: LightningModule) -> Observation | None:
         return observe_example(trainer, pl_module)
     except (ValueError, NotImplementedError) as error:  # the latter of an example on the meta device
         cause = error.__cause__  # what the network raised, if that is why
-        told = error if cause is None else f"it raised {type(cause).__name__}: {' '.join(str(cause).split())[:400]}"
+        told = error if cause is None else f"it raised {type(cause).__name__}: {on_one_line(cause)}"
         rank_zero_warn(
             "LowRankCompression: how many multiply-adds can be kept is not said before the training: the network must "
             f"run on its `example_input_array`, and {told}. The compression is not affected. Give what its forward "

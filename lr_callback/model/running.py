@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
+from lr_callback.common.table import on_one_line
 from lr_callback.common.untouched import as_written, untouched
 from lr_callback.layers.layer_types import layer_type
 
@@ -94,7 +95,7 @@ def told(model: nn.Module, run: Callable[[], object], what: str, way_out: str) -
         except Exception as error:  # whatever the model raises
             mode = "as it is trained" if model.training else "in eval mode without gradients"
             raise ValueError(
-                f"{what} {mode}, and raised {type(error).__name__}: {' '.join(str(error).split())[:400]}; {way_out}. "
+                f"{what} {mode}, and raised {type(error).__name__}: {on_one_line(error)}; {way_out}. "
                 "Nothing was changed."
             ) from error
 

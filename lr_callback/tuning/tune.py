@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lr_callback.common.example import Example
-from lr_callback.common.table import listed
+from lr_callback.common.table import listed, on_one_line
 from lr_callback.common.untouched import as_written, untouched
 from lr_callback.edits.surgery import SurgeryReport, replace_layers, standing_in
 from lr_callback.files.values import check_has_values
@@ -174,7 +174,7 @@ def _called(
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in example.tensors)
         raise ValueError(
             f"`example_input`: {type(model.get_submodule(place)).__name__} must take it, found that inputs of shape "
-            f"{shapes} make a {type(error).__name__}: {' '.join(str(error).split())[:400]}; give a batch as the model "
+            f"{shapes} make a {type(error).__name__}: {on_one_line(error)}; give a batch as the model "
             "is called with."
         ) from error
     reasons = {name: reason for name in layers if (reason := seen.why_not(name)) is not None}
