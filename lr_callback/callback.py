@@ -216,10 +216,10 @@ class LowRankCompression(Checkpointed):
 
     def _check_budgets(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse budgets that cannot be met before the training, not in the middle of it; say what can be."""
-        prices, goals = self._counting.prices, self.schedule.left(self._record)
-        self.scope.check_budgets(pl_module, goals, prices)
+        goals = self.schedule.left(self._record)
+        surveyed = self.scope.check_budgets(pl_module, goals, self._counting.prices)
         if self.show_table and goals:
-            show(trainer, self.scope.reach(pl_module, prices, self._counting.glance(trainer, pl_module)))
+            show(trainer, self.scope.reach(pl_module, surveyed, self._counting.glance(trainer, pl_module)))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse from now on a state dict of another structure, and begin an epoch that is to begin."""

@@ -79,8 +79,10 @@ class Scope:
         """Return what is to be measured of each layer for a budget in time."""
         return to_time(pl_module, self.method, **self._layers)
 
-    def check_budgets(self, pl_module: LightningModule, goals: Iterable[Goal], prices: Sequence[Prices]) -> None:
+    def check_budgets(self, pl_module: LightningModule, goals: Iterable[Goal], prices: Sequence[Prices]) -> Analysis:
         """Refuse fractions to keep that no choice of ranks meets; an error or an accuracy can always be met.
+
+        Returns the survey by which that is known, for :meth:`reach`.
 
         Args:
             pl_module: whose layers are priced; no weight is looked at.
@@ -94,6 +96,7 @@ class Scope:
         for goal in goals:
             if not is_open(goal):
                 surveyed.allocate(goal)
+        return surveyed
 
     def check_known(self, pl_module: LightningModule, goals: Iterable[Goal]) -> None:
         """Refuse what cannot be met in a unit that needs no batch to be counted on, where another one does.
@@ -106,16 +109,15 @@ class Scope:
                 if unit not in OBSERVED:
                     self.check_budgets(pl_module, [{unit: ratio}], [Prices(unit)])
 
-    def reach(self, pl_module: LightningModule, prices: Sequence[Prices], seen: Observation | None) -> str:
+    def reach(self, pl_module: LightningModule, surveyed: Analysis, seen: Observation | None) -> str:
         """Say what of a module can be kept at least, in each unit, or why that is not known.
 
         Args:
             pl_module: whose layers are priced; no weight is looked at.
-            prices: the units of the budgets.
+            surveyed: of it, in the units of the budgets.
             seen: of a run, if there was one: multiply-adds are known then.
         """
-        joint = survey(pl_module, self.method, prices=prices, **self._layers)
-        known = {unit: (joint.smallest_in(unit), dense) for unit, dense in joint.dense_costs.items()}
+        known = {unit: (surveyed.smallest_in(unit), dense) for unit, dense in surveyed.dense_costs.items()}
         counted = () if seen is None else ("multiply_adds",)
         for unit in ("parameters", "bytes", *counted):
             if unit not in known:

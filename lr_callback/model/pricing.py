@@ -62,14 +62,11 @@ class _MultiplyAdds(_Rate):
 @dataclass(frozen=True)
 class _Latency(_Rate):
     timed: Latencies
-    observation: Observation
 
     def of_model(self, model: nn.Module) -> int:
         return self.timed.dense
 
     def of_layer(self, name: str, layer: nn.Module) -> LayerCost:
-        if not self.observation.is_used(name):
-            return layer_cost(layer, ())
         counted = layer_cost(layer)
         return MeasuredCost(counted.geometry, self.timed.layers.get(name, LayerTimes(0)), counted)
 
@@ -126,7 +123,7 @@ class Prices:
 
     def of_layer(self, name: str, layer: nn.Module) -> LayerCost:
         """Return what a layer costs, dense and factorized."""
-        return self._rate.of_layer(name, layer)
+        return layer_cost(layer, ()) if self.is_free(name) else self._rate.of_layer(name, layer)
 
     def why_not(self, name: str) -> str | None:
         """Return why nothing is saved at a layer, however it is factorized; None if it can be."""
@@ -148,7 +145,7 @@ class Prices:
         if seen is None:
             raise ValueError(f"cost={self.asked!r} is counted on a run of the model, and there is none: observe one.")
         if self.asked == LATENCY:
-            return _Latency(_counted(seen.latencies, "cost='latency' is measured in", "timed: time it"), seen)
+            return _Latency(_counted(seen.latencies, "cost='latency' is measured in", "timed: time it"))
         if self.asked == ACTIVATION_MEMORY:
             how = "observed in training: do so with `activations=True`"
             return _ActivationMemory(_counted(seen.activations, f"cost={self.asked!r} is counted on", how))
