@@ -12,7 +12,7 @@ from lr_callback.common.processes import Processes
 from lr_callback.decisions.allocation import Allocation
 from lr_callback.decisions.analysed import Analysis
 from lr_callback.decisions.candidates import LayerCandidates
-from lr_callback.decisions.costs import ACTIVATION_MEMORY, LATENCY, OBSERVED, LayerCost, Unit
+from lr_callback.decisions.costs import ACTIVATION_MEMORY, LATENCY, OBSERVED, LayerCost, Unit, spoken
 from lr_callback.decisions.goals import NOT_ALONE, check_goal, one_goal, units_of
 from lr_callback.decisions.methods import Method, check_method
 from lr_callback.mathematics.folding import Geometry
@@ -192,8 +192,19 @@ def _listed(prices: Prices | Sequence[Prices] | None) -> list[Prices]:
 
 
 def _totals(model: nn.Module, prices: Sequence[Prices]) -> dict[str, int]:
-    """Return what the model costs in each unit, all layers dense."""
-    return {one.unit: one.of_model(model) for one in prices}
+    """Return what the model costs in each unit, all layers dense.
+
+    Raises:
+        ValueError: If that is nothing in one of several that are counted on a run.
+    """
+    totals = {one.unit: one.of_model(model) for one in prices}
+    nothing = [unit for unit, dense in totals.items() if dense == 0 and unit in OBSERVED]
+    if nothing and len(totals) > 1:
+        raise ValueError(
+            f"`budget`: a run of the network on its example input must take {spoken(nothing[0])} for a fraction of "
+            "them to be kept, and takes none. Leave this unit out, or give an example of at least one row."
+        )
+    return totals
 
 
 def _others(units: Mapping[str, Units]) -> dict[str, Units]:

@@ -174,7 +174,8 @@ class Analysis:
             asked = ", ".join(f"{ratio:g} of {spoken(unit)}" for unit, ratio in ratios.items())
             least = ", ".join(f"{self.smallest_in(unit) / self._dense(unit):.4f} of {spoken(unit)}" for unit in ratios)
             raise ValueError(
-                f"`budget`: {asked}: {error}. Raise one of them; each alone can go down to {least}."
+                f"`budget`: {asked}: {error}. Raise one of them; with the same layers each alone can go down to "
+                f"{least}."
             ) from error
 
     def _within(self, max_error: float) -> Allocation:

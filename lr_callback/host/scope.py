@@ -119,12 +119,15 @@ class Scope:
         """
         known = {unit: (surveyed.smallest_in(unit), dense) for unit, dense in surveyed.dense_costs.items()}
         counted = () if seen is None else ("multiply_adds",)
-        for unit in ("parameters", "bytes", *counted):
-            if unit not in known:
+        # A budget beside others may lack layers that one of these leaves dense.
+        several = {*known} - {ACTIVATION_MEMORY} if len(known) > 1 else set()
+        for unit in dict.fromkeys((*known, "parameters", "bytes", *counted)):
+            if unit not in known or unit in several:
                 known |= self._alone(pl_module, Prices(unit, seen))
         shares = {unit: (least / dense, dense) for unit, (least, dense) in known.items() if dense}
         ranges = ", ".join(f"{100 * share:.1f} % of {amount(unit, dense)}" for unit, (share, dense) in shares.items())
-        return wrap(f"Low-rank compression can go down to {ranges}. {_no_range(known)}".strip())
+        alone = ", each alone" if several else ""
+        return wrap(f"Low-rank compression can go down to {ranges}{alone}. {_no_range(known)}".strip())
 
     def _alone(self, pl_module: LightningModule, price: Prices) -> dict[str, tuple[int, int]]:
         """Return by its unit the smallest cost, and that of the dense module, for a budget in one that is not asked."""

@@ -2,8 +2,9 @@
 
 ``{"layer3.*": {"keep_ratio": 0.5}, "head": {"rank": 32}, "stem": "dense"}``: a pattern of layers
 (:mod:`lr_callback.model.patterns`) and what holds for each of them. ``dense``: it stays as it is. ``keep_ratio``: the
-form of the smallest error that costs at most this fraction of the layer. ``rank``: this form, of one slice in the first
-folding of the method unless ``num_slices`` and ``folding`` say more. The others share what is left of the budget.
+form of the smallest error that costs at most this fraction of the layer, of a budget in several units in the first in
+which the layer costs anything. ``rank``: this form, of one slice in the first folding of the method unless
+``num_slices`` and ``folding`` say more. The others share what is left of the budget.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import nn
 
 from lr_callback.common.table import listed
 from lr_callback.common.written import is_number
+from lr_callback.decisions.budgets import paid_in
 from lr_callback.decisions.candidates import Frontier, LayerCandidates, frontier
 from lr_callback.decisions.costs import LayerCost
 from lr_callback.decisions.methods import ALDS, Choice, Method
@@ -34,7 +36,8 @@ class Override:
     """What a layer becomes.
 
     Args:
-        keep_ratio: fraction of its own dense cost, in (0, 1]; None: its form is given.
+        keep_ratio: fraction of its own dense cost, in (0, 1], of several units in the first in which it costs anything;
+            None: its form is given.
         rank: singular values for each slice; None: the layer has a fraction, or stays dense.
         num_slices: of that form.
         folding: of that form; None: the method's first.
@@ -74,12 +77,13 @@ class Override:
         """
         if self.keep_ratio is None:
             return self._form(name, layer)
-        edge, most = frontier(layer, rank_multiple), floor(self.keep_ratio * layer.dense_cost)
+        paid = _in_its_own_unit(layer)
+        edge, most = frontier(paid, rank_multiple), floor(self.keep_ratio * paid.dense_cost)
         if not known:
-            fits = most >= layer.dense_cost
-            return None if fits else _dearest(layer, rank_multiple, most) or self._refuse(name, layer, edge)
+            fits = most >= paid.dense_cost
+            return None if fits else _dearest(layer, paid, rank_multiple, most) or self._refuse(name, paid, edge)
         fitting = [choice for choice, cost in zip(edge.choices, edge.costs, strict=True) if cost <= most]
-        return fitting[-1] if fitting else self._refuse(name, layer, edge)
+        return _as_in(layer, paid, fitting[-1]) if fitting else self._refuse(name, paid, edge)
 
     def _refuse(self, name: str, layer: LayerCandidates, edge: Frontier) -> Choice:
         raise ValueError(
@@ -215,13 +219,44 @@ def pinned(
     return {name: override.choose(name, layers[name], rank_multiple, known) for name, override in able.items()}
 
 
-def _dearest(layer: LayerCandidates, rank_multiple: int, most: int) -> Choice:
-    """Return what costs in each unit as much as the dearest form in it of those within a bound; None: there is none."""
+def _in_its_own_unit(layer: LayerCandidates) -> LayerCandidates:
+    """Return a layer that costs nothing in the first unit, whatever it becomes, with its costs in the next it saves in.
+
+    So is a layer that a run does not call, where multiply-adds are the first of several units.
+    """
+    if layer.dense_cost > 0:
+        return layer
+    saved_in = (
+        unit
+        for unit, dense in layer.others.items()
+        if any(int(one.others[unit][1]) < dense for one in layer.candidates)
+    )
+    unit = next(saved_in, None)
+    return layer if unit is None else paid_in(unit, layer)
+
+
+def _as_in(layer: LayerCandidates, paid: LayerCandidates, choice: Choice) -> Choice:
+    """Return the choice of a layer that is one of the same layer with its costs in another unit."""
+    if choice is None:
+        return None
+    ((own, _),) = [pair for pair in zip(layer.candidates, paid.candidates, strict=True) if pair[1] is choice[0]]
+    return own, choice[1]
+
+
+def _dearest(layer: LayerCandidates, paid: LayerCandidates, rank_multiple: int, most: int) -> Choice:
+    """Return what costs in each unit as much as the dearest form in it of those within a bound; None: there is none.
+
+    Args:
+        layer: its candidates.
+        paid: the same, with its costs in the unit of the bound.
+        rank_multiple: that the rank must be a multiple of.
+        most: the bound.
+    """
     forms = [
         (candidate, rank)
-        for candidate in layer.candidates
+        for candidate, priced in zip(layer.candidates, paid.candidates, strict=True)
         for rank in range(rank_multiple, candidate.last + 1, rank_multiple)
-        if candidate.cost(rank) <= most and isfinite(candidate.errors[rank])
+        if priced.cost(rank) <= most and isfinite(candidate.errors[rank])
     ]
     if not forms:
         return None

@@ -351,6 +351,16 @@ class TwoParts(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.05)
 
 
+class Both(TwoParts):
+    """Calls its encoder and its decoder, and reads the decoder's weight besides."""
+
+    def __init__(self, example):
+        super().__init__("", example)
+
+    def forward(self, inputs):
+        return self.decoder(self.encoder(inputs)) @ self.decoder.weight
+
+
 def test_an_override_that_is_out_of_range_in_a_unit_that_is_not_asked_for_ends_nothing(fit):
     compression = LowRankCompression(0.6, epochs=1, method=ALDS(), refit=None, overrides={"encoder": {"rank": 4}})
     fit(TwoParts("decoder", torch.zeros(4, 32)), compression)
@@ -391,6 +401,26 @@ def test_an_example_of_a_part_of_the_network_decides_nothing(fit, messages, forw
     assert "multiply-adds" not in told if multiply_adds is None else re.search(multiply_adds, told)
     assert set(compression.allocation.factorized) == {"encoder", "decoder"}
     assert compression._counting.observation.dense_multiply_adds == 64 * 2 * 64 * 32, "of the first batch"
+
+
+def test_ranges_of_several_budgets_are_those_of_each_alone(fit, messages):
+    """Beside multiply-adds a layer whose weight is read stays dense; parameters alone could be fewer by it."""
+    module = Both(torch.zeros(4, 64))
+    low = lrc.analyze(module).reachable[0]
+    fit(module, LowRankCompression(budget={"multiply_adds": 0.9, "parameters": 0.9}, epochs=1, refit=None))
+    (told,) = [" ".join(line.split()) for line in messages if line.startswith("Low-rank compression can go down to")]
+    assert f"{100 * low:.1f} % of 4,201 parameters" in told and " bytes, each alone." in told
+
+
+@pytest.mark.parametrize("unit", ["parameters", "bytes"])
+def test_multiply_adds_of_a_network_without_any_are_refused_before_the_training(fit, unit):
+    class Words(TwoParts):
+        def forward(self, inputs):
+            return inputs * 2
+
+    text = r"`budget`: a run of the network on its example input must take multiply-adds for .* takes none"
+    with pytest.raises(ValueError, match=text):
+        fit(Words("", torch.zeros(4, 8)), LowRankCompression(budget={unit: 0.5, "multiply_adds": 0.5}, epochs=1))
 
 
 def test_an_example_that_the_network_does_not_take_ends_no_training_that_needs_no_example(fit, new_module, messages):

@@ -197,7 +197,10 @@ def _checked_slices(slices: Sequence[int], most: int | None) -> tuple[int, ...]:
     if not listed or not all(type(count) is int and count >= 1 for count in listed):
         raise ValueError(f"`slices` must be a list of whole numbers from 1, such as [1, 2, 4], got {slices!r}.")
     if most is not None and min(listed) > most:
-        raise ValueError(f"`slices` must have a number up to `max_slices`, got {listed} and {most}; leave one out.")
+        raise ValueError(
+            f"`slices` must have a number up to `max_slices`, got {listed} and {most}. Raise `max_slices` to "
+            f"{min(listed)}, or leave it out."
+        )
     return tuple(sorted(set(listed)))
 
 

@@ -28,10 +28,12 @@ class _ScalarRule(Method):
     def choose(self, layers: Mapping[str, LayerCandidates], budget: int) -> Choices:
         """Find the most generous number that fits the budget."""
         at, low, high = self.rule(layers), 0.0, 1.0
-        if _total(layers, at(low)) > budget:
+        if self.smallest_cost(layers) > budget:
             raise ValueError(f"`budget` must be at least {self.smallest_cost(layers)}, got {budget}.")
         if _total(layers, at(high)) <= budget:
             return at(high)
+        if _total(layers, at(low)) > budget:
+            return dict.fromkeys(layers)
         while (middle := (low + high) / 2) not in (low, high):
             fits = _total(layers, at(middle)) <= budget
             low, high = (middle, high) if fits else (low, middle)
@@ -45,8 +47,8 @@ class _ScalarRule(Method):
         return [made[max(0, bisect_right(costs, budget) - 1)] for budget in budgets]
 
     def smallest_cost(self, layers: Mapping[str, LayerCandidates]) -> int:
-        """Return the cost at the least generous number."""
-        return _total(layers, self.rule(layers)(0.0))
+        """Return the cost at the least generous number; of a unit in which factors cost more, that of dense layers."""
+        return min(_total(layers, self.rule(layers)(0.0)), _total(layers, dict.fromkeys(layers)))
 
 
 class _RankRule(_ScalarRule):

@@ -197,7 +197,8 @@ def test_overridden_layers_count_in_each_unit():
         (
             {"parameters": 0.9, "multiply_adds": 0.01},
             r"`budget`: 0\.9 of parameters, 0\.01 of multiply-adds: no allocation keeps all of them\. Raise "
-            r"one of them; each alone can go down to 0\.\d+ of parameters, 0\.\d+ of multiply-adds\.",
+            r"one of them; with the same layers each alone can go down to 0\.\d+ of parameters, 0\.\d+ of "
+            r"multiply-adds\.",
         ),
         ({"parameters": 0.001, "multiply_adds": 0.9}, "the budget must be at least"),
         ({"parameters": 0.5}, r"`budget` must be in the units that were analysed, \['parameters', 'multiply_adds'\]"),
@@ -353,6 +354,44 @@ def test_what_costs_nothing_in_the_first_unit_is_written_shown_and_drawn():
     assert "unused" not in [label.get_text() for label in axes.get_yticklabels()]
     (cells,) = re.findall(r"<tr[^>]*><th[^>]*>unused</th>(.*?)</tr>", str(layers(found)))
     assert cells.endswith("<td>\N{EN DASH}</td>")
+
+
+@pytest.mark.parametrize("method", [lrc.UniformRank(), lrc.ALDSSimple(), lrc.ALDSError(), lrc.ALDS()], ids=repr)
+def test_activation_memory_goes_down_to_the_dense_network_s_whatever_the_method(method):
+    model = network()
+    seen = observe(model, torch.randn(2, 8, 9, 9), activations=True)
+    analysis = analyze(model, method, prices=[Prices("parameters"), Prices("activation_memory", seen)])
+    assert analysis.smallest_in("activation_memory") == analysis.dense_costs["activation_memory"]
+    assert analysis.allocate({"parameters": 1.0, "activation_memory": 1.0}).factorized == {}
+
+
+@pytest.mark.parametrize("look", [analyze, survey])
+@pytest.mark.parametrize("units", [("parameters", "multiply_adds"), ("multiply_adds", "parameters")])
+def test_an_override_of_a_layer_that_costs_nothing_in_a_unit_is_a_share_of_one_in_which_it_does(look, units):
+    model = Half()
+    seen = observe(model, torch.zeros(4, 64))
+    found = look(model, prices=[Prices(unit, seen) for unit in units], overrides={"unused": {"keep_ratio": 0.5}})
+    candidate, rank = found.pinned["unused"]
+    held = candidate.costs if units[0] == "parameters" else candidate.others["parameters"]
+    assert 0.45 * (192 * 64 + 64) < int(held[rank]) <= 0.5 * (192 * 64 + 64)
+
+
+@pytest.mark.parametrize("units", [("parameters", "multiply_adds"), ("multiply_adds", "parameters")])
+def test_an_override_that_such_a_layer_cannot_meet_is_refused(units):
+    seen = observe(Half(), torch.zeros(4, 64))
+    with pytest.raises(
+        ValueError, match=r"unused cannot be as small as keep_ratio=0\.001; its smallest form takes 0\.0"
+    ):
+        survey(Half(), prices=[Prices(unit, seen) for unit in units], overrides={"unused": {"keep_ratio": 0.001}})
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Sequential(nn.Embedding(500, 64)), lambda: nn.EmbeddingBag(500, 64)])
+@pytest.mark.parametrize("rows", [0, 4])
+def test_multiply_adds_that_a_run_does_not_take_are_refused_beside_others(make, rows):
+    words = torch.zeros(rows, 3, dtype=torch.long)
+    text = r"`budget`: a run .* must take multiply-adds for .* and takes none\. Leave this unit out, or give"
+    with pytest.raises(ValueError, match=text):
+        lrc.allocate(make(), budget={"parameters": 0.5, "multiply_adds": 0.5}, embeddings=True, example_input=words)
 
 
 def test_a_layer_that_a_run_does_not_use_is_left_out_where_all_is_of_the_run():
