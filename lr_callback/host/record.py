@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,7 +42,6 @@ class Record:
         teacher: the weights of the network before the first compression, of which a run with distillation learns.
         stable_ranks: epoch -> layer name -> stable rank at its start, of the latest epochs of a run that waits for them
             to settle.
-        curves: of the latest compression, to be drawn.
 
     Example::
 
@@ -57,7 +56,12 @@ class Record:
     snapshot_files: Mapping[str, str] = field(default_factory=dict)
     teacher: Mapping[str, Tensor] | None = None
     stable_ranks: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
-    curves: Curves | None = None
+
+    @property
+    def curves(self) -> Curves | None:
+        """What figures draw of the latest compression."""
+        sampled = None if self.allocation is None else self.allocation.sampled
+        return sampled if isinstance(sampled, Curves) else None
 
     @property
     def last(self) -> int:
@@ -68,7 +72,7 @@ class Record:
         """Return the record after a compression with which some events have passed; later snapshots are yet to come."""
         applied = tuple(sorted({*self.applied, *passed}))
         made = replace(allocation, sampled=curves)  # an analysis would stay in memory until the next one
-        return replace(self.without_files("cut", "final"), allocation=made, curves=curves, applied=applied)
+        return replace(self.without_files("cut", "final"), allocation=made, applied=applied)
 
     def with_ranks(self, epoch: int, ranks: Mapping[str, float], most: int) -> Record:
         """Return the record with the stable ranks at the start of an epoch, and at most so many others before."""
@@ -121,7 +125,6 @@ class Record:
         return cls(
             applied=tuple(parts["applied"]),
             allocation=None if made is None else replace(made, sampled=curves),
-            curves=curves,
             observation=None if observation is None else _read("observation", Observation.from_dict, observation),
             start=copy.deepcopy(parts["start"]),
             snapshot_files=dict(parts["snapshot_files"]),
@@ -141,7 +144,7 @@ def _checked(written: object) -> dict[str, Any]:
         )
     for version, added in _SINCE.items():
         written = {**(added if written["version"] < version else {}), **written}
-    names = {one.name for one in fields(Record)}
+    names = set(_PARTS)
     differ = sorted(map(str, names ^ (written.keys() - {"version"})))
     if differ:
         raise _foreign(f"it must have the keys {sorted(names)}, missing or unknown are {differ}", sorted(written))
