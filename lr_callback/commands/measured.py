@@ -23,8 +23,8 @@ from lr_callback.common.table import on_one_line
 from lr_callback.common.untouched import as_written, untouched
 from lr_callback.edits.surgery import densify_
 from lr_callback.files.checkpoint import restore_
+from lr_callback.model.held import held_parameters
 from lr_callback.model.observe import observe_run
-from lr_callback.model.pricing import held_parameters
 from lr_callback.observation.report import Stage, quiet
 from lr_callback.units.latency import LayerInput, timed_in_turns
 

@@ -20,7 +20,7 @@ from lr_callback.common.example import Example
 from lr_callback.common.untouched import as_written, untouched
 from lr_callback.files.checkpoint import restore_
 from lr_callback.host.copies import copied_module
-from lr_callback.model.pricing import held_parameters
+from lr_callback.model.held import held_parameters
 from lr_callback.model.probe import Probe
 from lr_callback.observation.report import Stage, quiet
 from lr_callback.units.latency import Timing, timed_in_turns

@@ -9,8 +9,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lr_callback.decisions.allocation import Allocation
 from lr_callback.decisions.costs import LATENCY
 from lr_callback.decisions.curves import Curves
+from lr_callback.model.held import dense_parameters, held_parameters
 from lr_callback.model.observe import Observation
-from lr_callback.model.pricing import dense_parameters, held_parameters
 from lr_callback.observation.gallery import Gallery
 from lr_callback.observation.metrics import compression_metrics
 from lr_callback.observation.report import show

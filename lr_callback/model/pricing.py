@@ -1,4 +1,4 @@
-"""Pricing: what the layers of a model cost in a unit, and the model with all of them dense."""
+"""Pricing: what a model costs in a unit with all layers dense, and what each of its layers does."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from functools import cached_property
 from typing import TypeVar
 
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from lr_callback.decisions.costs import ACTIVATION_MEMORY, LATENCY, OBSERVED, LayerCost, Unit, check_cost
 from lr_callback.decisions.methods import Method
-from lr_callback.layers.layer_types import layer_cost, layer_type, saved_cost
+from lr_callback.layers.layer_types import layer_cost, layer_type
 from lr_callback.mathematics.folding import Geometry
 from lr_callback.model.find import Found, check_weight, find_layers, replaceable_in
+from lr_callback.model.held import dense_bytes, dense_parameters
 from lr_callback.model.observe import Observation
 from lr_callback.model.overrides import Override
 from lr_callback.units.activations import ActivationCost, Activations
@@ -166,55 +166,6 @@ def _counted(part: Part | None, what: str, how: str) -> Part:
 def _own(asked: Unit) -> OwnCost:
     assert not isinstance(asked, str)
     return asked if isinstance(asked, OwnCost) else OwnCost(asked)
-
-
-def held_parameters(model: nn.Module) -> int:
-    """Return the number of parameters of a model as it is; a shared parameter counts once.
-
-    Raises:
-        ValueError: If a parameter is not initialised yet (a lazy layer).
-    """
-    return sum(parameter.numel() for parameter in _initialised(model))
-
-
-def dense_parameters(model: nn.Module) -> int:
-    """Return the number of parameters of a model with all layers dense; a shared parameter counts once.
-
-    Raises:
-        ValueError: If a parameter is not initialised yet (a lazy layer).
-    """
-    return held_parameters(model) + sum(saved_cost(layer) for layer in replaceable_in(model).values())
-
-
-def dense_bytes(model: nn.Module) -> int:
-    """Return the bytes of a model's parameters and persistent buffers, with all layers dense; a shared one counts once.
-
-    These are what a state dict holds; a file of it is larger by its header. Each entry counts by its dtype, those of a
-    sparse tensor all of them.
-
-    Raises:
-        ValueError: If a parameter is not initialised yet (a lazy layer).
-
-    Example::
-
-        >>> dense_bytes(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)))  # with a count of batches, 8 bytes
-        424
-    """
-    buffers = {
-        id(value): value
-        for module in model.modules()
-        for name, value in module._buffers.items()
-        if value is not None and name not in module._non_persistent_buffers_set
-    }
-    own = sum(value.numel() * value.element_size() for value in [*_initialised(model), *buffers.values()])
-    return own + sum(saved_cost(layer, in_bytes=True) for layer in replaceable_in(model).values())
-
-
-def _initialised(model: nn.Module) -> list[nn.Parameter]:
-    for name, value in [*model.named_parameters(), *model.named_buffers()]:
-        if is_lazy(value):
-            raise ValueError(f"{name}: it is not initialised yet and cannot be counted; run one batch first.")
-    return list(model.parameters())
 
 
 def dense_again(model: nn.Module, skipped: Mapping[str, str]) -> dict[str, tuple[int, ...]]:

@@ -21,7 +21,7 @@ from lr_callback.commands.study.plan import CONTROL, Plan, Run, digest
 from lr_callback.commands.study.pruning import prune_filters_
 from lr_callback.commands.study.rows import Row
 from lr_callback.files.checkpoint import restore_
-from lr_callback.model.pricing import held_parameters
+from lr_callback.model.held import held_parameters
 from lr_callback.observation.report import quiet
 
 Make = Callable[[], tuple[LightningModule, LightningDataModule | None]]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lr_callback.decisions.allocation import Allocation
-from lr_callback.model.pricing import dense_parameters, held_parameters
+from lr_callback.model.held import dense_parameters, held_parameters
 
 
 def kept_cost(kept: int | Allocation | nn.Module, dense: int | nn.Module | None = None) -> Tensor:

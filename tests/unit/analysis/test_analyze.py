@@ -10,8 +10,9 @@ import lr_callback as lrc
 from lr_callback.analysis.analyze import survey
 from lr_callback.decisions.costs import COUNTED
 from lr_callback.decisions.goals import check_keep_ratio
+from lr_callback.model.held import dense_parameters
 from lr_callback.model.observe import observe
-from lr_callback.model.pricing import Prices, dense_parameters
+from lr_callback.model.pricing import Prices
 
 
 class Special(nn.Conv2d):
