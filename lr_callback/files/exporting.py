@@ -19,6 +19,7 @@ from lr_callback.files.formats import FORMATS, Order, check_format
 from lr_callback.files.values import check_has_values
 from lr_callback.layers import FactorizedLayer
 from lr_callback.layers.layer_types import saved_cost
+from lr_callback.model.held import held_bytes
 
 _TOLERANCES = {torch.float64: 1e-8, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Dtype -> the largest difference of outputs that reordered sums explain, relative to the largest output."""
@@ -33,8 +34,9 @@ class Exported:
     Args:
         format: a key of :data:`~lr_callback.files.formats.FORMATS`.
         path: of the file.
-        file_bytes: its size.
-        saved_bytes: how much less its weights take than those of the model with all layers dense.
+        file_bytes: its size: weights, graph and all else.
+        weight_bytes: of the model's parameters and persistent buffers, as it was exported.
+        saved_bytes: how much less these are than those of the model with all layers dense.
         difference: the largest of the file's outputs to the model's, relative to the largest output.
         imports: modules with classes of the outputs, which must be imported before the file is read.
     """
@@ -42,14 +44,15 @@ class Exported:
     format: str
     path: Path
     file_bytes: int
+    weight_bytes: int
     saved_bytes: int
     difference: float
     imports: tuple[str, ...] = ()
 
     @property
-    def dense_bytes(self) -> int:
-        """The size that the file would have if all layers were dense."""
-        return self.file_bytes + self.saved_bytes
+    def dense_weight_bytes(self) -> int:
+        """What the weights would take if all layers were dense; what the file would is known once it is written."""
+        return self.weight_bytes + self.saved_bytes
 
     @property
     def reload(self) -> str:
@@ -59,9 +62,10 @@ class Exported:
 
     def __str__(self) -> str:
         """Return the table, and the line that reads the file."""
-        row = [self.format, f"{self.dense_bytes:,}", f"{self.file_bytes:,}", f"{self.difference:.1e}"]
-        header = ["format", "bytes dense", "bytes", "largest difference"]
-        return f"{align(header, [row], right=frozenset({1, 2, 3}))}\n{self.path}\nread it with: {self.reload}"
+        sizes = self.dense_weight_bytes, self.weight_bytes, self.file_bytes
+        row = [self.format, *(f"{size:,}" for size in sizes), f"{self.difference:.1e}"]
+        header = ["format", "dense weight bytes", "weight bytes", "file bytes", "largest difference"]
+        return f"{align(header, [row], right=frozenset({1, 2, 3, 4}))}\n{self.path}\nread it with: {self.reload}"
 
 
 def export(
@@ -129,7 +133,8 @@ def export(
             FORMATS[format].write(Order(model, example, dynamic_batch, notes), part)
             difference = _checked(format, part, calls, _tolerance(model, example))
         imports = _imports(calls) if FORMATS[format].keeps_classes else ()
-        done = Exported(format, path, part.stat().st_size, _saved_bytes(model), difference, imports)
+        sizes = part.stat().st_size, held_bytes(model), _saved_bytes(model)
+        done = Exported(format, path, *sizes, difference, imports)
         part.replace(path)
     return done
 

@@ -27,8 +27,8 @@ def dense_parameters(model: nn.Module) -> int:
     return held_parameters(model) + sum(saved_cost(layer) for layer in replaceable_in(model).values())
 
 
-def dense_bytes(model: nn.Module) -> int:
-    """Return the bytes of a model's parameters and persistent buffers, with all layers dense; a shared one counts once.
+def held_bytes(model: nn.Module) -> int:
+    """Return the bytes of a model's parameters and persistent buffers, as it is; a shared one counts once.
 
     These are what a state dict holds; a file of it is larger by its header. Each entry counts by its dtype, those of a
     sparse tensor all of them.
@@ -38,7 +38,7 @@ def dense_bytes(model: nn.Module) -> int:
 
     Example::
 
-        >>> dense_bytes(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)))  # with a count of batches, 8 bytes
+        >>> held_bytes(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)))  # with a count of batches, 8 bytes
         424
     """
     buffers = {
@@ -47,8 +47,12 @@ def dense_bytes(model: nn.Module) -> int:
         for name, value in module._buffers.items()
         if value is not None and name not in module._non_persistent_buffers_set
     }
-    own = sum(value.numel() * value.element_size() for value in [*_initialised(model), *buffers.values()])
-    return own + sum(saved_cost(layer, in_bytes=True) for layer in replaceable_in(model).values())
+    return sum(value.numel() * value.element_size() for value in [*_initialised(model), *buffers.values()])
+
+
+def dense_bytes(model: nn.Module) -> int:
+    """Return what :func:`held_bytes` does, of the model with all layers dense; raises as it does."""
+    return held_bytes(model) + sum(saved_cost(layer, in_bytes=True) for layer in replaceable_in(model).values())
 
 
 def _initialised(model: nn.Module) -> list[nn.Parameter]:

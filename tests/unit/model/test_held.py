@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 import lr_callback as lrc
-from lr_callback.model.held import dense_bytes, dense_parameters, held_parameters
+from lr_callback.model.held import dense_bytes, dense_parameters, held_bytes, held_parameters
 
 
 def network():
@@ -44,6 +44,7 @@ def test_bytes_are_those_of_the_tensors_in_the_file_before_and_after_the_cut():
     lrc.factorize_(model, allocation)
     assert (allocation.unit, allocation.dense_cost, allocation.cost) == ("bytes", before, size(model))
     assert dense_bytes(model) == before and len(allocation.factorized) >= 2
+    assert held_bytes(model) == size(model) < before
     assert "bytes" in allocation.summary()
     assert lrc.Allocation.from_json(allocation.to_json()) == allocation
 
