@@ -210,7 +210,7 @@ def _rows(allocation: Allocation) -> tuple[list[_Row], list[_Row]]:
     kept = allocation.cost - sum(row[1] for row in shown)
     dense = allocation.dense_cost - sum(row[2] for row in shown)
     more = len(order) - len(shown)
-    others = f"{more} smaller layers, everything else" if more else "everything else"
+    others = f"{more} other layer{'s' * (more > 1)}, everything else" if more else "everything else"
     return shown, [(others, max(0, kept), dense)] if dense > 0 else []
 
 

@@ -66,14 +66,21 @@ def test_a_budget_in_time_has_bars_in_microseconds_and_a_title_of_its_name(small
 
 
 def test_rows_are_few_and_what_they_leave_out_is_summed_up():
+    """They may be as large as the smallest that is shown, and are not called smaller."""
     allocation, _ = analysed(named([f"layer{index}" for index in range(60)]), 0.7, lrc.ALDS(slices=[1]))
     _, axes = plot_allocation(allocation)
-    assert len(labels(axes)) == MOST_ROWS and labels(axes)[-1] == "21 smaller layers, everything else"
+    assert len(labels(axes)) == MOST_ROWS and labels(axes)[-1] == "21 other layers, everything else"
     dense, kept = (sum(bar.get_width() for bar in bars) for bars in axes.containers)
     rest = axes.texts[-1].get_text()
     assert rest == f" {(allocation.cost - kept) / 1000:.3g}k of {(allocation.dense_cost - dense) / 1000:.3g}k, " + (
         f"{(allocation.cost - kept) / (allocation.dense_cost - dense):.0%}"
     )
+
+
+def test_one_layer_that_is_left_over_is_told_as_one():
+    allocation, _ = analysed(named([f"layer{index}" for index in range(MOST_ROWS)]), 0.7, lrc.ALDS(slices=[1]))
+    _, axes = plot_allocation(allocation)
+    assert labels(axes)[-1] == "1 other layer, everything else"
 
 
 def test_layers_that_stay_dense_have_a_row_in_parameters(small):
