@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from textwrap import fill
+
+from lr_callback.common.table import shorten
 from lr_callback.decisions.allocation import Allocation
 from lr_callback.decisions.costs import spoken
 from lr_callback.decisions.curves import Curves
+from lr_callback.observation.drawing import new_figure
 from lr_callback.observation.figures import plot_allocation, plot_spectra, plot_tradeoff
 from lr_callback.page.facts import Picture
 from lr_callback.page.svg import inline_svg
+
+_WIDTH = 4.4
+"""Inches of a figure whose letters can be read on a phone, where it is not scaled down further."""
+_LETTERS = 22
+"""Of a name beside a bar of such a figure."""
 
 
 def pictures_of(allocation: Allocation, curves: Curves | None) -> tuple[Picture, ...]:
@@ -33,13 +42,31 @@ def _tells_singular_values(curves: Curves) -> bool:
 
 
 def _kept(allocation: Allocation) -> Picture:
-    figure, _ = plot_allocation(allocation)
+    rows = len(plot_allocation(allocation)[1].get_yticks())
+    figure = new_figure((_WIDTH, 1.1 + 0.24 * rows))
+    _, axes = plot_allocation(allocation, ax=figure.subplots())
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    axes.set_yticks(range(rows), [beside(name) for name in names])
+    axes.legend().remove()  # beside the title there is no room for it
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False, fontsize=8)
     told = f"A bar for each layer: {spoken(allocation.unit)} of the dense layer, and on it what is kept"
     return Picture("What each layer kept", f"{told}. The largest layers come first.", inline_svg(figure, "kept", told))
 
 
+def beside(name: str) -> str:
+    r"""Return what stands beside a bar: words in lines, and of a long name its end.
+
+    Example::
+
+        >>> beside("encoder.layers.11.mlp.dense_out"), beside("21 other layers, everything else")
+        ('...rs.11.mlp.dense_out', '21 other layers,\neverything else')
+    """
+    return "\n".join(shorten(line, _LETTERS) for line in fill(name, _LETTERS, break_long_words=False).splitlines())
+
+
 def _tradeoff(curves: Curves) -> Picture:
-    figure, _ = plot_tradeoff(curves)
+    figure = new_figure((_WIDTH, 3.4))
+    plot_tradeoff(curves, ax=figure.subplots())
     told = f"Error of the layers against what is kept of the {spoken(curves.unit)}, with what was chosen"
     caption = (
         f"{told}. Left of the line the network is smaller, and its layers err more. The errors are those right after "

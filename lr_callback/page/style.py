@@ -77,17 +77,35 @@ li { margin: .2rem 0; }
   .bar { min-width: 5.5rem; background-position: left .5rem center; }
   .bar { background-size: calc((100% - 1rem) * var(--part)) 70%; }
 }
+@media (max-width: 40rem) {
+  .stages thead { display: none; }
+  .stages, .stages tbody, .stages tr { display: block; }
+  .stages tr { padding: .35rem .5rem; }
+  .stages tr + tr { border-top: 1px solid var(--line); }
+  .stages tr > * { display: flex; justify-content: space-between; gap: 1rem; padding: .1rem 0; border: 0; }
+  .stages th[scope=row] { max-width: none; font-weight: 600; }
+  .stages td { white-space: normal; }
+  .stages td::before { content: attr(data-stage); color: var(--quiet); text-align: left; }
+}
 @media print {
   :root {
     --ground: #ffffff; --paper: #ffffff; --text: #000000; --quiet: #444444; --line: #bbbbbb; --code: #ffffff;
     --good: #17703c; --bad: #b3261e; --bar: #d5dff5; --accent: #2f5bb7;
   }
   body { font-size: 10pt; }
-  main { max-width: none; padding: 0; }
+  main { max-width: none; padding: 0 1px; }
+  .cards { grid-template-columns: repeat(auto-fit, minmax(7.5rem, 1fr)); gap: .5rem; }
+  .card .now { font-size: 1.2rem; }
   .box, .tall { overflow: visible; max-height: none; }
+  .tall table { font-size: 8pt; }
+  .tall :is(th, td) { padding: .2rem .4rem; }
+  .bar { min-width: 3.5rem; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   th[scope=col] { position: static; }
-  figure svg { min-width: 0 !important; filter: none; }
-  figure, .card, tr { break-inside: avoid; }
-  h2 { break-after: avoid; }
+  figure svg { min-width: 0 !important; max-width: calc(var(--points) * 1.2px) !important; max-height: 20cm; }
+  figure svg { filter: none; }
+  pre { white-space: pre-wrap; }
+  details::details-content { content-visibility: visible; display: block; }
+  figure, .card, .note, .plain, pre, tr { break-inside: avoid; }
+  h2, h2 + .quiet, p:has(+ pre), summary { break-after: avoid; }
 }
 """

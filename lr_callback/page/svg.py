@@ -13,15 +13,18 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _START = re.compile(r'<svg [^>]*?viewBox="(0 0 ([\d.]+) [^"]*)"[^>]*>')
-_SCALES = (0.9, 1.5)
+_SCALES = (0.9, 1.7)
 """Pixels for a point of the figure, at least and at most: letters of all figures of a page are read, and alike."""
 _NOTES = re.compile(r"<metadata>.*?</metadata>|<!--.*?-->|<style.*?</style>", re.DOTALL)
 _NAMES = re.compile(r'(\bid="|url\(#|href="#)')
 _ATTRIBUTES = (
     'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" role="img" '
-    'style="stroke-linejoin: round; stroke-linecap: butt; min-width: {}px; max-width: {}px"'
+    'style="stroke-linejoin: round; stroke-linecap: butt; --points: {}; min-width: {}px; max-width: {}px"'
 )
-"""What each figure has. The style is that of matplotlib's own sheet, which would hold for the whole page."""
+"""What each figure has. The style is that of matplotlib's own sheet, which would hold for the whole page.
+
+By ``--points``, the width of the figure, the page scales it on paper.
+"""
 
 
 def inline_svg(figure: Figure, name: str, label: str) -> Markup:
@@ -47,7 +50,7 @@ def inline_svg(figure: Figure, name: str, label: str) -> Markup:
     text = _NAMES.sub(rf"\g<1>{name}-", _NOTES.sub("", text[text.index("<svg") :]))
 
     def begun(found: re.Match[str]) -> str:
-        attributes = _ATTRIBUTES.format(*(round(scale * float(found[2])) for scale in _SCALES))
+        attributes = _ATTRIBUTES.format(*(round(scale * float(found[2])) for scale in (1, *_SCALES)))
         return f'<svg viewBox="{found[1]}" aria-label="{escaped(label)}" {attributes}>'
 
     return Markup(_START.sub(begun, text, count=1))

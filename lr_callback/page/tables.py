@@ -46,7 +46,7 @@ def compared(stages: Sequence[Stage]) -> Markup:
         values = [count(stage) for stage in stages]
         if any(values):
             rows.append([title, *_counted(values, told)])
-    return box(_table(["", *(stage.name for stage in stages)], rows), "Stages side by side")
+    return box(_compared(["", *(stage.name for stage in stages)], rows), "Stages side by side")
 
 
 def _counted(values: Sequence[float], told: Callable[[float], str]) -> list[str]:
@@ -133,10 +133,15 @@ def pairs(values: Mapping[str, str], label: str) -> Markup:
     return box(tag("table", tag("tbody", rows), class_="plain"), label)
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Markup:
+def _compared(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Markup:
+    """Return a table of stages; each cell knows its stage, which it says itself where there is no room for columns."""
     head = tag("thead", tag("tr", *(_column(title, not index) for index, title in enumerate(header))))
-    body = (tag("tr", tag("th", row[0], scope="row"), *(tag("td", cell) for cell in row[1:])) for row in rows)
-    return tag("table", head, tag("tbody", *body))
+    body = (tag("tr", tag("th", name, scope="row"), *map(_told, cells, header[1:])) for name, *cells in rows)
+    return tag("table", head, tag("tbody", *body), class_="stages")
+
+
+def _told(cell: str, stage: str) -> Markup:
+    return tag("td", cell, data_stage=stage)
 
 
 def _column(title: str, is_text: bool) -> Markup:

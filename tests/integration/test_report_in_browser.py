@@ -26,7 +26,8 @@ FLAGS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars",
     "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
 ]  # fmt: skip
-WIDTHS = (360, 800, 1600)
+WIDTHS = (360, 390, 500, 800, 1600)
+PHONES = (360, 390, 500)
 EVIL = "<script>document.title='run'</script><img src=x onerror=\"document.title='run'\">&'\""
 PROBE = """
 <body><script>
@@ -42,7 +43,9 @@ const seen = frame => {
     svgs: [...page.querySelectorAll('svg')].map(rectangle),
     drawn: [...page.querySelectorAll('svg')].map(one => { const b = one.getBBox(); return [b.width, b.height]; }),
     scripts: page.scripts.length, fetched: frame.contentWindow.performance.getEntriesByType('resource').length,
-    boxes: [...page.querySelectorAll('.box')].filter(one => one.scrollWidth > one.clientWidth + 1).length,
+    scrolled: [...page.querySelectorAll('.box')].filter(one => one.scrollWidth > one.clientWidth + 1)
+      .map(one => one.getAttribute('aria-label')),
+    cells: [...page.querySelectorAll('.stages tbody tr > *')].map(rectangle),
     text: page.body.innerText,
   };
 };
@@ -129,8 +132,29 @@ def test_nothing_is_wider_than_the_window(seen, name, width):
 
 
 def test_on_a_phone_what_is_wide_scrolls_in_its_box(seen):
-    assert seen.found["usual"][360].boxes >= 3
-    assert seen.found["usual"][1600].boxes < seen.found["usual"][360].boxes
+    assert {"Layers", "Spectra", "Code"} <= set(seen.found["usual"][360].scrolled)
+    assert len(seen.found["usual"][1600].scrolled) < len(seen.found["usual"][360].scrolled)
+
+
+@pytest.mark.parametrize("width", PHONES)
+def test_what_a_person_looks_for_first_is_seen_on_a_phone_without_scrolling(seen, width):
+    found = seen.found["usual"][width]
+    assert not {"Stages side by side", "What each layer kept", "Error against size"} & set(found.scrolled)
+    assert len(found.cells) == 5 * 4  # a name and three stages, of five rows
+    assert all(left > 0 and left + size <= width and size > 0 for left, _, size, _ in found.cells)
+    words = " ".join(found.text.split())
+    assert "parameters 75,002,123 25,000,000 (33.3%) 25,000,000 (33.3%)" in words
+
+
+def test_on_paper_nothing_is_cut_and_nothing_is_folded(tmp_path):
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
+    usual = page(facts_of(8, pictures=pictures(), arguments="keep_ratio: 0.3"))
+    on_paper = usual.replace("@media print", "@media all")
+    found = looked_at(tmp_path, {"screen": usual, "paper": on_paper})
+    assert found["screen"][800].scrolled and "keep_ratio" not in found["screen"][800].text
+    assert (found["paper"][800].scrolled, found["paper"][800].beyond) == ([], [])
+    assert "keep_ratio: 0.3" in found["paper"][800].text
+    assert all(height < 800 for *_, height in found["paper"][800].svgs)  # a page has about 980
 
 
 def test_nothing_is_fetched_or_run_and_names_are_shown_as_they_are(seen):

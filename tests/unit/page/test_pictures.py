@@ -54,6 +54,15 @@ def test_they_are_the_same_each_time(analysed):
     assert pictures_of(*analysed) == pictures_of(*analysed)
 
 
+def test_letters_are_read_on_a_phone_whatever_the_names(analysed):
+    """A figure is scaled down to 0.9 pixels for a point, and 292 pixels are what a phone of 360 has for it."""
+    model = nn.ModuleDict({f"a_very_long_name_{'of_a_layer' * 9}_{index}": nn.Linear(64, 64) for index in range(3)})
+    analysis = lrc.analyze(model)
+    allocation = analysis.allocate(0.5)
+    for pictures in (pictures_of(*analysed), pictures_of(allocation, analysis.curves(allocation))):
+        assert all(int(re.search(r"min-width: (\d+)px", one.svg)[1]) <= 292 for one in pictures[:2])
+
+
 def test_a_layer_with_a_name_of_markup_is_drawn_as_it_is_and_harms_nothing():
     model = nn.ModuleDict({"<script>&$x_1$": nn.Linear(64, 64)})
     analysis = lrc.analyze(model)

@@ -62,6 +62,11 @@ def test_stages_side_by_side_without_what_nobody_measured(facts):
     assert rows_of(tables.compared(bare))[-1][1:] == ["\N{EN DASH}", "6,000"]
 
 
+def test_each_cell_knows_its_stage_for_where_there_are_no_columns(facts):
+    markup = tables.compared(facts.stages)
+    assert re.findall(r'data-stage="([^"]*)"', markup) == ["dense, before", "this checkpoint"] * 6
+
+
 def test_headers_say_what_they_are_of(facts):
     markup = tables.compared(facts.stages)
     assert markup.count('scope="col"') == 2 and markup.count('scope="row"') == 6
