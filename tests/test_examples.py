@@ -140,7 +140,7 @@ class TestOther:
 @pytest.mark.skipif(find_spec("onnxruntime") is None, reason="needs pip install 'lr_callback[export]'")
 def test_export_serve(tmp_path):
     text = run(tmp_path, "export_serve.py")
-    ((dense, written),) = re.findall(r"^onnx +([\d,]+) +([\d,]+) ", text, flags=re.MULTILINE)
+    ((dense, written),) = re.findall(r"^onnx +([\d,]+) +[\d,]+ +([\d,]+) ", text, flags=re.MULTILINE)
     assert int(written.replace(",", "")) < 0.2 * int(dense.replace(",", ""))
     assert number(r"served: accuracy ([\d.]+)", text) > 0.8
     assert (

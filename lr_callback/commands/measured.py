@@ -17,7 +17,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import nn
 
 from lr_callback.commands.from_checkpoint import calls_of, moved
-from lr_callback.commands.stages import SILENT, evaluation_of, logged_by
+from lr_callback.commands.stages import SILENT, batch_of, evaluation_of, logged_by
 from lr_callback.common.example import Example
 from lr_callback.common.table import on_one_line
 from lr_callback.common.untouched import as_written, untouched
@@ -26,7 +26,7 @@ from lr_callback.files.checkpoint import restore_
 from lr_callback.model.held import held_parameters
 from lr_callback.model.observe import observe_run
 from lr_callback.observation.report import Stage, quiet
-from lr_callback.units.latency import LayerInput, timed_in_turns
+from lr_callback.units.latency import timed_in_turns
 
 _OF_THE_RUN = ("precision", "limit_test_batches", "limit_val_batches")
 """Arguments of a run's Trainer that its evaluation depends on."""
@@ -86,7 +86,7 @@ def times_of(chosen: Namespace, models: Mapping[str, nn.Module], device: torch.d
     """
     names = {module: name for name, module in chosen.model.named_modules()}
     calls = [(names[module], moved(example, device)) for module, example in calls_of(chosen)]
-    batch = _told(calls[0][1])
+    batch = batch_of(calls)
     with ExitStack() as stack:
         runs = []
         for model in models.values():
@@ -112,10 +112,6 @@ def _multiply_adds(model: nn.Module, run: Callable[[], object], batch: str) -> i
             f"the model must take a batch of {batch}, found that it makes a {type(error).__name__}: "
             f"{on_one_line(error)}; say by --input_shape what it is called with"
         ) from error
-
-
-def _told(example: Example) -> str:
-    return ", ".join(str(LayerInput.of(tensor)) for tensor in example.tensors)
 
 
 def timed_stages(stages: tuple[Stage, ...], times: Times) -> tuple[Stage, ...]:

@@ -23,7 +23,7 @@ from lr_callback.host.copies import copied_module
 from lr_callback.model.held import held_parameters
 from lr_callback.model.probe import Probe
 from lr_callback.observation.report import Stage, quiet
-from lr_callback.units.latency import Timing, timed_in_turns
+from lr_callback.units.latency import LayerInput, Timing, timed_in_turns
 
 SILENT: dict[str, Any] = dict.fromkeys(
     ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
@@ -201,7 +201,13 @@ def _measure(
         multiply_adds=watch.probe.observe().multiply_adds(model),
         file_bytes=Path(file).stat().st_size,
         milliseconds=0.0,  # measured when all stages are there
+        batch=batch_of(watch.probe.calls),
     )
+
+
+def batch_of(calls: Sequence[tuple[object, Example]]) -> str:
+    """Return shape and dtype of the tensors of the first of some calls; nothing without calls."""
+    return ", ".join(str(LayerInput.of(tensor)) for _, example in calls[:1] for tensor in example.tensors)
 
 
 def _evaluate(

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
-from lr_callback.common.table import WIDTH, align, printable, shorten
+from lr_callback.common.table import WIDTH, align, printable, shorten, wrap
 
 UNSTEADY = "too unsteady to compare"
 """What is said of times that say nothing."""
@@ -138,6 +138,7 @@ class Stage:
         file_bytes: of the file with its weights.
         milliseconds: of one batch, the median of repeated runs; 0 if none was seen.
         spread: of these runs, see :class:`~lr_callback.units.latency.Timing`.
+        batch: shape and dtype of its tensors; empty: none was seen.
     """
 
     name: str
@@ -147,6 +148,7 @@ class Stage:
     file_bytes: int
     milliseconds: float
     spread: float = 0.0
+    batch: str = ""
 
 
 def spread_of(stages: Sequence[Stage]) -> float:
@@ -164,29 +166,46 @@ def differing(stages: Sequence[Stage]) -> str:
     return f"runs differ by {spread_of(stages):.0%} of their median"
 
 
-def comparison(stages: Sequence[Stage]) -> str:
-    r"""Return the stages side by side as a table, each count also as a fraction of the first stage's.
-
-    Where the times are too unsteady to compare, a line below says so.
+def of_a_batch(batch: str) -> str:
+    """Return which batch counts and times are of, in words.
 
     Example::
 
-        >>> dense = Stage("dense", {"accuracy": 0.91}, 200, 4000, 1000, 2.0)
-        >>> cut = Stage("after the cut", {"accuracy": 0.7}, 50, 1000, 300, 1.0)
+        >>> of_a_batch("64x1x8x8 float32")
+        'multiply-adds and milliseconds are of a batch of 64x1x8x8 float32'
+    """
+    return f"multiply-adds and milliseconds are of a batch of {batch}"
+
+
+def comparison(stages: Sequence[Stage]) -> str:
+    r"""Return the stages side by side as a table, each count also as a fraction of the first stage's.
+
+    Lines below say which batch they are of, and that times are too unsteady to compare where they are.
+
+    Example::
+
+        >>> dense = Stage("dense", {"accuracy": 0.91}, 200, 4000, 1000, 2.0, batch="8x16 float32")
+        >>> cut = Stage("after the cut", {"accuracy": 0.7}, 50, 1000, 300, 1.0, batch="8x16 float32")
         >>> print(comparison([dense, cut]).partition("\n")[2])
         accuracy       0.9100         0.7000
         parameters        200     50 (25.0%)
         multiply-adds   4,000  1,000 (25.0%)
         bytes on disk   1,000    300 (30.0%)
         ms a batch       2.00   1.00 (50.0%)
+        multiply-adds and milliseconds are of a batch of 8x16 float32
     """
     rows = _compared(stages, ",")
     wide = max(map(len, _table(stages, rows).splitlines()))
     if wide > WIDTH:
         rows = _compared(stages, ".4g")
     room = WIDTH - max(map(len, _table(stages, [["", *cells] for _, *cells in rows]).splitlines()))
-    table = _table(stages, [[shorten(name, max(_SHORTEST_NAME, room)), *cells] for name, *cells in rows])
-    return f"{table}\n{_TIMES}: {UNSTEADY}; {differing(stages)}" if are_unsteady(stages) else table
+    lines = [_table(stages, [[shorten(name, max(_SHORTEST_NAME, room)), *cells] for name, *cells in rows])]
+    batch = next((stage.batch for stage in stages if stage.batch), "")
+    if batch:
+        lines.append(wrap(of_a_batch(batch)))
+    if are_unsteady(stages):
+        lines.append(f"{_TIMES}: {UNSTEADY}; {differing(stages)}")
+    return "\n".join(lines)
 
 
 _SHORTEST_NAME = len("bytes on disk")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lr_callback.decisions.allocation import Allocation
 from lr_callback.decisions.costs import LATENCY, amount, spoken
-from lr_callback.observation.report import UNSTEADY, differing, spread_of
+from lr_callback.observation.report import UNSTEADY, differing, of_a_batch, spread_of
 from lr_callback.page import tables
 from lr_callback.page.facts import Facts, Picture
 from lr_callback.page.markup import Markup, joined, tag
@@ -137,7 +137,8 @@ def _batch(facts: Facts) -> list[Markup]:
     if not facts.batch:
         return [tag("p", "Fractions are of the dense network.", class_="quiet")]
     runs = f"; {differing(facts.stages)}" if spread_of(facts.stages) else ""
-    told = f"A batch is {facts.batch}. Times are of all stages in turns{runs}."
+    batch = of_a_batch(facts.batch)
+    told = f"{batch[:1].upper()}{batch[1:]}. Times are of all stages in turns{runs}."
     return [tag("p", f"Fractions are of the dense network. {told}", class_="quiet")]
 
 

@@ -31,6 +31,7 @@ DIGITS = ["--config", str(CONFIGS / "digits.yaml")]
 SHORT = ["--trainer.max_epochs", "3", "--compress.epochs", "1", "--model.init_args.warmup_epochs", "0"]
 FLAT = ["--trainer.max_epochs", "2", "--model.init_args.schedule", "constant", "--trainer.limit_train_batches", "2"]
 FLAT += ["--trainer.log_every_n_steps", "1"]
+OF_A_BATCH = "multiply-adds and milliseconds are of a batch of "
 STAGES = ["dense", "cut", "final"]
 
 
@@ -73,7 +74,7 @@ def comparison_in(text):
     assert re.split(r" {2,}", lines[0].strip()) == ["dense, before", "right after", "at the end"]
     columns = [{}, {}, {}]
     rows = lines[1 : lines.index("")] if "" in lines else lines[1:]
-    for line in [line for line in rows if not line.startswith("ms a batch: too unsteady")]:
+    for line in [line for line in rows if not line.startswith(("ms a batch: too unsteady", OF_A_BATCH))]:
         name, *cells = re.split(r" {2,}", line.strip())
         for column, cell in zip(columns, cells, strict=True):
             column[name] = float(cell.split(" ")[0].replace(",", ""))
@@ -97,7 +98,7 @@ def test_fit_prints_the_table_of_layers_once(digits_run):
 
 def test_comparison_is_the_last_thing_and_quiet(digits_run):
     *_, last_row, blank, hint = digits_run.out.splitlines()
-    assert last_row.startswith("ms a batch") and not blank
+    assert last_row.startswith((OF_A_BATCH, "ms a batch: too unsteady")) and not blank
     [checkpoint] = (digits_run.logs / "checkpoints").iterdir()
     shown = checkpoint.relative_to(digits_run.logs.parents[1])
     assert hint == f"a page of this: lr-callback report --checkpoint {shown}"
@@ -154,6 +155,8 @@ def test_page_of_a_run_says_what_the_comparison_does(digits_run, here, tmp_path)
         for name, form in (("parameters", ",.0f"), ("multiply-adds", ",.0f"), ("test_accuracy", ".2%")):
             assert f">{column[name]:{form}}" in page, name
     assert f">{before['bytes on disk']:,.0f}<" in page and "milliseconds of a batch" in page
+    told = f"{OF_A_BATCH}64x1x8x8 float32"
+    assert f"\n{told}\n" in digits_run.out and told[1:] in page
     assert "network=CifarResNet(" in page and "keep_ratio: 0.3" in page
 
 

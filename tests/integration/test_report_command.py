@@ -230,7 +230,8 @@ def test_with_its_model_a_checkpoint_is_measured_beside_its_snapshots(run, comma
     sizes = [Path(files[name]).stat().st_size for name in ("dense", "cut")]
     assert [int(cell.split(" ")[0].replace(",", "")) for cell in rows["bytes of a file of the weights"][:2]] == sizes
     assert all(float(cell.split(" ")[0]) > 0 for cell in rows["milliseconds of a batch"])
-    assert "A batch is" not in done.out and "8x4x6x6 float32" in done.page
+    told = "ultiply-adds and milliseconds are of a batch of 8x4x6x6 float32."
+    assert told not in done.out and told in done.page
 
 
 def test_the_page_has_the_figures_of_the_run(run, command):

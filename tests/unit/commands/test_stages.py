@@ -100,7 +100,7 @@ def test_each_stage_has_the_metrics_and_the_costs_of_its_file(trainer, files, tm
     assert [stage.name for stage in stages] == ["dense, before", "right after", "at the end"]
     for stage, file in zip(stages, files.values(), strict=True):
         assert stage.metrics == {metric: pytest.approx(expected_loss(file), rel=1e-6)}
-        assert stage.milliseconds > 0
+        assert stage.milliseconds > 0 and stage.batch == "8x32 float32"
     dense, cut, final = stages
     assert dense.parameters == 32 * 24 + 24 + 24 * 4 + 4
     assert dense.multiply_adds == 8 * (32 * 24 + 24 * 4)
@@ -112,7 +112,8 @@ def test_each_stage_has_the_metrics_and_the_costs_of_its_file(trainer, files, tm
 @pytest.mark.parametrize(("kind", "data"), [(Blank, Data), (Blank, None), (WithTest, None)])
 def test_without_an_evaluation_there_are_sizes_only(trainer, files, kind, data):
     stages = measure_stages(trainer, ready(kind), data and data(), files)
-    assert [(stage.metrics, stage.multiply_adds, stage.milliseconds) for stage in stages] == [({}, 0, 0.0)] * 3
+    seen = [(stage.metrics, stage.multiply_adds, stage.milliseconds, stage.batch) for stage in stages]
+    assert seen == [({}, 0, 0.0, "")] * 3
     assert stages[0].parameters > stages[1].parameters
 
 

@@ -136,6 +136,16 @@ def test_times_that_differ_too_far_are_said_to_in_a_line_below(spreads, told):
     assert are_unsteady(stages) == bool(told) and spread_of(stages) == max(spreads)
 
 
+def test_a_line_below_says_which_batch_the_counts_are_of():
+    batch = "64x3x224x224 float32"
+    shown = comparison([replace(stage, batch=batch, spread=0.9) for stage in (DENSE, CUT)])
+    *table, told, unsteady = shown.splitlines()
+    assert "\n".join(table) == comparison([DENSE, CUT])
+    assert told == f"multiply-adds and milliseconds are of a batch of {batch}" and "too unsteady" in unsteady
+    several = comparison([replace(DENSE, batch=", ".join([batch] * 5))])
+    assert max(map(len, several.splitlines())) <= WIDTH and several.count("224x224") == 5
+
+
 def test_one_stage_alone_has_no_fractions():
     assert "%" not in comparison([DENSE])
     assert len(comparison([DENSE]).splitlines()) == 7
