@@ -25,7 +25,9 @@ Item = TypeVar("Item")
 FIRST_LINE, NEXT_LINES = 5.0, 10.0
 """Seconds that a step takes before there is a plain line of it, and from one line to the next."""
 
-_LONGEST_NAME = 16
+_LONGEST_NAME = 18
+_FORM = "{desc}|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+"""Of a line of tqdm. In its own form percent and rate leave a bar of one character in 80 columns, and cut the name."""
 
 
 @contextmanager
@@ -124,7 +126,8 @@ class _TqdmLine:
     """
 
     def __init__(self, title: str, unit: str) -> None:
-        self._options = {"desc": title, "unit": unit, "leave": False, "file": sys.stdout, "dynamic_ncols": True}
+        shown = {"desc": title, "unit": unit, "bar_format": _FORM}
+        self._options = {**shown, "leave": False, "file": sys.stdout, "dynamic_ncols": True}
         self._line: Tqdm | None = None
 
     def advance(self, done: int, total: int, name: str) -> None:
@@ -132,7 +135,9 @@ class _TqdmLine:
         if self._line is None:
             self._line = Tqdm(total=total, **self._options)
         self._line.total, self._line.n = total, done
-        self._line.set_postfix_str(shorten(printable(readable(name)), _LONGEST_NAME))
+        shown = shorten(printable(readable(name)), _LONGEST_NAME)
+        # Names of one width, so that the bar keeps its own.
+        self._line.set_postfix_str(shown.ljust(_LONGEST_NAME) if name else "")
 
     def close(self, finished: bool) -> None:
         """Wipe it."""

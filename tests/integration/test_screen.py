@@ -8,13 +8,16 @@ import struct
 import sys
 import termios
 import threading
+import time
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from torch import nn
 
 from lr_callback import LowRankCompression
+from lr_callback.observation.progress import progress_line
 
 pytest.importorskip("rich")
 pytestmark = [
@@ -29,14 +32,14 @@ class Screen:
     """A terminal of 80 columns in the place of the standard output, and what was written to it."""
 
     def __init__(self, patch):
-        self._patch, self._parts, self.text = patch, [], ""
+        self._patch, self._parts, self.text, self.encoding = patch, [], "", "utf-8"
 
     def __enter__(self):
         self._master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 80, 0, 0))
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
-        self._out = os.fdopen(slave, "w", encoding="utf-8")
+        self._out = os.fdopen(slave, "w", encoding=self.encoding)
         self._patch.setattr(sys, "stdout", self._out)
         self._patch.setenv("TERM", "xterm")
         for name in ("COLUMNS", "LINES"):
@@ -71,6 +74,32 @@ def test_every_long_step_of_a_cut_moves_on_the_screen_and_is_gone_in_the_end(fit
     before, after = screen.text.split(f"Low-rank compression at the start of epoch 1\n{compression.allocation}\n")
     assert [step for step in STEPS if f"Low-rank {step}" not in before] == []
     assert "Low-rank" not in after and "Epoch 1" in after
+
+
+LONG = "model.encoder.layers.{}.attention.self.query"
+
+
+@pytest.mark.parametrize(("encoding", "cells"), [("utf-8", "[█▏▎▍▌▋▊▉ ]"), ("ascii", "[#\\d ]")])
+@pytest.mark.parametrize("step", STEPS)
+def test_a_line_of_tqdm_has_room_for_bar_count_and_name_in_80_columns(screen, step, encoding, cells):
+    screen.encoding = encoding
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[TQDMProgressBar()])
+    with screen, progress_line(trainer, step) as progress:
+        for done in (0, 1034, 2067):
+            progress(done, 2068, LONG.format(done))
+            time.sleep(0.11)  # tqdm draws no more often than each tenth of a second
+    lines = [line for line in screen.text.split("\r") if line.startswith("Low-rank")]
+    assert max(map(len, lines)) <= 80
+    [last] = re.findall(rf"Low-rank {step}\|({cells}{{8,}})\| 2067/2068 \[00:0\d<00:0\d, (\S+)\]", "\n".join(lines))
+    assert LONG.endswith(last[1].removeprefix("...")) and len(last[1]) == 18
+
+
+def test_a_line_of_rich_has_room_for_bar_and_count_in_80_columns(fit, new_module, screen):
+    with screen:
+        fit(new_module(), RichProgressBar(), LowRankCompression(0.5, 1), enable_progress_bar=True, max_epochs=2)
+    lines = [line for line in re.split(r"[\r\n]+", screen.text) if "Low-rank effects" in line]
+    assert lines and all(re.search(r"Low-rank effects +[━╸╺ ]{8,} \d+/\d+ ", line) for line in lines)
+    assert max(map(len, lines)) <= 80
 
 
 @BARS
