@@ -28,6 +28,11 @@ from lr_callback.recipes import CifarResNet, DigitsData, ImageClassifier
 
 def trainer(accelerator: str, epochs: int, folder: str) -> Trainer:
     """Return a Trainer of all processes that torchrun has started, which compresses at half of the epochs."""
+    if "LOCAL_WORLD_SIZE" not in os.environ:
+        raise SystemExit(
+            "multi_node.py must be started by torchrun, which says how many processes there are. On one machine: "
+            "torchrun --standalone --nproc_per_node=2 examples/multi_node.py"
+        )
     local = int(os.environ["LOCAL_WORLD_SIZE"])
     return Trainer(
         accelerator=accelerator,

@@ -148,6 +148,16 @@ def test_export_serve(tmp_path):
     )  # a tie of two scores may be broken otherwise
 
 
+def test_multi_node_without_torchrun_says_how_it_is_started(tmp_path, monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    command = [sys.executable, str(EXAMPLES / "multi_node.py")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("multi_node.py must be started by torchrun")
+    assert last.endswith("torchrun --standalone --nproc_per_node=2 examples/multi_node.py")
+
+
 @pytest.mark.situation("Strategies", "DDP as on several machines, started by torchrun", "works")
 def test_multi_node(tmp_path):
     launch = ["-m", "torch.distributed.run", "--standalone", "--nnodes=1", "--nproc_per_node=2"]
