@@ -258,7 +258,7 @@ def _analysis(
     """Put an analysis together; layers without a candidate are skipped."""
     chosen = pinned(pins, layers, costs, found.skipped, method.rank_multiple, known)
     useless = {name for name, layer in layers.items() if not layer.candidates}
-    found.skipped.update({name: no_gain(costs[name].geometry, method) for name in useless})
+    found.skipped.update({name: no_gain(costs[name].geometry, method, LATENCY in totals) for name in useless})
     layers = {name: layer for name, layer in layers.items() if name not in useless}
     if not layers:
         raise NothingToFactorizeError(_nothing(found))

@@ -31,7 +31,8 @@ LATENCY = "latency"
 """Name of the unit that is measured: nanoseconds of one run, shown as microseconds."""
 
 ACTIVATION_MEMORY = "activation_memory"
-"""Name of the unit of what a run keeps for its backward pass: bytes. Factorized layers keep more, not less."""
+"""Name of the unit of what a run keeps for its backward pass: bytes. Factorized layers keep more, but for the
+copies of weights that autocast makes."""
 
 COSTS = (*COUNTED, LATENCY, ACTIVATION_MEMORY)
 """Names of the known units."""

@@ -19,9 +19,10 @@ Goal: TypeAlias = "float | Mapping[str, float]"
 MAX_ERROR = "max_error"
 MAX_ACCURACY_DROP = "max_accuracy_drop"
 NOT_ALONE = (
-    f"{ACTIVATION_MEMORY!r} cannot be asked for alone: a factorized layer keeps as much for the backward pass as the "
-    "dense one, and what is between its factors besides. Give it in `budget` beside another unit, as the fraction that "
-    f"it may grow to: budget={{'parameters': 0.3, '{ACTIVATION_MEMORY}': 1.2}}."
+    f"{ACTIVATION_MEMORY!r} cannot be asked for alone: but for the copies of weights that autocast makes, a factorized "
+    "layer keeps as much for the backward pass as the dense one, and what is between its factors besides. Give it in "
+    "`budget` beside another unit, as the fraction that it may grow to: "
+    f"budget={{'parameters': 0.3, '{ACTIVATION_MEMORY}': 1.2}}."
 )
 _OPEN = (MAX_ERROR, MAX_ACCURACY_DROP)
 """Goals that leave open how much is kept, in the one unit of ``cost``."""

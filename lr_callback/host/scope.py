@@ -192,7 +192,7 @@ def _no_range(known: Container[str]) -> str:
     """Say why the other units have no range: none is below the dense network, or it takes a run, or minutes."""
     reasons = {
         "multiply_adds": "multiply-adds are known of a network that runs on its `example_input_array`",
-        ACTIVATION_MEMORY: "activation memory does not fall below the dense network's",
+        ACTIVATION_MEMORY: "activation memory falls below the dense network's only where autocast copies weights",
         LATENCY: "time is measured for a budget in latency",
     }
     told = "; ".join(reason for unit, reason in reasons.items() if unit not in known)

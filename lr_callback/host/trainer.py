@@ -122,4 +122,5 @@ def observe_example(
         )
     moved = move_data_to_device(example, pl_module.device)
     given = trainer.precision_plugin.convert_input(moved)
-    return observe(pl_module, given, timed_for, progress, activations, named="example_input_array")
+    within = trainer.precision_plugin.forward_context
+    return observe(pl_module, given, timed_for, progress, activations, "example_input_array", within)

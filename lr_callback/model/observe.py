@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -108,6 +108,7 @@ def observe(
     progress: Progress | None = None,
     activations: bool = False,
     named: str = "example_input",
+    within: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Observation:
     """Run a model on an example, in eval mode and without gradients; leave it as it was.
 
@@ -119,6 +120,7 @@ def observe(
         progress: told of each layer that is timed.
         activations: whether to run it once more, as it is trained, and count what is kept for the backward pass.
         named: how the caller calls the example, for the text of an error.
+        within: makes what each run is made in, such as autocast.
 
     Raises:
         ValueError: If there is no example input, the model cannot be run on it, there is nothing to time, or times in a
@@ -132,7 +134,13 @@ def observe(
     """
     check_can_run(model)
     way_out = "give what its forward takes, or keep parameters or bytes, which need no run"
-    run = told(model, _call_of(model, example_input), f"`{named}`: {type(model).__name__} must run on it", way_out)
+    call = _call_of(model, example_input)
+
+    def inside() -> object:
+        with within():
+            return call()
+
+    run = told(model, inside, f"`{named}`: {type(model).__name__} must run on it", way_out)
     return observe_run(model, run, timed_for, progress, (example_input,) * activations)
 
 

@@ -238,10 +238,18 @@ def _saves_nothing(name: str, prices: Sequence[Prices]) -> str | None:
     return next((reason for one in charged if (reason := one.why_not(name)) is not None), None)
 
 
-def no_gain(geometry: Geometry, method: Method) -> str:
-    """Return why a layer is skipped that has no candidate."""
+def no_gain(geometry: Geometry, method: Method, is_timed: bool = False) -> str:
+    """Return why a layer is skipped that has no candidate.
+
+    Args:
+        geometry: sizes of its weight.
+        method: by which it has none.
+        is_timed: whether it may have none because each was measured to be slower.
+    """
     if not method.slice_counts(geometry):
         return method.why_no_slices(geometry)
+    if is_timed:
+        return "no form of it was measured to be faster than the dense layer"
     depthwise = geometry.groups == geometry.in_channels > 1
     what = "a depthwise convolution" if depthwise else "too small"
     return f"{what}: no rank costs less than the dense layer"

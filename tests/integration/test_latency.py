@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import pytest
 import torch
@@ -48,8 +49,8 @@ def loader() -> DataLoader:
     return DataLoader(TensorDataset(torch.randn(256, 64, generator=random), torch.arange(256) % 4), batch_size=128)
 
 
-def run(callback, tmp_path, module=None, ckpt_path=None, more=()):
-    trainer = Trainer(max_epochs=2, callbacks=[callback, *more], default_root_dir=tmp_path, **SILENT)
+def run(callback, tmp_path, module=None, ckpt_path=None, more=(), **options):
+    trainer = Trainer(max_epochs=2, callbacks=[callback, *more], default_root_dir=tmp_path, **SILENT, **options)
     module = module or Wide()
     trainer.fit(module, loader(), ckpt_path=ckpt_path)
     return trainer, module
@@ -102,6 +103,18 @@ def test_a_run_says_what_can_be_reached_in_time(tmp_path, messages, example):
     run(compression(), tmp_path, module, more=[steps])
     assert (steps.told, steps.count) == (0 if example is None else 1, 4)
     assert sum("can go down to" in text for text in messages) == 1
+
+
+@pytest.mark.parametrize("with_example", [True, False])
+def test_times_are_of_the_precision_of_the_steps(tmp_path, with_example):
+    module = Wide()
+    module.example_input_array = torch.zeros(128, 64) if with_example else None
+    run(
+        lrc.LowRankCompression(1.0, cost="latency", method=METHOD, refit=None), tmp_path, module, precision="bf16-mixed"
+    )
+    (written,) = folder().rglob("*.json")
+    inputs = set(re.findall(r"128x(?:64|1024) [^\"]*", written.read_text()))
+    assert inputs and all("autocast bfloat16" in one for one in inputs)
 
 
 @pytest.mark.parametrize("example", [None, torch.zeros(128, 64)], ids=["first batch", "example"])

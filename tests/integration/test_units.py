@@ -16,11 +16,11 @@ from lr_callback.model.observe import observe
 def run(new_module, loader, tmp_path):
     """Return what trains a small network on digits with a callback, three epochs long."""
 
-    def train(callback, ckpt_path=None):
+    def train(callback, ckpt_path=None, rows=64, **options):
         module = new_module()
-        module.example_input_array = torch.zeros(64, 1, 8, 8)
+        module.example_input_array = torch.zeros(rows, 1, 8, 8) if rows else None
         silent = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-        trainer = Trainer(max_epochs=3, callbacks=[callback], default_root_dir=tmp_path, **silent)
+        trainer = Trainer(callbacks=[callback], default_root_dir=tmp_path, **{"max_epochs": 3, **silent, **options})
         trainer.fit(module, loader(), loader(), ckpt_path=ckpt_path)
         return trainer, module
 
@@ -51,6 +51,21 @@ def test_a_budget_in_activation_memory_is_kept_and_a_resumed_run_knows_it(run, e
     run(again, ckpt_path=trainer.checkpoint_callback.best_model_path)
     assert again.allocation == first.allocation
     assert again._counting.observation == first._counting.observation
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_an_example_is_run_in_the_precision_of_the_steps(run, precision):
+    def observed(rows):
+        budget = {"parameters": 0.5, "activation_memory": 1.5}
+        callback = lrc.LowRankCompression(epochs=1, budget=budget, method=lrc.ALDS(), refit=None)
+        run(callback, rows=rows, precision=precision)
+        return callback._counting.observation
+
+    of_example, of_batch = observed(64), observed(None)
+    assert of_example == of_batch, "the first batch has 64 rows"
+    casts = {call.autocast for calls in of_example.activations.calls.values() for call in calls}
+    assert casts == {torch.bfloat16 if precision == "bf16-mixed" else None}
 
 
 @pytest.mark.situation("Goals", "a cost of one's own", "works")
