@@ -23,6 +23,7 @@ from lr_callback.host.averaging import align_averages, held_averages
 from lr_callback.host.checkpointed import Checkpointed
 from lr_callback.host.cut import cut, start_of
 from lr_callback.host.events import check_flags
+from lr_callback.host.feasibility import check_goals
 from lr_callback.host.journal import log_multiply_adds, tell
 from lr_callback.host.monitors import warn_of_no_best
 from lr_callback.host.neighbours import check_alone, check_neighbours
@@ -35,7 +36,6 @@ from lr_callback.host.strategies import check_same_weights, check_strategy, proc
 from lr_callback.host.trainer import check_optimizers, is_smoke_test, lacks
 from lr_callback.model.find import factorized_in
 from lr_callback.observation.gallery import Gallery
-from lr_callback.observation.report import show
 from lr_callback.units.own_cost import read_cost
 
 
@@ -209,17 +209,11 @@ class LowRankCompression(Checkpointed):
         self._counting.check_known(pl_module, self.scope.to_time)
         if 0 in self.events or is_smoke_test(trainer) or pl_module.example_input_array is not None:
             self._counting.observe_example(trainer, pl_module, self.scope.to_time)
-        if not self._counting.is_due:
-            self._check_budgets(trainer, pl_module)
-        else:
-            self.scope.check_known(pl_module, self.schedule.left(self._record))
+        self._check_goals(trainer, pl_module)
 
-    def _check_budgets(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse budgets that cannot be met before the training, not in the middle of it; say what can be."""
+    def _check_goals(self, trainer: Trainer, pl_module: LightningModule) -> None:
         goals = self.schedule.left(self._record)
-        surveyed = self.scope.check_budgets(pl_module, goals, self._counting.prices)
-        if self.show_table and goals:
-            show(trainer, self.scope.reach(pl_module, surveyed, self._counting.glance(trainer, pl_module)))
+        check_goals(trainer, pl_module, self.scope, self._counting, goals, self.show_table)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse from now on a state dict of another structure, and begin an epoch that is to begin."""
@@ -286,7 +280,7 @@ class LowRankCompression(Checkpointed):
         if not self._counting.count(trainer, pl_module, self.scope.to_time):
             return
         if self._counting.required:
-            self._check_budgets(trainer, pl_module)
+            self._check_goals(trainer, pl_module)
         if self.allocation is not None:
             log_multiply_adds(trainer, pl_module, self._counting.observation)
 
