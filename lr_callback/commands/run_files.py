@@ -148,13 +148,31 @@ def weights_in(checkpoint: Path) -> Mapping[str, Any]:
         FileNotFoundError: If there is none.
         ValueError: If it is an allocation, a folder, or cannot be read.
     """
-    if not checkpoint.is_file():
-        folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-        there = [str(path) for path in sorted(folder.glob("*.ckpt"))]
-        found = "must be a file, found a folder" if checkpoint.is_dir() else "no such file"
-        near = f" There are {listed(there)}." if there else ""
-        raise FileNotFoundError(f"--checkpoint {checkpoint}: {found}; name one that ModelCheckpoint wrote.{near}")
-    loaded = load(checkpoint, "Name another checkpoint of the run.")
+    check_there(checkpoint, "--checkpoint")
+    try:
+        loaded = load(checkpoint, "Name another checkpoint of the run.")
+    except ValueError as error:
+        text = str(error).removeprefix(f"{checkpoint.name}: ")
+        raise ValueError(f"--checkpoint {checkpoint}: {text}") from error
     if isinstance(loaded, Allocation):
         raise ValueError(f"--checkpoint {checkpoint}: must be a file with weights, found an allocation.")
     return loaded
+
+
+def check_there(checkpoint: Path, option: str) -> Path:
+    """Return the path of a checkpoint that is there.
+
+    Args:
+        checkpoint: that is named.
+        option: of the command line, that names it.
+
+    Raises:
+        FileNotFoundError: If there is none; those beside it are named.
+    """
+    if checkpoint.is_file():
+        return checkpoint
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    there = [str(path) for path in sorted(folder.glob("*.ckpt"))]
+    found = "must be a file, found a folder" if checkpoint.is_dir() else "no such file"
+    near = f" There are {listed(there)}." if there else ""
+    raise FileNotFoundError(f"{option} {checkpoint}: {found}; name one that ModelCheckpoint wrote.{near}")

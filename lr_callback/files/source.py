@@ -16,6 +16,8 @@ from lr_callback.files.names import is_extra
 from lr_callback.files.safetensors_file import is_composed, is_safetensors, read_with_notes
 
 _NOT_PLAIN = re.compile(r"GLOBAL (\S+) was not an allowed global")
+_SAVED = (b"PK", b"\x80")
+"""How files of ``torch.save`` begin: an archive, or, before torch 1.6, a pickle."""
 _SIGNED = (torch.int8, torch.int16, torch.int32, torch.int64)
 _TRUSTED = "If you trust the file, load it yourself: restore_(model, torch.load(path, weights_only=False))."
 _WHOLE = (torch.bool, *_SIGNED, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
@@ -78,6 +80,7 @@ def read_checkpoint(path: Path, unpickled: str = _TRUSTED) -> Mapping[str, Any]:
     except PermissionError:
         raise
     except Exception as error:  # torch raises half a dozen types for a damaged file
+        check_kind(path)
         raise ValueError(
             f"{path.name}: must be a checkpoint that torch.load(weights_only=True) reads; it may be cut off or hold "
             f"objects other than tensors and plain data ({type(error).__name__}: {_why(error)}). "
@@ -89,9 +92,36 @@ def read_checkpoint(path: Path, unpickled: str = _TRUSTED) -> Mapping[str, Any]:
 
 
 def _why(error: Exception) -> str:
-    """Return why torch reads no file: the class of what it does not make, else the first line of what it says."""
-    found = _NOT_PLAIN.search(str(error))
-    return str(error).partition("\n")[0] if found is None else f"it holds {found[1]}"
+    """Return why torch reads no file: the class of what it does not make, else the first line of what it says.
+
+    Not its advice, to unpickle the file all the same.
+    """
+    text = str(error)
+    found = _NOT_PLAIN.search(text)
+    reason = text.partition("WeightsUnpickler error: ")[2].strip() or text
+    return f"it holds {found[1]}" if found else reason.partition("\n")[0]
+
+
+def check_kind(path: Path, option: str = "") -> None:
+    """Refuse a file that begins as none of ``torch.save`` does.
+
+    Args:
+        path: of a file that is there.
+        option: of a command line, that names it, for the text of the error.
+
+    Raises:
+        ValueError: If it is another kind of file, as a text.
+    """
+    with path.open("rb") as file:
+        start = file.read(512)
+    if start.startswith(_SAVED):
+        return
+    named = f"{option} {path}" if option else path.name
+    found = "an empty file" if not start else "another kind of file" if b"\0" in start else "a text"
+    raise ValueError(
+        f"{named}: must be a checkpoint, as ModelCheckpoint or torch.save writes it, found {found}; give "
+        "the checkpoint of a run, or a file of weights. Nothing was changed."
+    )
 
 
 def state_dict_of(loaded: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -205,7 +205,31 @@ def test_a_file_that_was_cut_off_or_is_foreign_is_refused(part, start, tmp_path)
     path = tmp_path / "last.ckpt"
     torch.save({"state_dict": network().state_dict()}, path)
     path.write_bytes(start + path.read_bytes()[: int(part * path.stat().st_size)])
-    refused(network(), path, r"last\.ckpt: must be a checkpoint that torch\.load.*cut off.*Nothing was changed")
+    message = (
+        r"that torch\.load.*cut off" if part and not start else "as ModelCheckpoint or torch.save writes it, found "
+    )
+    refused(network(), path, rf"last\.ckpt: must be a checkpoint,? {message}.*Nothing was changed")
+
+
+@pytest.mark.parametrize(
+    ("content", "found"), [(b"", "an empty file"), (b"compress: {}\n", "a text"), (b"\0\1\2", "another kind of file")]
+)
+def test_a_file_of_another_kind_is_told_without_advice_to_unpickle_it(content, found, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_bytes(content)
+    with pytest.raises(
+        ValueError, match=f"found {found}; give the checkpoint of a run, or a file of weights"
+    ) as caught:
+        read_checkpoint(path)
+    assert "weights_only" not in str(caught.value)
+
+
+def test_why_a_damaged_file_is_not_read_is_told_without_torchs_advice(tmp_path):
+    path = tmp_path / "last.ckpt"
+    path.write_bytes(b"\x80\x02none of a pickle")
+    with pytest.raises(ValueError, match=r"\(UnpicklingError: .+\)\. Name another") as caught:
+        read_checkpoint(path, "Name another.")
+    assert "trusted source" not in str(caught.value) and "arbitrary code" not in str(caught.value)
 
 
 def test_a_file_with_pickled_objects_is_never_unpickled(tmp_path):
