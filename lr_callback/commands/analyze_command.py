@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser
 from torch import nn
 
 from lr_callback.analysis.analyze import analyze
+from lr_callback.commands.answers import Parser
 from lr_callback.commands.from_checkpoint import check_writable
 from lr_callback.decisions.allocation import Allocation
 from lr_callback.decisions.methods import Method
@@ -22,7 +22,7 @@ def analyze_command(arguments: Sequence[str]) -> None:
     Args:
         arguments: of ``lr-callback analyze``; see its ``--help``.
     """
-    parser = ArgumentParser(prog="lr-callback analyze", description="Show what compression would make of a model.")
+    parser: Parser = Parser(prog="lr-callback analyze", description="Show what compression would make of a model.")
     parser.add_argument("--config", action="config", help="a YAML file with these arguments")
     parser.add_subclass_arguments(nn.Module, "model", help="the model, by import path and its arguments")
     parser.add_argument("--keep_ratio", type=float, default=0.5, help="fraction of all parameters to keep, in (0, 1]")
@@ -33,18 +33,18 @@ def analyze_command(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--overrides", type=dict[str, Any] | None, help="pattern -> dense, {keep_ratio: ...}, {rank: ...}"
     )
-    parser.add_argument("--json", type=str | None, help="a file to write the allocation to")
+    parser.add_argument("--json", type=str | None, help="a file to write the allocation to, .json")
     chosen = parser.instantiate_classes(parser.parse_args(list(arguments)))
     if chosen.model is None:
         parser.error("--model must name a model, for example --model lr_callback.recipes.CifarResNet; got none.")
     try:
         if chosen.json is not None:
-            check_writable("--json", Path(chosen.json))
+            check_writable("--json", Path(chosen.json), [".json"])
         choice = {name: chosen[name] for name in ("include", "exclude", "embeddings", "overrides")}
         found = analyze(chosen.model, chosen.method, **choice)
         allocation: Allocation = found.allocate(chosen.keep_ratio)
     except (TypeError, ValueError, OSError) as error:
-        parser.error(str(error))
+        parser.refuse(error)
     write(str(allocation))
     low, high = found.reachable
     write(f"reachable: keep_ratio from {low:.4f} to {high:.0f}, of {found.dense_cost:,} {found.unit}")

@@ -6,24 +6,24 @@ import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from torch import nn
 
+from lr_callback.commands.answers import Parser
 from lr_callback.commands.from_checkpoint import (
     add_checkpoint,
     add_model,
     call_of,
     check_model,
-    check_other_file,
+    check_writable,
     parsed,
 )
-from lr_callback.commands.places import reworded
 from lr_callback.commands.run_files import weights_in
 from lr_callback.common.table import listed
 from lr_callback.decisions.allocation import Allocation
 from lr_callback.files.checkpoint import restore_
 from lr_callback.files.exporting import Exported, export
-from lr_callback.files.formats import FORMATS
+from lr_callback.files.formats import FORMATS, check_format
 from lr_callback.files.noted import in_the_names_of, noted_allocation
 from lr_callback.layers import FactorizedLayer
 from lr_callback.model.find import factorized_in
@@ -40,13 +40,13 @@ def export_command(arguments: Sequence[str]) -> None:
     try:
         exported = _export(parsed(parser, arguments))
     except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
-        parser.error(reworded(error))
+        parser.refuse(error)
     write(str(exported))
 
 
-def export_parser() -> ArgumentParser:
+def export_parser() -> Parser:
     """Return the parser of ``lr-callback export``."""
-    parser = ArgumentParser(prog="lr-callback export", description="Write a checkpoint's model for another program.")
+    parser: Parser = Parser(prog="lr-callback export", description="Write a checkpoint's model for another program.")
     add = parser.add_argument
     add_checkpoint(parser)
     add("--format", type=str | None, help=f"one of {', '.join(FORMATS)}; by default by the suffix of --output")
@@ -64,9 +64,10 @@ def _export(chosen: Namespace) -> Exported:
         raise ValueError(f"--format must be one of {', '.join(FORMATS)}, got {chosen.format}.")
     check_model(chosen)
     output = Path(chosen.output or checkpoint.with_suffix(FORMATS[chosen.format].suffix))
-    check_other_file(output, checkpoint)
-    restore_(chosen.model, checkpoint)
     named = chosen.format or next((name for name, row in FORMATS.items() if row.suffix == output.suffix), None)
+    check_writable("--output", output, [output.suffix if named is None else FORMATS[named].suffix], checkpoint)
+    check_format(chosen.format, output)
+    restore_(chosen.model, checkpoint)
     needs_example = named is not None and FORMATS[named].open is not None
     model, example = call_of(chosen) if needs_example else (chosen.model, None)
     return export(

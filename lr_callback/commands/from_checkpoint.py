@@ -110,7 +110,7 @@ def check_model(chosen: Namespace) -> None:
         )
 
 
-def check_other_file(output: Path, checkpoint: Path, option: str = "--output") -> None:
+def check_other_file(output: Path, checkpoint: Path, option: str) -> None:
     """Refuse to write over what is read: of a training checkpoint more than the weights would be lost.
 
     Raises:
@@ -123,16 +123,17 @@ def check_other_file(output: Path, checkpoint: Path, option: str = "--output") -
         )
 
 
-def check_writable(option: str, path: Path, checkpoint: Path | None = None) -> None:
-    """Refuse a file that cannot be written, before anything that takes time.
+def check_writable(option: str, path: Path, suffixes: Collection[str], checkpoint: Path | None = None) -> None:
+    """Refuse a file that cannot be written, or is of another kind, before anything that takes time.
 
     Args:
         option: of the command line, that names it.
         path: of the file.
+        suffixes: of files of its kind, so that none of another is ever written over.
         checkpoint: that is read; None: there is none.
 
     Raises:
-        ValueError: If it is a folder, or the checkpoint.
+        ValueError: If it is a folder, or the checkpoint, or has another suffix.
         OSError: If its folder is missing, or does not take a file.
     """
     if path.is_dir():
@@ -141,6 +142,11 @@ def check_writable(option: str, path: Path, checkpoint: Path | None = None) -> N
         raise FileNotFoundError(f"{option} {path}: its folder must exist, found none; make it first.")
     if checkpoint is not None:
         check_other_file(path, checkpoint, option)
+    if path.suffix not in suffixes:
+        raise ValueError(
+            f"{option} {path}: must end in {' or '.join(suffixes)}, so that no file of another kind is written over, "
+            f"found {path.suffix or 'no suffix'!r}; name it {path.stem}{next(iter(suffixes))}. Nothing was written."
+        )
     try:
         with TemporaryDirectory(dir=path.parent):
             pass

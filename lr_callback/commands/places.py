@@ -5,15 +5,19 @@ from __future__ import annotations
 import re
 import sysconfig
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lr_callback.common.table import on_one_line
 
 _HERE = Path(__file__).resolve().parents[1]
 _STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib")).resolve()
 _INSTALLED = ("site-packages", "dist-packages")
+_EPOCHS = ("on_advance_start", "advance", "on_advance_end")
+"""Functions of Lightning's loop in which the epochs are."""
 _FRAMEWORKS = (
     "jsonargparse",
     "lightning",
@@ -27,6 +31,8 @@ _FRAMEWORKS = (
 )
 _NOBODY, _PACKAGE, _USER = range(3)
 _IN_A_WORKER = re.compile(r"Caught (\w+) in DataLoader worker process \d+\.\nOriginal Traceback")
+_ARGUMENT = re.compile(r"`(\w+)((?:=[^`]*)?)`")
+_CHECKPOINT = {"source": "--checkpoint"}
 _FRAME = re.compile(r'^ *File "(.+)", line (\d+), in (.+)$', re.MULTILINE)
 
 Frame = tuple[str, int, str]
@@ -92,6 +98,28 @@ def is_refusal(error: BaseException) -> bool:
     return bool(frames) and not called and Path(frames[-1][0]).resolve().is_relative_to(_HERE)
 
 
+def refusal_in(error: BaseException) -> BaseException | None:
+    """Return what this package or Lightning has refused on purpose, whatever has wrapped it since.
+
+    None if a user's code is involved, or something else is the matter: what Python or torch raise inside of this
+    package is a fault of its own, and no answer to a user.
+    """
+    own = raised_in_own_code(error)
+    return next((one for one in _chain(error) if own is None and _is_on_purpose(one)), None)
+
+
+def _is_on_purpose(error: BaseException) -> bool:
+    if isinstance(error, MisconfigurationException):
+        return True
+    last = traceback.extract_tb(error.__traceback__)[-1:]
+    return is_refusal(error) and any((one.line or "").startswith("raise ") for one in last)
+
+
+def is_in_training(error: BaseException) -> bool:
+    """Return whether an error was raised when the epochs of a training had begun."""
+    return any(Path(file).name == "fit_loop.py" and name in _EPOCHS for file, _, name in _frames(error))
+
+
 def is_exit(error: BaseException) -> bool:
     """Return whether a process is to end, and not because a user's code says so: as its help is shown."""
     return isinstance(error, SystemExit) and raised_in_own_code(error) is None
@@ -102,9 +130,19 @@ def text_of(error: BaseException) -> str:
     return on_one_line(reworded(error))
 
 
-def reworded(error: BaseException) -> str:
-    """Return the text of an error in the words of a command line, which has a checkpoint for a source."""
-    return str(error).replace("`source`", "--checkpoint")
+def reworded(error: BaseException, names: Mapping[str, str] = _CHECKPOINT) -> str:
+    """Return the text of an error in the words of a command line, which has a checkpoint for a source.
+
+    Args:
+        error: whose text names arguments of functions, in backticks.
+        names: of those -> what they are called on the command line; others stay as they are.
+
+    Example::
+
+        >>> reworded(ValueError("`source`: must be a file; pass `strict=False`"))
+        '--checkpoint: must be a file; pass `strict=False`'
+    """
+    return _ARGUMENT.sub(lambda found: f"{names[found[1]]}{found[2]}" if found[1] in names else found[0], str(error))
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -9,10 +9,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from torch import nn
 
+from lr_callback.commands.answers import Parser
 from lr_callback.commands.attempts import Attempts
 from lr_callback.commands.from_checkpoint import (
     add_checkpoint,
@@ -25,7 +26,7 @@ from lr_callback.commands.from_checkpoint import (
 )
 from lr_callback.commands.measured import evaluated, evaluator, networks, sized, timed_stages, times_of
 from lr_callback.commands.origin import arguments_of, commands_for, device_of, origin_of
-from lr_callback.commands.places import is_exit, raised_in_own_code, reworded
+from lr_callback.commands.places import is_exit, raised_in_own_code
 from lr_callback.commands.recorded import NOW, Recorded, recorded
 from lr_callback.commands.run_files import RunFiles
 from lr_callback.commands.snippet import loading_code
@@ -81,27 +82,27 @@ def report_command(arguments: Sequence[str]) -> None:
         chosen = _read(parser, files, attempts)
         told = _report(chosen, files or RunFiles(Path(chosen.checkpoint), chosen.config), attempts)
     except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
-        parser.error(reworded(error))
+        parser.refuse(error)
     write(told)
 
 
-def report_parser(exit_on_error: bool = True) -> ArgumentParser:
+def report_parser(exit_on_error: bool = True) -> Parser:
     """Return the parser of ``lr-callback report``.
 
     Args:
         exit_on_error: whether a wrong command line ends the process; else it raises.
     """
     description = "Write one HTML page that says what the compression of a checkpoint did."
-    parser = ArgumentParser(prog="lr-callback report", description=description, exit_on_error=exit_on_error)
+    parser: Parser = Parser(prog="lr-callback report", description=description, exit_on_error=exit_on_error)
     add = parser.add_argument
     add_checkpoint(parser, "a checkpoint of a run with LowRankCompression, as ModelCheckpoint writes them")
-    add("--output", type=str | None, help="the page; by default beside the checkpoint, with the suffix .html")
+    add("--output", type=str | None, help="the page, a name that ends in .html; by default that of the checkpoint")
     add("--device", type=str | None, help="where it is measured, as cpu or cuda:0; by default where Lightning would")
     add_model(parser)
     return parser
 
 
-def _read(parser: ArgumentParser, files: RunFiles | None, attempts: Attempts) -> Namespace:
+def _read(parser: Parser, files: RunFiles | None, attempts: Attempts) -> Namespace:
     """Read the command line; make model and data, without those whose own code fails: that is told in the page."""
     failed: BaseException | None = None
     for without, (what, way) in _LESS.items():
@@ -112,7 +113,7 @@ def _read(parser: ArgumentParser, files: RunFiles | None, attempts: Attempts) ->
             if is_exit(error):
                 raise
             if attempts.are_asked(*_NAMED) and raised_in_own_code(error) is None:
-                parser.error(reworded(error))
+                parser.refuse(error)
             failed = error
             continue
         if failed is not None:
@@ -124,7 +125,7 @@ def _read(parser: ArgumentParser, files: RunFiles | None, attempts: Attempts) ->
 def _report(chosen: Namespace, files: RunFiles, attempts: Attempts) -> str:
     said = recorded(files.checkpoint, files.loaded)
     output = Path(chosen.output or files.checkpoint.with_suffix(".html"))
-    check_writable("--output", output, files.checkpoint)
+    check_writable("--output", output, [".html"], files.checkpoint)
     device = None if chosen.device is None else device_named(chosen.device)
     facts = _told(files, said, attempts.words(*_NAMED), chosen.model is not None)
     pictures = attempts.make("figures", _AGAIN, lambda: pictures_of(said.allocation, said.record.curves))

@@ -8,10 +8,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from lightning.pytorch import LightningModule
 from torch import nn
 
+from lr_callback.commands.answers import Parser
 from lr_callback.commands.from_checkpoint import (
     add_checkpoint,
     add_model,
@@ -22,7 +23,6 @@ from lr_callback.commands.from_checkpoint import (
     moved,
     parsed,
 )
-from lr_callback.commands.places import reworded
 from lr_callback.commands.run_files import weights_in
 from lr_callback.common.example import Example
 from lr_callback.files.checkpoint import restore_
@@ -44,6 +44,8 @@ _KEPT = (
 )
 """Entries of a checkpoint that are of the module and not of its training: the new weights are not trained on."""
 _SAFETENSORS = "safetensors"
+_SUFFIXES = {"output": (".ckpt", ".pt", ".pth", FORMATS[_SAFETENSORS].suffix), "json": (".json",)}
+"""Argument -> those of files that it may name."""
 
 
 def tune_command(arguments: Sequence[str]) -> None:
@@ -56,18 +58,18 @@ def tune_command(arguments: Sequence[str]) -> None:
     try:
         told = _tune(parsed(parser, arguments))
     except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
-        parser.error(reworded(error))
+        parser.refuse(error)
     write(told)
 
 
-def tune_parser() -> ArgumentParser:
+def tune_parser() -> Parser:
     """Return the parser of ``lr-callback tune``."""
     description = "Measure which form of each factorized layer is fastest here, and write the weights so."
-    parser = ArgumentParser(prog="lr-callback tune", description=description)
+    parser: Parser = Parser(prog="lr-callback tune", description=description)
     add = parser.add_argument
     add_checkpoint(parser)
     add("--output", type=str | None, help="a file for the weights, .ckpt, .pt or .safetensors; by default none")
-    add("--json", type=str | None, help="a file for the times")
+    add("--json", type=str | None, help="a file for the times, .json")
     add("--batch_size", type=int | None, help="rows of the input; by default as many as it has")
     add("--device", type=str, default="cpu", help="where it is to be fast, as cpu or cuda:0")
     add_model(parser)
@@ -80,9 +82,9 @@ def _tune(chosen: Namespace) -> str:
     check_model(chosen)
     files = {name: Path(chosen[name]) for name in ("output", "json") if chosen[name] is not None}
     for name, path in files.items():
-        check_writable(f"--{name}", path, checkpoint)
-    if "output" in files:
-        _check_suffix(files["output"])
+        check_writable(f"--{name}", path, _SUFFIXES[name], checkpoint)
+    if chosen.output is not None and files["output"].suffix == FORMATS[_SAFETENSORS].suffix:
+        check_format(_SAFETENSORS, files["output"])  # the package that it needs
     device = device_named(chosen.device)
     restore_(chosen.model, checkpoint)
     called, example = call_of(chosen)
@@ -97,17 +99,6 @@ def _tune(chosen: Namespace) -> str:
         _write(files["output"], chosen.model.cpu(), checkpoint)
         told.append(_written(files["output"], tuning))
     return "\n".join(told)
-
-
-def _check_suffix(path: Path) -> None:
-    others = {row.suffix: name for name, row in FORMATS.items() if name != _SAFETENSORS}
-    if path.suffix in others:
-        raise ValueError(
-            f"--output {path.name}: must be a file of weights, as .ckpt, .pt or .safetensors, found the suffix of "
-            f"{others[path.suffix]}; write the weights, and then that with: lr-callback export. Nothing was written."
-        )
-    if path.suffix == FORMATS[_SAFETENSORS].suffix:
-        check_format(_SAFETENSORS, path)  # the package that it needs
 
 
 def _of_rows(example: Example, rows: int | None) -> Example:

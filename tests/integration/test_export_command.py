@@ -272,7 +272,13 @@ def test_refused_with_one_message(saved, refusal, monkeypatch, tmp_path):
         (["--checkpoint", tmp_path / "plan.json", "--format", "onnx"], "must be a file with weights, found an alloc"),
         ([*given, *model], "--format must be one of torch-export, onnx, torchscript, safetensors, got none"),
         ([*given, *model, "--format", "tflite"], "--format must be one of torch-export, onnx, .*got tflite"),
-        ([*given, *model, "--output", tmp_path / "a.bin"], r"`format` must be one of .*the suffix '.bin'"),
+        ([*given, *model, "--output", tmp_path / "a.bin"], r"--format must be one of .*the suffix '.bin'"),
+        (
+            [*given, *model, "--output", "none/a.onnx"],
+            "--output none/a.onnx: its folder must exist",
+        ),
+        ([*given, *model, "--output", tmp_path], "--output must name a file, found the folder"),
+        ([*given, *model, "--format", "onnx", "--output", "a.py"], "--output a.py: must end in .onnx, .*found '.py'"),
         ([*given, *model, "--format", "onnx", "--config", "none.yaml"], "--config none.yaml: no such file"),
         ([*given, "--format", "onnx"], "--model must name a model, .*saving.ckpt does not say how its model is made"),
         ([*parts, "--model", "my_modules.Parts"], "must call one module, .*found 2; .*--input_shape"),
@@ -281,7 +287,7 @@ def test_refused_with_one_message(saved, refusal, monkeypatch, tmp_path):
         ([*given, *model, "--input_shape", "2,x", "--format", "onnx"], "--input_shape must be whole numbers, .*2,x"),
         (
             [*given, *model, "--input_shape", "2,7", "--format", "onnx"],
-            r"Saving must take it, .*\(2, 7\) make a R",
+            r"--input_shape: Saving must take it, .*\(2, 7\) make a R",
         ),
     ]:
         assert re.search(text, refusal(*arguments)), arguments

@@ -424,7 +424,7 @@ def test_in_processes_of_its_own_a_mistake_ends_with_a_page_and_no_traceback(run
 
 
 def test_a_wrong_name_is_a_wrong_command_line(run, refusal):
-    assert "no attribute &#x27;Imagse" in html.escape(refusal(run.last, "--model", "my_modules.Imagse"))
+    assert "; did you mean Images?" in refusal(run.last, "--model", "my_modules.Imagse")
     assert "must be whole numbers" in refusal(run.last, *MODEL, "--input_shape", "1,x")
 
 
@@ -504,6 +504,14 @@ def test_a_page_that_cannot_be_written_is_refused_before_anything_is_measured(ru
         main(["report", "--checkpoint", str(run.last), "--output", output])
     text = " ".join(capsys.readouterr().err.split())
     assert re.search("its folder must (exist|take a file), found|must name a file, found the folder", text)
+
+
+def test_only_a_page_is_written_over(run, capsys, tmp_path):
+    (tmp_path / "train.py").write_text("precious")
+    with pytest.raises(SystemExit) as stopped:
+        main(["report", "--checkpoint", str(run.last), "--output", str(tmp_path / "train.py")])
+    assert stopped.value.code == 2 and (tmp_path / "train.py").read_text() == "precious"
+    assert "train.py: must end in .html, so that no file of another kind is written over" in capsys.readouterr().err
 
 
 def test_the_checkpoint_is_not_written_over(run, refusal, capsys):

@@ -262,18 +262,27 @@ def test_refused_with_one_message_before_anything_is_measured(saved, refusal, tm
             "must say what is run and with which input, found no such step, or no data",
         ),
         (["--checkpoint", tmp_path / "linear.pt", *linear], "--input_shape must say what Linear is called with"),
-        (["--checkpoint", pair, *MODEL], "`model`: must have a factorized layer, found none in Known"),
+        (["--checkpoint", pair, *MODEL], "--model: must have a factorized layer, found none in Known"),
         ([*given, "--output", "none/tuned.ckpt"], "--output none/tuned.ckpt: its folder must exist, found none"),
         ([*given, "--output", "folder"], "--output must name a file, found the folder folder"),
         ([*given, "--output", checkpoint], "--output must be another file than the checkpoint"),
-        ([*given, "--output", "tuned.onnx"], "tuned.onnx: must be a file of weights, .*found the suffix of onnx"),
+        (
+            [*given, "--output", "tuned.onnx"],
+            "--output tuned.onnx: must end in .ckpt or .*, found '.onnx'; name it tuned.ckpt",
+        ),
         ([*given, "--json", "none/times.json"], "--json none/times.json: its folder must exist, found none"),
         ([*given, "--json", checkpoint], "--json must be another file than the checkpoint"),
+        ([*given, "--output", "tuned.txt"], "--output tuned.txt: must end in .ckpt or "),
+        ([*given, "--json", "times.py"], "--json times.py: must end in .json, .*, found '.py'; name it times.json"),
+        ([*given, "--batch_size", "many"], "--batch_size must be a whole number, got many"),
         ([*given, "--batch_size", 0], "--batch_size must be at least 1, got 0"),
         ([*given, "--device", "tpu:9"], "--device must be one that is here, as cpu or cuda, got tpu:9: "),
         ([*given, "--device", "meta"], "--device must be one that is here, as cpu or cuda, got meta: "),
         ([*given, "--input_shape", "2,x"], "--input_shape must be whole numbers, .*2,x"),
-        ([*given, "--input_shape", "2,7"], r"Known must take it, found that inputs of shape \(2, 7\) make a "),
+        (
+            [*given, "--input_shape", "2,7"],
+            r"--input_shape: Known must take it, found that inputs of shape \(2, 7\)",
+        ),
     ]:
         assert re.search(text, refusal(*arguments)), arguments
     assert {one.name for one in tmp_path.iterdir()} == {"last.ckpt", "silent.ckpt", "dense.pt", "linear.pt", "folder"}

@@ -11,9 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
+from lr_callback.commands.answers import Parser
 from lr_callback.commands.study.figure import draw
 from lr_callback.commands.study.files import NAME, Store
 from lr_callback.commands.study.plan import Plan, Run, Treatment
@@ -47,7 +48,7 @@ def study_command(arguments: Sequence[str], write: Callable[[str], None] = write
         plan, networks = _plan(chosen), _networks(chosen)
         store = Store(Path(chosen.output), _plain(config))
     except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
-        parser.error(str(error))
+        parser.refuse(error)
     with _told_once():
         laboratories = {name: _laboratory(parser, config, plan, store.folder, name) for name in networks}
         metric = _metric(parser, laboratories.values(), chosen.metric)
@@ -56,9 +57,9 @@ def study_command(arguments: Sequence[str], write: Callable[[str], None] = write
     _draw(rows, metric, store.folder / NAME, write)
 
 
-def study_parser() -> ArgumentParser:
+def study_parser() -> Parser:
     """Return the parser of ``lr-callback study``."""
-    parser = ArgumentParser(prog="lr-callback study", description=_DESCRIPTION)
+    parser: Parser = Parser(prog="lr-callback study", description=_DESCRIPTION)
     add = parser.add_argument
     add("--config", action="config", help="a YAML file with these arguments")
     parser.add_subclass_arguments(
@@ -101,7 +102,7 @@ def _networks(chosen: Namespace) -> list[str]:
     return names
 
 
-def _laboratory(parser: ArgumentParser, config: Namespace, plan: Plan, folder: Path, network: str) -> Laboratory:
+def _laboratory(parser: Parser, config: Namespace, plan: Plan, folder: Path, network: str) -> Laboratory:
     own = config.clone()
     if network:
         own["model"] = own["networks"][network]
@@ -139,14 +140,14 @@ def _told_once() -> Iterator[None]:
         yield
 
 
-def _metric(parser: ArgumentParser, laboratories: Iterable[Laboratory], asked: str | None) -> str:
+def _metric(parser: Parser, laboratories: Iterable[Laboratory], asked: str | None) -> str:
     """Return the metric to compare by, of all networks; what goes wrong in a model's own test keeps its traceback."""
     first, *others = (one.metrics() for one in laboratories)
     names = [name for name in first if all(name in other for other in others)]
     try:
         return choose_metric(names, asked)
     except ValueError as error:
-        parser.error(str(error))
+        parser.refuse(error)
 
 
 def _draw(rows: Sequence[Row], metric: str, path: Path, write: Callable[[str], None]) -> None:

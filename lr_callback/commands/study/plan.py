@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from hashlib import sha256
 from typing import Any, Literal
 
-from lr_callback.decisions.goals import check_keep_ratio
 from lr_callback.decisions.methods import Method, best_method
 
 CONTROL = "dense"
@@ -134,8 +133,11 @@ class Plan:
         _check_listed("keep_ratios", self.keep_ratios)
         _check_listed("seeds", self.seeds)
         for ratio in self.keep_ratios:
-            if check_keep_ratio(ratio) == 1:
-                raise ValueError("`keep_ratios` must be below 1: all of the network is the dense control's, got 1.")
+            if not 0 < ratio < 1:
+                raise ValueError(
+                    "`keep_ratios` must be numbers in (0, 1), fractions of the parameters to keep, all of which the "
+                    f"dense control has, got {ratio}."
+                )
         for name in ("epochs", "dense_epochs"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)}.")

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import lr_callback as lrc
-from lr_callback.commands.places import Raised, is_exit, is_refusal, raised_in_own_code, text_of
+from lr_callback.commands.places import Raised, is_exit, is_refusal, raised_in_own_code, refusal_in, text_of
 
 HERE = Path(__file__)
 
@@ -120,6 +120,20 @@ def test_what_this_package_raises_by_itself_is_a_refusal():
     while error.__traceback__.tb_frame.f_code.co_filename == str(HERE):
         error.__traceback__ = error.__traceback__.tb_next
     assert is_refusal(error) and raised_in_own_code(error) is None
+    assert refusal_in(error) is error
+
+
+def test_what_wraps_a_refusal_is_none_and_a_fault_is_none():
+    refused = raised(lambda: lrc.allocate(torch.nn.Linear(2, 2), 7.0))
+    assert refusal_in(refused) is None  # this file has called it
+    refused.__traceback__ = refused.__traceback__.tb_next.tb_next.tb_next
+    around = ValueError("around it")
+    around.__cause__ = refused
+    assert refusal_in(around) is refused
+    assert refusal_in(ValueError("made up")) is None
+    fault = raised(lambda: lrc.Allocation.from_dict(None))
+    fault.__traceback__ = None
+    assert refusal_in(fault) is None
 
 
 def test_a_text_is_one_line_of_a_length_to_be_read():
