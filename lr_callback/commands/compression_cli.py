@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from lr_callback import __version__
 from lr_callback.callback import LowRankCompression
+from lr_callback.commands.answers import Parser
+from lr_callback.commands.places import is_in_training, refusal_in
+from lr_callback.commands.run_files import check_there
 from lr_callback.commands.stages import measure_stages
+from lr_callback.files.source import check_kind
 from lr_callback.observation.report import comparison, write
 
+_REFUSALS = (ValueError, TypeError, OSError, ModuleNotFoundError, MisconfigurationException)
+_IS_NO_FILE = re.compile(r"best|last|hpc|registry.*|\w+://.*")
+"""What Lightning looks up itself, or elsewhere."""
 _DESCRIPTION = (
     "Train a model with low-rank compression on the way (fit), and evaluate checkpoints from before or after it. "
     "What compression would make of a model, without training it, shows: lr-callback analyze --help. "
@@ -89,14 +98,47 @@ def _report_hint(trainer: Trainer) -> str:
     return f"\n\na page of this: lr-callback report --checkpoint {shlex.quote(str(shown))}"
 
 
+class _LightningParser(LightningArgumentParser, Parser):
+    """Lightning's parser, with the answers of this package's."""
+
+
+class _Program(CompressionCLI):
+    """The command line as a program: a refusal before the training is one line; any other error has its traceback."""
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        try:
+            super().__init__(
+                args=None if list(arguments) == sys.argv[1:] else list(arguments),  # Lightning warns of others
+                save_config_kwargs={"overwrite": True},
+                parser_class=_LightningParser,
+                parser_kwargs={"prog": "lr-callback", "description": _DESCRIPTION},
+            )
+        except _REFUSALS as error:
+            refused = refusal_in(error)
+            if refused is None or is_in_training(error):
+                raise
+            self._refuse(refused)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Refuse a checkpoint that there is not before anything is made."""
+        super().parse_arguments(parser, args)
+        path = self.config[self.config.subcommand].get("ckpt_path")
+        if path is not None and not _IS_NO_FILE.fullmatch(str(path)) and not Path(path).is_dir():
+            check_kind(check_there(Path(path), "--ckpt_path"), "--ckpt_path")
+
+    def _refuse(self, error: BaseException) -> NoReturn:
+        config = self.config[self.config.subcommand]
+        parser = self._subcommand_parsers[self.config.subcommand]
+        assert isinstance(parser, _LightningParser)
+        # What is wrong in a callback that `trainer.callbacks` lists has no name on the command line.
+        is_listed = config.trainer.callbacks and config.compress == parser.get_defaults()["compress"]
+        parser.refuse(error, {} if is_listed else None)
+
+
 def lightning_command(arguments: Sequence[str]) -> None:
     """Run ``lr-callback fit``, and what else LightningCLI does.
 
     Args:
         arguments: of ``lr-callback``; see its ``--help``.
     """
-    CompressionCLI(
-        args=None if list(arguments) == sys.argv[1:] else list(arguments),  # Lightning warns of others than those
-        save_config_kwargs={"overwrite": True},
-        parser_kwargs={"prog": "lr-callback", "description": _DESCRIPTION},
-    )
+    _Program(arguments)

@@ -229,10 +229,10 @@ def test_callback_in_the_trainers_list_is_used_instead(here, tmp_path):
     assert comparison_in(shown)[1]["parameters"] <= 0.6 * 75_002
 
 
-def test_both_ways_at_once_are_refused(here, tmp_path):
+def test_both_ways_at_once_are_refused(capsys, here, tmp_path):
     config = without_compress(tmp_path, keep_ratio=0.6)
-    with pytest.raises(ValueError, match="must be configured once, found arguments under `compress` and an entry in"):
-        here("fit", *config, *FLAT, "--compress.keep_ratio", "0.4")
+    text = refusal(capsys, here, "fit", *config, *FLAT, "--compress.keep_ratio", "0.4")
+    assert "must be configured once, found arguments under --compress and an entry in `trainer.callbacks`" in text
 
 
 def test_run_without_a_compression_prints_no_comparison(here):
@@ -244,14 +244,58 @@ def test_run_without_a_compression_prints_no_comparison(here):
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["--compress.keep_ratio", "1.5"], r"`keep_ratio` must be a number in \(0, 1\].*got 1\.5"),
-        (["--compress.epochs", "-2"], "`epochs` must be whole numbers from 0, got -2"),
-        (["--compress.cost", "flops"], r"`cost` must be one of"),
+        (["--compress.keep_ratio", "1.5"], r"error: --compress.keep_ratio must be a number in \(0, 1\].*got 1\.5\.\n$"),
+        (["--compress.keep_ratio", "0.01"], r"error: --compress.keep_ratio=0.01: the budget .* Reachable: .*\n$"),
+        (["--compress.epochs", "-2"], r"error: --compress.epochs must be whole numbers from 0, got -2\.\n$"),
+        (["--compress.overrides", '{"no*": dense}'], "error: --compress.overrides: each pattern must match .* 'no\\*'"),
+        (["--compress.cost", "latncy"], "error: --compress.cost must be one of .*, got 'latncy'"),
+        (["--compress.max_accuracy_drop", "0.1"], "got --compress.keep_ratio and --compress.max_accuracy_drop"),
+        (
+            ["--compress.include", "*.conv1"],
+            r"""error: --compress.include must be a list, as '\["\*.conv1"\]'""",
+        ),
+        (
+            ["--compress.keep-ratio", "0.5"],
+            r": there is no .*; did you mean --compress.keep_ratio\?",
+        ),
+        (["--compress.epoch", "1"], r"error: --compress.epoch: there is no .*; did you mean --compress.epochs\?"),
+        (["--ckpt_path", "no.ckpt"], "error: --ckpt_path no.ckpt: no such file; name one that ModelCheckpoint wrote"),
+        (["--ckpt_path", DIGITS[1]], "error: --ckpt_path .*digits.yaml: must be a checkpoint, .*, found a text; give"),
+        (
+            ["--model.warmup_epochs", "9"],
+            "error: ImageClassifier: the cosine schedule needs the trainer's --t",
+        ),
     ],
 )
-def test_bad_arguments_are_refused_with_the_callbacks_own_words(here, arguments, text):
-    with pytest.raises(ValueError, match=text):
-        here("fit", *DIGITS, *FLAT, *arguments)
+@pytest.mark.filterwarnings("ignore:.*serialize")
+def test_bad_arguments_are_refused_on_one_line_by_their_names(capsys, here, arguments, text):
+    schedule = ["--model.schedule", "cosine"] if "--model.warmup_epochs" in arguments else []
+    written = refusal(capsys, here, "fit", *DIGITS, *FLAT, "--compress.epochs", "1", *schedule, *arguments)
+    assert re.search(text, written) and "Traceback" not in written
+
+
+def test_a_wrong_value_of_a_listed_callback_is_not_named_as_one_of_the_command_line(capsys, here, tmp_path):
+    config = without_compress(tmp_path, keep_ratio=1.5)
+    assert "error: `keep_ratio` must be a number in (0, 1]" in refusal(capsys, here, "fit", *config, *FLAT)
+
+
+@pytest.mark.parametrize("where", ["__init__", "configure_optimizers", "training_step"])
+def test_an_error_of_a_users_code_keeps_its_traceback(here, tmp_path, monkeypatch, where):
+    """Although it is of a type that this package refuses with."""
+    (tmp_path / f"own_{where}.py").write_text(
+        "from lr_callback.recipes import ImageClassifier\n\n\nclass Own(ImageClassifier):\n"
+        f"    def {where}(self, *args, **kwargs):\n        super().{where}(*args, **kwargs)\n"
+        "        raise ValueError('of my own')\n"
+    )
+    config = yaml.safe_load((CONFIGS / "digits.yaml").read_text(encoding="utf-8"))
+    config["model"] = {
+        "class_path": f"own_{where}.Own",
+        "init_args": {"network": config["model"]["init_args"]["network"]},
+    }
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ValueError, match="of my own"):
+        here("fit", "--config", tmp_path / "own.yaml", *SHORT)
 
 
 def test_unknown_argument_is_a_usage_error(capsys, here):
@@ -371,6 +415,27 @@ def test_analyze_finds_a_model_in_the_folder_where_it_is_called(tmp_path):
         (["--model=lr_callback.recipes.CifarResNet", "--keep_ratio=0.001"], "Reachable: keep_ratio from"),
         (["--model=lr_callback.recipes.CifarResNet", "--exclude=[nothing*]"], "'nothing*' matches none of"),
         (["--model=torch.nn.Flatten", "--json=/nowhere/plan.json"], "--json /nowhere/plan.json: its folder must exist"),
+        (
+            ["--model=torch.nn.Flatten", "--json=train.py"],
+            "--json train.py: must end in .json, so that no file of another",
+        ),
+        (
+            ["--model=torch.nn.Flatten", "--keep-ratio=0.5"],
+            "--keep-ratio: there is no such argument",
+        ),
+        (["--model=torch.nn.Flatten", "--keep=0.5"], "--keep: there is no such argument; did you mean --keep_ratio?"),
+        (
+            ["--model=torch.nn.Flatten", "--include=layer1.*"],
+            "must be a list, as '[\"layer1.*\"]', got layer1.*.",
+        ),
+        (
+            ["--model=lr_callback.recipes.CifarResNet", "--keep_ratio=7"],
+            "error: --keep_ratio must be a number",
+        ),
+        (
+            ["--model=lr_callback.recipes.CifarResNte"],
+            "found no CifarResNte in lr_callback.recipes; did you",
+        ),
     ],
 )
 def test_analyze_refuses_with_one_message(capsys, here, arguments, text):
