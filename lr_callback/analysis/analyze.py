@@ -13,7 +13,7 @@ from lr_callback.decisions.allocation import Allocation
 from lr_callback.decisions.analysed import Analysis
 from lr_callback.decisions.candidates import LayerCandidates
 from lr_callback.decisions.costs import ACTIVATION_MEMORY, LATENCY, OBSERVED, LayerCost, Unit, spoken
-from lr_callback.decisions.goals import NOT_ALONE, check_goal, one_goal, units_of
+from lr_callback.decisions.goals import NOT_ALONE, Goal, check_goal, one_goal, units_of
 from lr_callback.decisions.methods import Method, check_method
 from lr_callback.mathematics.folding import Geometry
 from lr_callback.mathematics.importance import Importance, checked_importance, warn_of_unknown
@@ -95,15 +95,45 @@ def allocate(
         raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
     cost = read_cost(cost)
     goal = check_goal(one_goal(keep_ratio, budget, max_error, cost))
+    layers: dict[str, Any] = {"include": include, "exclude": exclude, "embeddings": embeddings, "overrides": overrides}
+    found = analyze_for(
+        goal, model, method, cost=cost, example_input=example_input, importance=importance, layers=layers
+    )
+    return found.allocate(goal)
+
+
+def analyze_for(
+    goal: Goal,
+    model: nn.Module,
+    method: Method | None = None,
+    *,
+    cost: Unit = "parameters",
+    example_input: object = None,
+    importance: Mapping[str, Importance] | None = None,
+    layers: Mapping[str, Any],
+) -> Analysis:
+    """Compute every layer's candidates in the units of a goal, on one run of the model where they take one.
+
+    Args:
+        goal: see :mod:`lr_callback.decisions.goals`.
+        model: see :func:`allocate`.
+        method: see :func:`allocate`.
+        cost: the unit of a goal that names none.
+        example_input: see :func:`allocate`.
+        importance: see :func:`allocate`.
+        layers: ``include``, ``exclude``, ``embeddings`` and ``overrides``, see :func:`allocate`.
+
+    Raises:
+        ValueError: See :func:`allocate`.
+    """
     units = units_of(goal, cost)
     is_counted = not OBSERVED.isdisjoint(units)
-    layers: dict[str, Any] = {"include": include, "exclude": exclude, "embeddings": embeddings, "overrides": overrides}
     timed_for = to_time(model, method, **layers) if LATENCY in units else None
     is_observed, kept = is_counted or example_input is not None, ACTIVATION_MEMORY in units
     seen = observe(model, example_input, timed_for, activations=kept) if is_observed else None
     used = None if is_counted else seen
     prices = [Prices(unit, seen) for unit in units]
-    return analyze(model, method, prices=prices, used=used, importance=importance, **layers).allocate(goal)
+    return analyze(model, method, prices=prices, used=used, importance=importance, **layers)
 
 
 def to_time(

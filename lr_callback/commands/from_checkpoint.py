@@ -199,7 +199,7 @@ def calls_of(chosen: Namespace) -> list[tuple[nn.Module, Example]]:
 
 def _example(chosen: Namespace) -> tuple[nn.Module, Example] | None:
     if chosen.input_shape is not None:
-        return chosen.model, Example((_random(chosen.input_shape),))
+        return chosen.model, Example((random_input(chosen.input_shape),))
     example = getattr(chosen.model, "example_input_array", None)
     return None if example is None else (chosen.model, Example.of(example))
 
@@ -213,8 +213,12 @@ def _lightning(chosen: Namespace) -> LightningModule:
     return chosen.model
 
 
-def _random(shape: str) -> Tensor:
-    """Return random numbers, the same ones each time."""
+def random_input(shape: str) -> Tensor:
+    """Return random numbers of a shape as a command line says it, the same ones each time.
+
+    Raises:
+        ValueError: If it is none.
+    """
     return torch.randn(_sizes(shape), generator=torch.Generator().manual_seed(0))
 
 

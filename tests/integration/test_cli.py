@@ -407,10 +407,58 @@ def test_analyze_finds_a_model_in_the_folder_where_it_is_called(tmp_path):
     assert "1 of 1 layers factorized" in program(tmp_path, "analyze", "--model", "mynet.Net").out
 
 
+@pytest.mark.usefixtures("own_cache", "any_clock")
+@pytest.mark.parametrize(
+    ("arguments", "options", "reachable"),
+    [
+        (["--max_error", 0.4], {"max_error": 0.4}, r": keep_ratio from 0\.0\d+ to 1, of 75,290 parameters"),
+        (
+            ["--cost", "multiply_adds"],
+            {"cost": "multiply_adds"},
+            r": keep_ratio from 0\.\d+ to 1, of [\d,]+ multiply-adds",
+        ),
+        (
+            ["--budget", "{parameters: 0.5, multiply_adds: 0.6, activation_memory: 1.5}"],
+            {"budget": {"parameters": 0.5, "multiply_adds": 0.6, "activation_memory": 1.5}},
+            r", each alone with these layers: 0\.\d+ of 75,290 parameters, 0\.\d+ of [\d,]+ multiply-adds, 1\.0000 of "
+            r"[\d,]+ bytes of activation memory",
+        ),
+        (
+            ["--cost", "lr_callback.metrics.functional.costs.held_parameters"],
+            {"cost": "lr_callback.metrics.functional.costs.held_parameters"},
+            r": keep_ratio from 0\.0\d+ to 1, of 75,290 held_parameters",
+        ),
+        (["--cost", "latency", "--keep_ratio", 1], None, r": keep_ratio from 0\.\d+ to 1, of [\d,]+ microseconds"),
+    ],
+    ids=["max_error", "cost", "budget", "own cost", "latency"],
+)
+def test_analyze_takes_any_goal(here, tmp_path, arguments, options, reachable):
+    asked = ["--model", "lr_callback.recipes.CifarResNet", "--model.depth", 8, "--method", "lr_callback.ALDS"]
+    asked += ["--method.slices", "[1]", "--input_shape", "2,3,32,32", *arguments]
+    shown = here("analyze", *asked, "--json", tmp_path / "plan.json")
+    assert re.search(rf"\nreachable{reachable}\n$", shown)
+    if options is not None:
+        of = {"method": lrc.ALDS(slices=[1]), "example_input": torch.zeros(2, 3, 32, 32), **options}
+        plan, expected = lrc.Allocation.from_json(tmp_path / "plan.json"), lrc.allocate(CifarResNet(depth=8), **of)
+        assert (plan.unit, plan.dense_cost, plan.max_error) == (expected.unit, expected.dense_cost, expected.max_error)
+        assert plan.others.keys() == expected.others.keys() and plan.cost <= plan.budget
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
         ([], "--model must name a model"),
+        (["--model=lr_callback.recipes.CifarResNet", "--cost=latncy"], "--cost must be one of ['parameters', "),
+        (
+            ["--model=lr_callback.recipes.CifarResNet", "--cost=multiply_adds"],
+            "--input_shape: multiply-adds, latency and activation memory are of a run on an example input, got none",
+        ),
+        (
+            ["--model=lr_callback.recipes.CifarResNet", "--keep_ratio=0.3", "--max_error=0.2"],
+            "can be asked for, got --keep_ratio and --max_error.",
+        ),
+        (["--model=lr_callback.recipes.CifarResNet", "--budget={watts: 0.3}"], "--budget must map units to fractions"),
+        (["--model=lr_callback.recipes.CifarResNet", "--input_shape=1,x"], "--input_shape must be whole numbers"),
         (["--model=lr_callback.recipes.CifarResNet", "--keep_ratio=7"], "must be a number in (0, 1]"),
         (["--model=lr_callback.recipes.CifarResNet", "--keep_ratio=0.001"], "Reachable: keep_ratio from"),
         (["--model=lr_callback.recipes.CifarResNet", "--exclude=[nothing*]"], "'nothing*' matches none of"),
