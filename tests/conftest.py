@@ -53,7 +53,8 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def any_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let times differ as they will while other tests run; what follows from a noisy clock has tests of its own."""
     room = "lr_callback.units.latency"
-    for file, name in [("measure", "SPREAD_SAID"), ("measure", "SPREAD_REFUSED"), ("files", "STEADY")]:
+    trust = ["SPREAD_SAID", "SPREAD_REFUSED", "EXCESS_SAID", "DRIFT_SAID"]
+    for file, name in [*(("trust", name) for name in trust), ("measure", "SPREAD_SAID"), ("files", "STEADY")]:
         monkeypatch.setattr(import_module(f"{room}.{file}"), name, inf)
 
 

@@ -4,8 +4,9 @@ from lr_callback.units.latency.bench import Bench
 from lr_callback.units.latency.curves import Curve, LayerTimes, MeasuredCost
 from lr_callback.units.latency.files import device_facts
 from lr_callback.units.latency.inputs import LayerInput
-from lr_callback.units.latency.measure import Latencies, NoisyClockError, Progress, Wanted, check_clock, measure
+from lr_callback.units.latency.measure import Latencies, Progress, Wanted, check_clock, measure
 from lr_callback.units.latency.timing import Stopwatch, Timing, timed, timed_in_turns
+from lr_callback.units.latency.trust import NoisyClockError
 
 __all__ = [
     "Bench",

@@ -6,7 +6,8 @@ as the median share of that, times what the dense layer took at first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -16,6 +17,10 @@ from lr_callback.layers.layer_types import build_form, layer_type
 from lr_callback.units.latency.files import Times
 from lr_callback.units.latency.inputs import LayerInput, dtype_name
 from lr_callback.units.latency.timing import Stopwatch, Timing, timed, timed_beside
+from lr_callback.units.latency.trust import Patience, drift
+
+_LOOKS = 3
+"""Runs of a layer, the fastest of which is compared with what it was said to take."""
 
 Form = tuple[str, int, int] | None
 """Folding, number of slices and rank of a factorized layer; None: the dense one."""
@@ -34,12 +39,13 @@ class Bench:
 
     Attributes:
         known: the times of this device, those of earlier runs among them.
+        patience: with which times are taken that are not known.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.known = device, Times(device)
+        self.device, self.known, self.patience = device, Times(device), Patience(device)
         self._weighted = self._total = 0.0
-        self._beside: tuple[str, Stopwatch] | None = None
+        self._dense_watch: tuple[str, Stopwatch] | None = None
 
     @property
     def spread(self) -> float:
@@ -70,7 +76,8 @@ class Bench:
         name, text = self.name(layer, call), "dense" if form is None else "/".join(map(str, form))
         timing = self.known.get(name, text)
         if timing is None:
-            timing = self._dense(layer, call) if form is None else self._beside_dense(name, layer, call, form)
+            take = partial(self._dense, layer, call) if form is None else partial(self._beside, name, layer, call, form)
+            timing = self.patience.timing(take, self.known.keeps)
             self.known.put(name, text, timing)
         return self.note(timing)
 
@@ -87,11 +94,32 @@ class Bench:
     def _dense(self, layer: nn.Module, call: LayerInput) -> Timing:
         return timed(self._run(layer, call, None), self.device)
 
-    def _beside_dense(self, name: str, layer: nn.Module, call: LayerInput, form: Form) -> Timing:
+    def forget(self, names: Iterable[str]) -> None:
+        """Let the times of some layers be unknown."""
+        self._dense_watch = None
+        for name in names:
+            self.known.forget(name)
+
+    def begin(self) -> None:
+        """Let only what is asked for from now on count in the spread."""
+        self._weighted = self._total = 0.0
+        self.patience.wait = 0
+
+    def suspects(self, layer: nn.Module, calls: Iterable[LayerInput]) -> list[str]:
+        """Return the names of a layer's times that are of another machine than this one now, so to speak."""
+        found = []
+        for call in calls:
+            watch = self.stopwatch(layer, call, form_of(layer))
+            now = min(watch.block() for _ in range(_LOOKS))
+            if drift("", self.time(layer, call, form_of(layer)), now).is_one:
+                found.append(self.name(layer, call))
+        return found
+
+    def _beside(self, name: str, layer: nn.Module, call: LayerInput, form: Form) -> Timing:
         first = self.time(layer, call, None)
-        if self._beside is None or self._beside[0] != name:
-            self._beside = name, self.stopwatch(layer, call, None)
-        share = timed_beside(self._run(layer, call, form), self._beside[1], self.device)
+        if self._dense_watch is None or self._dense_watch[0] != name:
+            self._dense_watch = name, self.stopwatch(layer, call, None)
+        share = timed_beside(self._run(layer, call, form), self._dense_watch[1], self.device)
         return Timing(max(1, round(share.nanoseconds * first / 1e9)), share.spread)
 
     def _run(self, layer: nn.Module, call: LayerInput, form: Form) -> Callable[[], object]:

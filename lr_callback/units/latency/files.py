@@ -84,6 +84,7 @@ class Times:
         self.path = folder() / f"{mark}.json"
         self._known = self._read(tell=True)
         self._new: dict[str, dict[str, Timing]] = {}
+        self._forgotten: set[str] = set()
 
     def get(self, layer: str, form: str) -> Timing | None:
         """Return the time of a form of a layer with its input, if it is known."""
@@ -93,16 +94,27 @@ class Times:
         """Note a time."""
         self._new.setdefault(layer, {})[form] = timing
 
+    def forget(self, layer: str) -> None:
+        """Let all times of a layer be unknown, in the file, too, once it is written."""
+        self._new.pop(layer, None)
+        self._known.pop(layer, None)
+        self._forgotten.add(layer)
+
+    @staticmethod
+    def keeps(timing: Timing) -> bool:
+        """Return whether a time is steady enough to be kept for the next run."""
+        return timing.spread <= STEADY
+
     def save(self) -> None:
         """Write what is new, together with what other runs have written since; warn where it cannot be written.
 
         What was measured while runs differed by more than a quarter is of use now, and measured again by the next run.
         """
         steady = {
-            layer: {form: time for form, time in forms.items() if time.spread <= STEADY}
+            layer: {form: time for form, time in forms.items() if self.keeps(time)}
             for layer, forms in self._new.items()
         }
-        if not any(steady.values()):
+        if not any(steady.values()) and not self._forgotten:
             return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -117,6 +129,8 @@ class Times:
 
     def _merge(self, new: Mapping[str, Mapping[str, Timing]]) -> None:
         merged = self._read(tell=False)
+        for layer in self._forgotten:
+            merged.pop(layer, None)
         for layer, forms in new.items():
             merged.setdefault(layer, {}).update(forms)
         times = {layer: {form: [*astuple(time)] for form, time in forms.items()} for layer, forms in merged.items()}

@@ -8,11 +8,10 @@ is smaller where the layer is, and comes and goes with what else a process has d
 
 from __future__ import annotations
 
-import hashlib
-import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from time import sleep
 from typing import Any
 
 import torch
@@ -27,12 +26,9 @@ from lr_callback.units.latency.curves import Curve, Key, LayerTimes, measured_cu
 from lr_callback.units.latency.files import Times, device_facts
 from lr_callback.units.latency.inputs import LayerInput
 from lr_callback.units.latency.memory import reused_memory, room_for
-from lr_callback.units.latency.timing import Stopwatch, Timing, of_runs, timed
-
-SPREAD_SAID, SPREAD_REFUSED = 0.15, 2.0
-"""Spread of repeated runs that is warned of, and that is too much to decide by."""
-
-_LEAST_ROUNDS, _MOST_ROUNDS, _SECONDS = 5, 50, 1.0
+from lr_callback.units.latency.timing import timed
+from lr_callback.units.latency.trust import PAUSE, ROUNDS, SPREAD_SAID, Doubt, Patience, drift, excess, once, told
+from lr_callback.units.latency.whole import signature, timed_whole
 
 Progress = Callable[[int, int, str], None]
 """Called before each layer with the number done, the number of all, and its name."""
@@ -133,25 +129,102 @@ def measure(
 
     Raises:
         ValueError: If there is a file of times of another device in the place of this one's.
-        RuntimeError: If repeated runs differ so much that nothing can be told from them.
+        RuntimeError: If repeated runs differ so much, or times contradict each other so much, that nothing can be told
+            from them.
     """
     bench = Bench(any_weight(next(iter(layers.values()))).device)
-    found: dict[str, LayerTimes] = {}
     room = room_for(call for calls in inputs.values() for call in calls)
     try:
         with torch.no_grad(), reused_memory(room, bench.device):
-            for done, (name, layer) in enumerate(layers.items()):
-                if progress is not None:
-                    progress(done, len(layers), name)
-                found[name] = _times(bench, layer, inputs.get(name, ()), wanted.get(name))
-            whole, share = _model(bench, model, layers, inputs, run)
-            before = sum(_standing(bench, layer, inputs.get(name, ())) for name, layer in layers.items())
+            taken = _trusted(bench, model, layers, inputs, run, wanted, progress)
     finally:
         bench.known.save()
-    _check_spread(bench.spread)
-    own = min(1.0, share) * whole
-    scaled = {name: of.scaled(own / max(1, before)) for name, of in found.items()}
-    return Latencies(round(whole - own), scaled, bench.spread, device_facts(bench.device))
+    told(taken.doubts, taken.spread, bench.patience.note)
+    own = min(1.0, taken.share) * taken.whole
+    scaled = {name: of.scaled(own / max(1, taken.before)) for name, of in taken.layers.items()}
+    return Latencies(round(taken.whole - own), scaled, taken.spread, device_facts(bench.device))
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """What was measured of a model, in one round.
+
+    Args:
+        layers: name -> times, each measured by itself.
+        before: nanoseconds of the layers as they stand, by these times.
+        whole: nanoseconds of the model.
+        share: of the layers in them, as they stand, measured in turns.
+        now: nanoseconds of one run at the end.
+        spread: of repeated runs.
+    """
+
+    layers: Mapping[str, LayerTimes]
+    before: int
+    whole: int
+    share: float
+    now: int
+    spread: float
+
+    @property
+    def doubts(self) -> list[Doubt]:
+        """Reasons not to trust it."""
+        own = self.share * self.whole
+        alone = drift("the layers take {} one by one, and {} in turns with the model", self.before, own)
+        # One run may be slow by chance, but none is twice as fast as the model is.
+        later = drift("the model takes {} at first, and {} at the end", self.whole, min(self.now, self.whole))
+        return [one for one in (excess(own, self.whole), alone, later) if one.is_one]
+
+
+def _trusted(
+    bench: Bench,
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    inputs: Mapping[str, Sequence[LayerInput]],
+    run: Callable[[], object],
+    wanted: Mapping[str, Wanted],
+    progress: Progress | None,
+) -> _Taken:
+    """Measure, in some rounds where there are doubts; what these are of is forgotten, that of the last round, too."""
+    taken = _round(bench, model, layers, inputs, run, wanted, progress)
+    for _ in range(ROUNDS - 1):
+        if not taken.doubts or not bench.patience.has_time:
+            break
+        with bench.patience.spending():
+            _forget(bench, model, layers, inputs)
+            sleep(PAUSE)
+            taken = _round(bench, model, layers, inputs, run, wanted, progress)
+    if taken.doubts:
+        _forget(bench, model, layers, inputs)
+    return taken
+
+
+def _forget(
+    bench: Bench, model: nn.Module, layers: Mapping[str, nn.Module], inputs: Mapping[str, Sequence[LayerInput]]
+) -> None:
+    """Let the time of the model be unknown, and those of its layers which are not what they take now."""
+    suspects = [bench.suspects(layer, inputs.get(name, ())) for name, layer in layers.items()]
+    bench.forget([signature(bench, model, layers, inputs), *chain(*suspects)])
+
+
+def _round(
+    bench: Bench,
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    inputs: Mapping[str, Sequence[LayerInput]],
+    run: Callable[[], object],
+    wanted: Mapping[str, Wanted],
+    progress: Progress | None,
+) -> _Taken:
+    """Measure what is not known."""
+    bench.begin()
+    found: dict[str, LayerTimes] = {}
+    for done, (name, layer) in enumerate(layers.items()):
+        if progress is not None:
+            progress(done, len(layers), name)
+        found[name] = _times(bench, layer, inputs.get(name, ()), wanted.get(name))
+    whole, share = timed_whole(bench, model, layers, inputs, run)
+    before = sum(_standing(bench, layer, inputs.get(name, ())) for name, layer in layers.items())
+    return _Taken(found, before, whole, share, once(run, bench.device), bench.spread)
 
 
 def check_clock(device: torch.device) -> None:
@@ -163,7 +236,9 @@ def check_clock(device: torch.device) -> None:
     """
     Times(device)
     numbers = torch.ones(256, 256, device=device)
-    _check_spread(timed(lambda: numbers @ numbers, device).spread)
+    patience = Patience(device)
+    time = patience.timing(lambda: timed(lambda: numbers @ numbers, device), lambda found: found.spread <= SPREAD_SAID)
+    told([], time.spread, patience.note)
 
 
 def _times(bench: Bench, layer: nn.Module, calls: Sequence[LayerInput], wanted: Wanted | None) -> LayerTimes:
@@ -195,79 +270,3 @@ def _curve(
 
 def _standing(bench: Bench, layer: nn.Module, calls: Sequence[LayerInput]) -> int:
     return sum(bench.time(layer, call, form_of(layer)) for call in calls)
-
-
-def _model(
-    bench: Bench,
-    model: nn.Module,
-    layers: Mapping[str, nn.Module],
-    inputs: Mapping[str, Sequence[LayerInput]],
-    run: Callable[[], object],
-) -> tuple[int, float]:
-    """Return the nanoseconds of the model, and which share of that its layers take as they stand.
-
-    Known from an earlier run, if that was of a model of the same class whose parts have the same names and settings,
-    and whose layers were called alike.
-    """
-    counts = Counter((bench.name(layer, call), name, call) for name, layer in layers.items() for call in inputs[name])
-    forms = [f"{text} as {form_of(layers[name])}: {count}" for (text, name, _), count in counts.items()]
-    described = "\n".join([*forms, type(model).__module__, type(model).__qualname__, repr(model)])
-    signature = f"model {hashlib.sha256(described.encode()).hexdigest()}"
-    whole, share = (bench.known.get(signature, form) for form in ("whole", "share of the layers"))
-    if whole is None or share is None:
-        whole, share = _in_turns(bench, layers, counts, run)
-        bench.known.put(signature, "whole", whole)
-        bench.known.put(signature, "share of the layers", share)
-    bench.note(Timing(whole.nanoseconds, share.spread))
-    return whole.nanoseconds, share.nanoseconds / 1e9
-
-
-def _in_turns(
-    bench: Bench,
-    layers: Mapping[str, nn.Module],
-    counts: Mapping[tuple[str, str, LayerInput], int],
-    run: Callable[[], object],
-) -> tuple[Timing, Timing]:
-    """Time the model in turns with its layers: a machine that others use is slower at times.
-
-    Returns:
-        The nanoseconds of the model, and the share of its layers in it, in billionths.
-    """
-    watches: dict[str, tuple[Stopwatch, int]] = {}
-    for (text, name, call), count in counts.items():
-        form = form_of(layers[name])
-        watch, before = watches.get(f"{text} as {form}") or (bench.stopwatch(layers[name], call, form), 0)
-        watches[f"{text} as {form}"] = watch, before + count
-
-    def all_layers() -> float:
-        return sum(watch.block() * count for watch, count in watches.values())
-
-    model = Stopwatch(run, bench.device)
-    rounds: list[tuple[float, float]] = []
-    while len(rounds) < _LEAST_ROUNDS or (len(rounds) < _MOST_ROUNDS and sum(map(sum, rounds)) < 1e9 * _SECONDS):
-        rounds.append((model.block(), all_layers()))
-    return of_runs([whole for whole, _ in rounds]), of_runs([1e9 * own / whole for whole, own in rounds])
-
-
-class NoisyClockError(RuntimeError):
-    """Repeated runs differ too much to choose by their times."""
-
-
-def _check_spread(spread: float) -> None:
-    """Warn of runs that differ, and refuse such that differ too much.
-
-    Raises:
-        NoisyClockError: If they do.
-    """
-    text = f"repeated runs differ by {spread:.0%} of their median (quartiles, the mean over all that was measured)"
-    if spread > SPREAD_REFUSED:
-        raise NoisyClockError(
-            f"Latency: the clock is too noisy to choose by: {text}. Measure while nothing else runs on this machine, "
-            "or keep multiply-adds instead."
-        )
-    if spread > SPREAD_SAID:
-        warnings.warn(
-            f"Latency: {text}; times and what is chosen by them are as uncertain. Measure while nothing else runs on "
-            "this machine.",
-            stacklevel=2,
-        )

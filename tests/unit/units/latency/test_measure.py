@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from importlib import import_module
 
 import pytest
 import torch
@@ -16,7 +15,6 @@ from lr_callback.model.pricing import Prices
 from lr_callback.units.latency import Curve, Latencies, LayerInput, LayerTimes, device_facts
 from lr_callback.units.latency.bench import Bench, form_of
 from lr_callback.units.latency.files import Times, folder
-from lr_callback.units.latency.measure import SPREAD_REFUSED, SPREAD_SAID, _check_spread
 
 pytestmark = pytest.mark.usefixtures("own_cache", "any_clock")
 
@@ -206,17 +204,6 @@ def test_latency_takes_a_timed_run():
 def test_a_run_without_a_layer_to_factorize_is_refused():
     with pytest.raises(ValueError, match="the run must call a layer that can be factorized, and it calls none"):
         observe(nn.Sequential(nn.ReLU()), torch.randn(2, 2), METHOD)
-
-
-def test_a_noisy_clock_is_told_and_one_that_tells_nothing_refused(monkeypatch):
-    measure = import_module("lr_callback.units.latency.measure")
-    monkeypatch.setattr(measure, "SPREAD_SAID", SPREAD_SAID)
-    monkeypatch.setattr(measure, "SPREAD_REFUSED", SPREAD_REFUSED)
-    _check_spread(0.1)
-    with pytest.warns(UserWarning, match="repeated runs differ by 30% of their median .* Measure while nothing else"):
-        _check_spread(0.3)
-    with pytest.raises(RuntimeError, match="too noisy to choose by: repeated runs differ by 220% of their median"):
-        _check_spread(2.2)
 
 
 def test_an_allocation_in_time_is_carried_out_and_read_again():
