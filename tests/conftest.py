@@ -131,6 +131,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         # Properties of a test travel from the processes that run it to the one that writes.
         item.user_properties += [("situation", list(mark.args)) for mark in item.iter_markers("situation")]
+        if isinstance(item, pytest.DoctestItem):
+            item.add_marker(pytest.mark.filterwarnings("ignore:Latency. :UserWarning"))  # see `any_clock`
 
 
 class Situations:

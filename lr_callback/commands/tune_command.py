@@ -31,6 +31,7 @@ from lr_callback.files.formats import FORMATS, check_format
 from lr_callback.observation.report import write
 from lr_callback.tuning.tune import tune, tune_
 from lr_callback.tuning.tuned import Tuning
+from lr_callback.units.latency import NoisyClockError
 
 _KEPT = (
     "epoch",
@@ -57,7 +58,7 @@ def tune_command(arguments: Sequence[str]) -> None:
     parser = tune_parser()
     try:
         told = _tune(parsed(parser, arguments))
-    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
+    except (ValueError, TypeError, OSError, ModuleNotFoundError, NoisyClockError) as error:
         parser.refuse(error)
     write(told)
 

@@ -12,24 +12,21 @@ from contextlib import ExitStack
 from functools import partial
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch import nn
 
 from lr_callback.common.example import Example
 from lr_callback.common.table import listed, on_one_line
 from lr_callback.common.untouched import as_written, untouched
-from lr_callback.edits.surgery import SurgeryReport, replace_layers, standing_in
+from lr_callback.edits.surgery import SurgeryReport, replace_layers
 from lr_callback.files.values import check_has_values
 from lr_callback.layers import FactorizedLayer, any_weight
 from lr_callback.model.find import factorized_in, find_layers
 from lr_callback.model.observe import observe_inputs
-from lr_callback.tuning.forms import forms_of, in_form
+from lr_callback.tuning.forms import in_form
 from lr_callback.tuning.pointwise import make_pointwise
-from lr_callback.tuning.tuned import AS_BUILT, CHANNELS_LAST, POINTWISE, TUNED, LayerForms, Tuning, is_faster
-from lr_callback.units.latency import Bench, LayerInput, Progress, Timing, device_facts, timed
-
-_SECONDS = 1.0
-"""How long the whole model is timed at most, where its runs differ."""
+from lr_callback.tuning.timed_forms import lay_out, timed_forms
+from lr_callback.tuning.tuned import AS_BUILT, Tuning
+from lr_callback.units.latency import LayerInput, Progress, device_facts
 
 
 def tune(
@@ -53,6 +50,7 @@ def tune(
     Raises:
         ValueError: If there is no factorized layer, or none that can be replaced or is called, or they are on several
             devices; if there is no example, or the model does not take it.
+        RuntimeError: If times differ so much, or contradict each other so much, that nothing can be told from them.
 
     Example::
 
@@ -70,8 +68,7 @@ def tune(
     inputs, reasons = _called(model, place, example, layers)
     measured = {name: layer for name, layer in layers.items() if name not in reasons}
     with untouched(model), as_written():
-        forms = _timed_layers(measured, inputs, device, progress)
-        whole = _timed_whole(model, place, example, {layers[name]: of.chosen for name, of in forms.items()}, device)
+        forms, whole = timed_forms(model, place, example, measured, inputs, device, progress)
     given = tuple(str(LayerInput.of(tensor)) for tensor in example.tensors)
     return Tuning(forms, whole, {**skipped, **reasons}, given, device_facts(device))
 
@@ -99,6 +96,8 @@ def tune_(model: nn.Module, tuning: Tuning, *, channels_last: bool = False, poin
     Example::
 
         >>> import lr_callback as lrc
+        >>> from lr_callback.tuning.tuned import LayerForms
+        >>> from lr_callback.units.latency import Timing
         >>> model = nn.Sequential(nn.Linear(64, 64))
         >>> _ = lrc.factorize_(model, lrc.allocate(model, keep_ratio=0.5))
         >>> built = LayerForms("kernel_in_encoder", model[0].num_slices, model[0].rank,
@@ -113,7 +112,7 @@ def tune_(model: nn.Module, tuning: Tuning, *, channels_last: bool = False, poin
     with ExitStack() as undo:
         report = replace_layers(model, made, undo=undo)
         if channels_last:
-            _lay_out(model, undo)
+            lay_out(model, undo)
         if pointwise:
             make_pointwise(model, undo)
         undo.pop_all()
@@ -182,73 +181,6 @@ def _called(
         name, reason = next(iter(reasons.items()))
         raise ValueError(f"`example_input`: the run must call a factorized layer, found none; {name}: {reason}.")
     return inputs, reasons
-
-
-def _timed_layers(
-    layers: Mapping[str, FactorizedLayer],
-    inputs: Mapping[str, tuple[LayerInput, ...]],
-    device: torch.device,
-    progress: Progress | None,
-) -> dict[str, LayerForms]:
-    bench, found = Bench(device), {}
-    try:
-        for done, (name, layer) in enumerate(layers.items()):
-            if progress is not None:
-                progress(done, len(layers), name)
-            times = {form: bench.timing(layer, inputs[name], made) for form, made in forms_of(layer).items()}
-            found[name] = LayerForms(*layer.structure, times)
-    finally:
-        bench.known.save()
-    return found
-
-
-def _timed_whole(
-    model: nn.Module, place: str, example: Example, chosen: Mapping[FactorizedLayer, str], device: torch.device
-) -> dict[str, Timing]:
-    """Time the model as it is, with the chosen forms, and so in each other way that makes a difference to it."""
-
-    def time(example: Example = example) -> Timing:
-        return timed(partial(example.call, model.get_submodule(place)), device, _SECONDS)
-
-    times = {AS_BUILT: time()}
-    instead: dict[nn.Module, nn.Module] = {
-        layer: in_form(layer, form) for layer, form in chosen.items() if form != AS_BUILT
-    }
-    if instead:
-        with standing_in(model, instead):
-            times[TUNED] = time()
-        if is_faster(times[AS_BUILT], times[TUNED]):
-            instead = {}
-    if _is_to_lay_out(model):
-        with standing_in(model, instead), ExitStack() as undo:
-            _lay_out(model, undo)
-            times[CHANNELS_LAST] = time(_laid_out(example))
-    with standing_in(model, instead), ExitStack() as undo:
-        if make_pointwise(model, undo):
-            times[POINTWISE] = time()
-    return times
-
-
-def _is_to_lay_out(model: nn.Module) -> bool:
-    """Return whether a model has convolutions of images whose weights are in another memory format."""
-    convolutions = (one for one in model.modules() if isinstance(one, (nn.Conv2d, nn.ConvTranspose2d)))
-    return any(not one.weight.is_contiguous(memory_format=torch.channels_last) for one in convolutions)
-
-
-def _lay_out(model: nn.Module, undo: ExitStack) -> None:
-    """Give weights of four axes the memory format; what undoes it goes on the stack, and gives back the very memory."""
-    for value in [*model.parameters(), *model.buffers()]:
-        if value.dim() == 4 and value.layout == torch.strided:
-            undo.callback(setattr, value, "data", value.data)
-            value.data = value.data.contiguous(memory_format=torch.channels_last)
-
-
-def _laid_out(example: Example) -> Example:
-    def converted(leaf: object) -> object:
-        is_image = isinstance(leaf, Tensor) and leaf.dim() == 4 and leaf.layout == torch.strided
-        return leaf.contiguous(memory_format=torch.channels_last) if isinstance(leaf, Tensor) and is_image else leaf
-
-    return Example(*tree_map(converted, (example.arguments, example.named)))
 
 
 def _pending(model: nn.Module, tuning: Tuning) -> dict[str, FactorizedLayer]:

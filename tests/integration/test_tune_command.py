@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from itertools import chain, repeat
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from lr_callback.cli import main
 from lr_callback.units.latency import Timing
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.usefixtures("one_thread", "any_clock"),
     # Lightning calls methods of its parser that jsonargparse has renamed.
     pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"),
 ]
@@ -88,7 +89,7 @@ def refusal(command, capsys, monkeypatch):
     def measured(*_, **__):
         raise AssertionError("measured before it was refused")
 
-    monkeypatch.setattr("lr_callback.tuning.tune.Bench", measured)
+    monkeypatch.setattr("lr_callback.tuning.timed_forms.Bench", measured)
 
     def run(*arguments):
         with pytest.raises(SystemExit) as stopped:
@@ -125,14 +126,15 @@ def timed_as(monkeypatch):
     """Let layers and model have given times: of the forms, and of the whole in the order in which it is timed."""
 
     def give(forms, *whole):
-        left = list(whole)
         structures = {(2, 2): "as built", (1, 4): "one block", None: "dense"}
 
         def form_time(bench, layer, calls, form):
             return Timing(forms[structures[form and form[1:]]], 0.01)
 
         monkeypatch.setattr("lr_callback.units.latency.Bench.timing", form_time)
-        monkeypatch.setattr("lr_callback.tuning.tune.timed", lambda *_: Timing(left.pop(0), 0.01))
+        # At the end it is timed as it is built again, as it was at first.
+        given = chain(whole, repeat(whole[0]))
+        monkeypatch.setattr("lr_callback.tuning.timed_forms.timed", lambda *_: Timing(next(given), 0.01))
 
     return give
 

@@ -6,11 +6,12 @@ from lr_callback.units.latency.files import device_facts
 from lr_callback.units.latency.inputs import LayerInput
 from lr_callback.units.latency.measure import Latencies, Progress, Wanted, check_clock, measure
 from lr_callback.units.latency.timing import Stopwatch, Timing, timed, timed_in_turns
-from lr_callback.units.latency.trust import NoisyClockError
+from lr_callback.units.latency.trust import Doubt, NoisyClockError, compared, drift, excess, told
 
 __all__ = [
     "Bench",
     "Curve",
+    "Doubt",
     "Latencies",
     "LayerInput",
     "LayerTimes",
@@ -21,8 +22,12 @@ __all__ = [
     "Timing",
     "Wanted",
     "check_clock",
+    "compared",
     "device_facts",
+    "drift",
+    "excess",
     "measure",
     "timed",
     "timed_in_turns",
+    "told",
 ]

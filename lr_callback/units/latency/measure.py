@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from time import sleep
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from lr_callback.units.latency.files import Times, device_facts
 from lr_callback.units.latency.inputs import LayerInput
 from lr_callback.units.latency.memory import reused_memory, room_for
 from lr_callback.units.latency.timing import timed
-from lr_callback.units.latency.trust import PAUSE, ROUNDS, SPREAD_SAID, Doubt, Patience, drift, excess, once, told
+from lr_callback.units.latency.trust import SPREAD_SAID, Doubt, Patience, drift, excess, once, told
 from lr_callback.units.latency.whole import signature, timed_whole
 
 Progress = Callable[[int, int, str], None]
@@ -136,7 +135,11 @@ def measure(
     room = room_for(call for calls in inputs.values() for call in calls)
     try:
         with torch.no_grad(), reused_memory(room, bench.device):
-            taken = _trusted(bench, model, layers, inputs, run, wanted, progress)
+            taken = bench.patience.rounds(
+                lambda: _round(bench, model, layers, inputs, run, wanted, progress),
+                lambda found: bool(found.doubts),
+                lambda: _forget(bench, model, layers, inputs),
+            )
     finally:
         bench.known.save()
     told(taken.doubts, taken.spread, bench.patience.note)
@@ -173,29 +176,6 @@ class _Taken:
         # One run may be slow by chance, but none is twice as fast as the model is.
         later = drift("the model takes {} at first, and {} at the end", self.whole, min(self.now, self.whole))
         return [one for one in (excess(own, self.whole), alone, later) if one.is_one]
-
-
-def _trusted(
-    bench: Bench,
-    model: nn.Module,
-    layers: Mapping[str, nn.Module],
-    inputs: Mapping[str, Sequence[LayerInput]],
-    run: Callable[[], object],
-    wanted: Mapping[str, Wanted],
-    progress: Progress | None,
-) -> _Taken:
-    """Measure, in some rounds where there are doubts; what these are of is forgotten, that of the last round, too."""
-    taken = _round(bench, model, layers, inputs, run, wanted, progress)
-    for _ in range(ROUNDS - 1):
-        if not taken.doubts or not bench.patience.has_time:
-            break
-        with bench.patience.spending():
-            _forget(bench, model, layers, inputs)
-            sleep(PAUSE)
-            taken = _round(bench, model, layers, inputs, run, wanted, progress)
-    if taken.doubts:
-        _forget(bench, model, layers, inputs)
-    return taken
 
 
 def _forget(

@@ -14,10 +14,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
 from time import monotonic, perf_counter_ns, sleep
+from typing import TypeVar
 
 import torch
 
 from lr_callback.units.latency.timing import Timing, synchronize
+
+Found = TypeVar("Found")
 
 SPREAD_SAID, SPREAD_REFUSED = 0.15, 2.0
 """Spread of repeated runs that is warned of, and that is too much to decide by."""
@@ -205,6 +208,28 @@ class Patience:
             best, wait = min((best, wait), again, key=lambda one: one[0].spread)
         self.wait = max(self.wait, wait)
         return best
+
+    def rounds(
+        self, take: Callable[[], Found], is_doubtful: Callable[[Found], bool], forget: Callable[[], None]
+    ) -> Found:
+        """Measure, again where there are doubts; what these are of is forgotten, that of the last round, too.
+
+        Args:
+            take: measures what is not known.
+            is_doubtful: says whether there are doubts.
+            forget: lets times that may be wrong be unknown.
+        """
+        found = take()
+        for _ in range(ROUNDS - 1):
+            if not is_doubtful(found) or not self.has_time:
+                break
+            with self.spending():
+                forget()
+                sleep(PAUSE)
+                found = take()
+        if is_doubtful(found):
+            forget()
+        return found
 
     def _taken(self, take: Callable[[], Timing]) -> tuple[Timing, int]:
         """Return a time, and the wait of threads; the time is uncertain by one wait, as a part of it, at the least."""

@@ -14,6 +14,8 @@ from lr_callback.tuning.forms import forms_of, in_form
 from lr_callback.tuning.tuned import LayerForms
 from lr_callback.units.latency import Timing
 
+pytestmark = pytest.mark.usefixtures("any_clock")
+
 FORMS = ["as built", "one block", "dense"]
 IMAGES = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(0))
 
@@ -86,7 +88,9 @@ def test_an_interrupted_measurement_changes_nothing(monkeypatch):
             raise KeyboardInterrupt
         return Timing(100, 0.0)
 
-    monkeypatch.setattr("lr_callback.tuning.tune.timed", stopped)  # in channels_last, or with the tuned layers in place
+    monkeypatch.setattr(
+        "lr_callback.tuning.timed_forms.timed", stopped
+    )  # in channels_last, or with the tuned layers in place
     with pytest.raises(KeyboardInterrupt):
         tune(model, IMAGES)
     assert is_same(state(model), before)
@@ -181,7 +185,7 @@ def test_channels_last_if_asked():
     assert model[0].encoder.weight.is_contiguous()
 
 
-@pytest.mark.parametrize(("step", "options"), [("_lay_out", {"channels_last": True}), ("make_pointwise", {})])
+@pytest.mark.parametrize(("step", "options"), [("lay_out", {"channels_last": True}), ("make_pointwise", {})])
 def test_what_fails_on_the_way_is_undone(step, options, monkeypatch):
     model = network()
     before, modules = state(model), [(one, type(one)) for one in model.modules()]
