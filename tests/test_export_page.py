@@ -16,6 +16,7 @@ for package in ("onnx", "onnxscript", "onnxruntime", "safetensors"):
 PAGE = (ROOT / "docs" / "EXPORT.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.usefixtures("any_clock")
 def test_python_blocks_run_from_top_to_bottom(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     run_python("docs/EXPORT.md")

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 import lr_callback as lrc
 from lr_callback import Factorization, Tuning
 from lr_callback.cli import main
-from lr_callback.units.latency import Timing
+from lr_callback.units.latency import Timing, trust
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "any_clock"),
@@ -143,6 +143,33 @@ BLOCK = {"as built": 1000, "one block": 500, "dense": 900}
 DENSE = {"as built": 1000, "one block": 980, "dense": 500}
 BUILT = {"as built": 1000, "one block": 980, "dense": 1500}
 MODEL = ["--model", "my_modules.Known"]
+
+
+def test_layers_that_take_longer_than_the_whole_model_are_told_of(saved, command, timed_as, monkeypatch):
+    _, checkpoint = saved(Known, "last.ckpt")
+    monkeypatch.setattr(trust, "EXCESS_SAID", 0.25)
+    timed_as(BUILT, 1_250)
+    with pytest.warns(UserWarning, match="the layers take 0.002 ms by themselves, and the whole model 0.00125 ms"):
+        command("--checkpoint", checkpoint, *MODEL)
+
+
+def test_times_that_tell_nothing_write_nothing(saved, command, timed_as, monkeypatch, tmp_path, capsys):
+    _, checkpoint = saved(Known, "last.ckpt")
+    monkeypatch.setattr(trust, "EXCESS_SAID", 0.25)
+    monkeypatch.setattr(trust, "SPREAD_REFUSED", 2.0)
+    timed_as(BUILT, 100)
+    with pytest.raises(SystemExit):
+        command("--checkpoint", checkpoint, *MODEL, "--output", "tuned.pt")
+    assert "too noisy to choose by: the layers take 0.002 ms by themselves" in capsys.readouterr().err
+    assert {one.name for one in tmp_path.iterdir() if one.suffix} == {"last.ckpt"}
+
+
+def test_what_is_faster_than_at_first_only_is_not_called_faster(saved, command, timed_as):
+    """At the end the model takes three times as long as it did, built alike."""
+    _, checkpoint = saved(Known, "last.ckpt")
+    timed_as(BLOCK, 10_000, 8_000, 9_900, 9_900, 30_000)
+    shown = " ".join(command("--checkpoint", checkpoint, *MODEL).split())
+    assert "2 of 2 factorized layers are faster in another form; the whole model is not clearly faster" in shown
 
 
 @pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers")

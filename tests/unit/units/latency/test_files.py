@@ -132,6 +132,26 @@ def test_times_of_a_noisy_moment_are_of_use_now_and_not_later():
     assert Times(CPU).get("noisy", "dense") is None
 
 
+def test_what_is_forgotten_is_gone_from_the_file():
+    kept("right")
+    kept("wrong")
+    times = Times(CPU)
+    times.forget("wrong")
+    assert times.get("wrong", "dense") is None
+    times.save()
+    again = Times(CPU)
+    assert (again.get("wrong", "dense"), again.get("right", "dense")) == (None, TIME)
+
+
+def test_what_is_forgotten_can_be_measured_again():
+    kept("wrong")
+    times = Times(CPU)
+    times.forget("wrong")
+    times.put("wrong", "dense", Timing(1, 0.0))
+    times.save()
+    assert Times(CPU).get("wrong", "dense") == Timing(1, 0.0)
+
+
 def test_files_can_be_read_by_all_who_share_the_folder():
     assert kept().path.stat().st_mode & 0o777 == 0o644
 

@@ -6,7 +6,7 @@ from time import sleep
 import torch
 
 from lr_callback.units.latency import Stopwatch, timed, timed_in_turns
-from lr_callback.units.latency.timing import timed_beside
+from lr_callback.units.latency.timing import of_runs, timed_beside
 
 CPU = torch.device("cpu")
 
@@ -54,3 +54,9 @@ def test_calls_in_turns_have_the_same_moments():
     assert times[0].nanoseconds >= 1_000_000 and times[1].nanoseconds >= 2_000_000
     turns = order[4:]  # after those that are made beforehand
     assert len(turns) >= 10 and turns == [0, 1] * (len(turns) // 2)
+
+
+def test_a_run_that_is_much_faster_than_the_others_shows_that_these_were_held_up():
+    """However alike they are: quartiles say nothing of it."""
+    assert of_runs([8, 8, 1, 8, 8, 8, 8]).spread == 7 / 8
+    assert of_runs([8, 8, 5, 8, 8, 8, 8]).spread == 0
