@@ -40,7 +40,7 @@ pytestmark = [
     # Lightning calls methods of its parser that jsonargparse has renamed.
     pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"),
     # A page measures times while other tests run.
-    pytest.mark.filterwarnings("ignore:.*repeated runs differ by"),
+    pytest.mark.filterwarnings("ignore:Latency. :UserWarning"),
     # Each Trainer of a page has a folder of its own.
     pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning"),
 ]

@@ -26,7 +26,7 @@ from lr_callback.units.latency.files import Times, device_facts
 from lr_callback.units.latency.inputs import LayerInput
 from lr_callback.units.latency.memory import reused_memory, room_for
 from lr_callback.units.latency.timing import timed
-from lr_callback.units.latency.trust import SPREAD_SAID, Doubt, Patience, drift, excess, once, told
+from lr_callback.units.latency.trust import BY_COUNT, SPREAD_SAID, Doubt, Patience, drift, excess, once, told
 from lr_callback.units.latency.whole import signature, timed_whole
 
 Progress = Callable[[int, int, str], None]
@@ -142,7 +142,7 @@ def measure(
             )
     finally:
         bench.known.save()
-    told(taken.doubts, taken.spread, bench.patience.note)
+    told(taken.doubts, taken.spread, bench.patience.note, BY_COUNT)
     own = min(1.0, taken.share) * taken.whole
     scaled = {name: of.scaled(own / max(1, taken.before)) for name, of in taken.layers.items()}
     return Latencies(round(taken.whole - own), scaled, taken.spread, device_facts(bench.device))
@@ -218,7 +218,7 @@ def check_clock(device: torch.device) -> None:
     numbers = torch.ones(256, 256, device=device)
     patience = Patience(device)
     time = patience.timing(lambda: timed(lambda: numbers @ numbers, device), lambda found: found.spread <= SPREAD_SAID)
-    told([], time.spread, patience.note)
+    told([], time.spread, patience.note, BY_COUNT)
 
 
 def _times(bench: Bench, layer: nn.Module, calls: Sequence[LayerInput], wanted: Wanted | None) -> LayerTimes:

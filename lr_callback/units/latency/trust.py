@@ -38,6 +38,10 @@ _STALL = 1_000_000
 """Nanoseconds from which on a wait is a thread's that is kept from running, and not of threads that wake up."""
 
 
+BY_COUNT = ", or keep multiply-adds instead"
+"""What can be done without a clock, where a budget is to be kept."""
+
+
 class NoisyClockError(RuntimeError):
     """Times differ too much, or contradict each other too much, to choose by them."""
 
@@ -99,13 +103,14 @@ def drift(what: str, first: float, then: float) -> Doubt:
     return Doubt(text, max(compared(first, then), compared(then, first)), DRIFT_SAID)
 
 
-def told(doubts: Iterable[Doubt], spread: float = 0.0, note: str = "") -> None:
+def told(doubts: Iterable[Doubt], spread: float = 0.0, note: str = "", instead: str = "") -> None:
     """Warn of times that cannot be trusted, and refuse such as are too far from that.
 
     Args:
         doubts: of the times.
         spread: of repeated runs, a fraction of their median.
         note: what is known of the reason for it.
+        instead: what else can be done than to measure anew.
 
     Raises:
         NoisyClockError: If they are.
@@ -115,8 +120,8 @@ def told(doubts: Iterable[Doubt], spread: float = 0.0, note: str = "") -> None:
     text = "; ".join(one.text for one in found)
     if any(one.excess > SPREAD_REFUSED for one in found):
         raise NoisyClockError(
-            f"Latency: the clock is too noisy to choose by: {text}. Measure while nothing else runs on this machine, "
-            "or keep multiply-adds instead."
+            f"Latency: the clock is too noisy to choose by: {text}. Measure while nothing else runs on this "
+            f"machine{instead}."
         )
     if found:
         warnings.warn(

@@ -1,6 +1,7 @@
 """A network that is measured on a machine that stands still: by runs that sleep, and by a file with false times."""
 
 import json
+from importlib import import_module
 from time import sleep
 
 import pytest
@@ -44,7 +45,7 @@ def measured(model, run):
     return measure(model, layers, {"0": [call], "2": [call]}, run, {})
 
 
-def test_a_machine_that_stands_still_at_first_is_measured_again():
+def test_a_machine_that_stands_still_at_first_is_measured_again(monkeypatch):
     """Steadily, for as long as the model is timed at first."""
     model, images, naps = network(), torch.randn(64, 256), iter([0.4] * 7)
 
@@ -52,6 +53,8 @@ def test_a_machine_that_stands_still_at_first_is_measured_again():
         sleep(next(naps, 0))
         model(images)
 
+    ends = iter([1000])
+    monkeypatch.setattr(import_module("lr_callback.units.latency.measure"), "once", lambda *_: next(ends, 10**12))
     found = measured(model, run)
     assert found.dense < 200_000_000
     assert next(naps, None) is None
@@ -59,19 +62,14 @@ def test_a_machine_that_stands_still_at_first_is_measured_again():
 
 
 def test_times_that_are_doubted_to_the_end_are_told_of_and_not_kept(monkeypatch):
-    """Each last run is fast: what was measured is of another machine, so to speak."""
-    count = []
-
-    def nap():
-        count.append(1)
-        sleep(0 if len(count) % 8 == 0 else 0.1)  # two runs beforehand, five in turns, and one at the end
-
-    with pytest.warns(UserWarning, match=r"Latency: the model takes .* ms at first, and .* ms at the end; times and"):
-        measured(network(), nap)
+    """A run at the end is fast each time: what was measured is of another machine, so to speak."""
+    monkeypatch.setattr(import_module("lr_callback.units.latency.measure"), "once", lambda *_: 1000)
+    with pytest.warns(UserWarning, match=r"Latency: the model takes .* ms at first, and 0\.001 ms at the end"):
+        measured(network(), lambda: sleep(0.01))
     assert not any(name.startswith("model") for name in kept())
     monkeypatch.setattr(trust_file, "SPREAD_REFUSED", FAR)
     with pytest.raises(NoisyClockError, match="too noisy to choose by: the model takes"):
-        measured(network(), nap)
+        measured(network(), lambda: sleep(0.01))
 
 
 def test_false_times_in_a_file_are_found_out_and_measured_again():
