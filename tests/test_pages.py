@@ -65,7 +65,7 @@ def test_python_runs_from_top_to_bottom(page):
 @pytest.mark.parametrize("page", MEASURED)
 def test_python_that_measures_times_runs(page, monkeypatch):
     # Other tests run at the same time: no spread is too large, and what they disturb is measured again.
-    monkeypatch.setattr(sys.modules["lr_callback.units.latency.measure"], "SPREAD_REFUSED", float("inf"))
+    monkeypatch.setattr(sys.modules["lr_callback.units.latency.trust"], "SPREAD_REFUSED", float("inf"))
     for attempt in range(3):
         monkeypatch.setenv("LR_CALLBACK_CACHE", f"cache-{attempt}")
         try:
