@@ -8,14 +8,15 @@ from functools import cached_property
 from math import floor
 
 from lr_callback.decisions.allocation import Allocation
-from lr_callback.decisions.budgets import ContradictoryError, cost_in, paid_in, solve_budgets
-from lr_callback.decisions.candidates import LayerCandidates
+from lr_callback.decisions.budgets import solve_budgets
+from lr_callback.decisions.candidates import LayerCandidates, cost_in, paid_in
 from lr_callback.decisions.costs import amount, spoken
 from lr_callback.decisions.curves import Curves, Point
 from lr_callback.decisions.factorization import Factorization, Spending
 from lr_callback.decisions.goals import MAX_ACCURACY_DROP, MAX_ERROR, Goal, check_goal, drop_of
 from lr_callback.decisions.methods import Choice, Method, Solution
 from lr_callback.decisions.sampling import can_become, layer_curves, point, spread_budgets
+from lr_callback.decisions.surrogate import ContradictoryError
 
 
 @dataclass(frozen=True)

@@ -1,62 +1,36 @@
-"""Budgets: several at once, in different units, by one that stands for all of them.
+"""Budgets: several at once, in different units.
 
-A surrogate charges a choice for the weighted sum of the shares that it takes of each budget, ``sum_u w_u cost_u /
-budget_u``, with weights that add up to 1: what keeps every budget costs at most 1, so the best for the surrogate is at
-least as good as the best for all budgets together. If it keeps them all, it is that. Otherwise the weights move towards
-the budgets that are exceeded, and what is then found that keeps all is told with its gap, the distance from the largest
-bound that was met on the way. If nothing is, what takes the least of the other budgets within the first is looked for,
-a knapsack: of two budgets that is known exactly.
-
-Source: surrogate relaxation, Glover, "Surrogate constraints" (Operations Research, 1968); the weights are moved by
-multiplication, as in Plotkin, Shmoys, Tardos (1995).
+A method that lets each layer have any choice, whatever the others have, is solved as it is: for the largest error,
+exactly under two budgets (:mod:`lr_callback.decisions.leximin`); for a sum, and under more budgets, exactly where the
+combinations can be listed, otherwise with a gap (:mod:`lr_callback.decisions.several`). Any other one by a surrogate
+(:mod:`lr_callback.decisions.surrogate`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from math import frexp
 
 import torch
 from torch import Tensor
 
-from lr_callback.decisions.candidates import Candidate, Frontier, LayerCandidates, edge_in
-from lr_callback.decisions.knapsack import smallest_sum
-from lr_callback.decisions.methods import Choice, Method, Solution
-
-_SCALE = 2**40
-"""Of the surrogate: costs are whole numbers."""
-_ROUNDS = 24
-_HALVINGS = 24
-_STEP = 4.0
-"""Power of what a budget is exceeded by that its weight is multiplied with."""
-_NONE = "no allocation keeps all of them"
-
-Layers = Mapping[str, LayerCandidates]
-
-
-class ContradictoryError(ValueError):
-    """No allocation keeps all budgets, or none was found that does."""
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """An allocation that keeps all budgets.
-
-    Args:
-        solution: of a surrogate.
-        spent: largest share of a budget that it takes.
-    """
-
-    solution: Solution
-    spent: float
-
-    def better(self, other: _Kept | None) -> bool:
-        """Return whether it is preferred: a smaller objective, or else more of the budgets spent."""
-        if other is None:
-            return True
-        if self.solution.value is None or other.solution.value is None:
-            return self.spent > other.spent
-        return self.solution.value < other.solution.value
+from lr_callback.common.parallel import workers
+from lr_callback.decisions.candidates import paid_in
+from lr_callback.decisions.choices import Choices, list_choices
+from lr_callback.decisions.leximin import fitting, smallest_errors
+from lr_callback.decisions.methods import Method, Solution, Terms
+from lr_callback.decisions.several import Problem, smallest_within
+from lr_callback.decisions.surrogate import (
+    NONE_KEEPS,
+    NOT_FOUND,
+    ContradictoryError,
+    Layers,
+    by_surrogate,
+    by_survey,
+    keeps,
+    shares_of,
+    translated,
+)
 
 
 def solve_budgets(method: Method, layers: Layers, budgets: Mapping[str, int]) -> Solution:
@@ -69,218 +43,75 @@ def solve_budgets(method: Method, layers: Layers, budgets: Mapping[str, int]) ->
 
     Returns:
         A solution that keeps every budget; its gap is 0 where it is the best there is. For a method without an
-        objective that is not known, and the gap is 0, too. For two budgets, and a method that chooses freely, one is
-        found if there is any. What a survey of the candidates accepts (:meth:`Method.priced`) is not refused once their
+        objective that is not known, and the gap is 0, too. For two budgets, and a method that has terms, one is found
+        if there is any. What a survey of the candidates accepts (:meth:`Method.priced`) is not refused once their
         errors are known.
 
     Raises:
         ContradictoryError: If none is found.
     """
     if any(budget < 0 for budget in budgets.values()):
-        raise ContradictoryError(_NONE)
+        raise ContradictoryError(NONE_KEEPS)
     if not layers:
         return Solution({}, value=0.0)
     if len(budgets) == 1:
         return method.solve(layers, next(iter(budgets.values())))
-    found = (
-        _searched(method, layers, budgets) or _fitting(method, layers, budgets) or _as_surveyed(method, layers, budgets)
-    )
-    if found is None:
-        raise ContradictoryError("no allocation was found that keeps all of them")
-    return found
+    terms = method.terms(layers)
+    if terms is None:
+        return by_surrogate(method, layers, budgets)
+    with workers():  # one thread: the same bits whatever their number, and for lists as short as these the quickest
+        return _freely(method, terms, layers, budgets)
 
 
-def _searched(method: Method, layers: Layers, budgets: Mapping[str, int]) -> Solution | None:
-    """Return the best that was found to keep all budgets, None if nothing was.
-
-    Raises:
-        ContradictoryError: If nothing does.
-    """
-    best, bound = None, 0.0
-    weights: dict[str, float] = {}
-    for weights in _weights(budgets):
-        charged = _charged(layers, budgets, weights)
-        if method.smallest_cost(charged) > _SCALE + len(layers):
-            raise ContradictoryError(_NONE)
-        found = _translated(method.solve(charged, _SCALE + len(layers)), layers)
-        shares = _shares(layers, budgets, found)
-        if found.value is not None:
-            bound = max(bound, found.value * (1 - found.gap))
-        best = _preferred(best, found, shares)
-        if best is not None and _is_best(best.solution, bound, found, shares):
-            return replace(best.solution, gap=_gap(best.solution, bound))
-        _move(weights, shares)
-    best = _tightened(method, layers, budgets, weights, best)
-    return None if best is None else replace(best.solution, gap=_gap(best.solution, bound))
-
-
-def _fitting(method: Method, layers: Layers, budgets: Mapping[str, int]) -> Solution | None:
-    """Return what takes the least of the other budgets within the first, if it keeps them; how good it is is not said.
+def _freely(method: Method, terms: Terms, layers: Layers, budgets: Mapping[str, int]) -> Solution:
+    """Solve for a method that has terms.
 
     Raises:
-        ContradictoryError: If nothing keeps the first, or both of two.
+        ContradictoryError: If nothing is found.
     """
-    if not method.chooses_freely:
-        return None
-    first, *others = budgets
-    edges = {name: _taken(layer, budgets, method.rank_multiple) for name, layer in layers.items()}
-    if sum(edge.costs[0] for edge in edges.values()) > budgets[first]:
-        raise ContradictoryError(_NONE)
-    chosen, gap = smallest_sum(edges, budgets[first], power=1)
-    found = Solution({name: edges[name].choices[index] for name, index in chosen.items()}, gap=1.0)
-    shares = _shares(layers, budgets, found)
-    if _keeps(shares):
+    choices, limits = list_choices(layers, list(budgets), method.rank_multiple), torch.tensor(list(budgets.values()))
+    # What keeps the budgets is looked for by costs alone: errors that are known later refuse nothing.
+    start, certain = fitting(choices, limits)
+    if start is None:
+        found = None if certain else by_survey(method, layers, budgets)
+        if found is None:
+            raise ContradictoryError(NONE_KEEPS if certain else NOT_FOUND)
         return found
-    if gap == 0 and [max(shares, key=shares.__getitem__)] == others:
-        raise ContradictoryError(_NONE)
+    alone = _alone(method, layers, budgets)
+    if alone is not None:
+        return alone
+    picked, gap = _smallest_sum(choices, limits, terms, start) if terms.adds_up else _leximin(choices, limits, start)
+    made = choices.of(picked)
+    errors = {name: float(error) for name, error in zip(choices.layers, choices.errors[picked], strict=True)}
+    return Solution({name: made[name] for name in layers}, gap, terms.weights, terms.value(errors))
+
+
+def _alone(method: Method, layers: Layers, budgets: Mapping[str, int]) -> Solution | None:
+    """Return what is the best for one of the budgets, if it keeps the others."""
+    first, *_ = budgets
+    for unit, budget in budgets.items():
+        paid = layers if unit == first else {name: paid_in(unit, layer) for name, layer in layers.items()}
+        found = translated(method.solve(paid, budget), layers)
+        if found.gap == 0 and keeps(shares_of(layers, budgets, found)):
+            return found
     return None
 
 
-def _taken(layer: LayerCandidates, budgets: Mapping[str, int], rank_multiple: int) -> Frontier:
-    """Return the choices of a layer that no other beats in cost and in what is taken of the other budgets."""
-    _, *others = budgets
-
-    def of_ranks(candidate: Candidate) -> Tensor:
-        shares = [candidate.others[unit].double() / _positive(budgets[unit]) for unit in others]
-        return torch.stack(shares).sum(0).where(candidate.errors.isfinite(), torch.inf)
-
-    of_dense = sum(layer.others[unit] / _positive(budgets[unit]) for unit in others)
-    return edge_in(layer, rank_multiple, of_dense, of_ranks)
+def _leximin(choices: Choices, limits: Tensor, start: Tensor) -> tuple[Tensor, float]:
+    picked, bound = smallest_errors(choices, limits, start)
+    return picked, _gap(bound, float(choices.errors[picked].max()))
 
 
-def _as_surveyed(method: Method, layers: Layers, budgets: Mapping[str, int]) -> Solution | None:
-    """Return what is found for the layers before their errors are known."""
-    found = _searched(method, {name: _surveyed(layer) for name, layer in layers.items()}, budgets)
-    return None if found is None else replace(_translated(found, layers), gap=1.0, weights={}, value=None)
+def _smallest_sum(choices: Choices, limits: Tensor, terms: Terms, start: Tensor) -> tuple[Tensor, float]:
+    factors = torch.tensor([terms.factor(name) for name in choices.layers], dtype=torch.float64)
+    charged = factors[choices.owners] * choices.errors
+    # Divided by a power of two: high powers of large numbers must be finite.
+    values = (charged / 2.0 ** frexp(float(charged.max()))[1]) ** terms.power
+    problem = Problem(choices.owners, values, choices.costs, limits)
+    found, bound = smallest_within(problem, known=start)
+    picked = start if found is None else found
+    return picked, _gap(bound, problem.sum(picked))
 
 
-def _surveyed(layer: LayerCandidates) -> LayerCandidates:
-    def falling(candidate: Candidate) -> Candidate:
-        errors = torch.linspace(1, 0, candidate.last + 1, dtype=torch.float64)
-        return replace(candidate, errors=errors.where(candidate.errors.isfinite(), torch.inf))
-
-    return replace(layer, candidates=tuple(map(falling, layer.candidates)), norm=1.0, weight=None)
-
-
-def _weights(budgets: Mapping[str, int]) -> Iterator[dict[str, float]]:
-    """Yield weights: each budget alone, then one set for as many rounds, which is changed in between."""
-    for unit in budgets:
-        yield {other: float(other == unit) for other in budgets}
-    moving = dict.fromkeys(budgets, 1 / len(budgets))
-    for _ in range(_ROUNDS):
-        yield moving
-
-
-def _move(weights: dict[str, float], shares: Mapping[str, float]) -> None:
-    moved = {unit: weight * shares[unit] ** _STEP for unit, weight in weights.items()}
-    total = sum(moved.values())
-    if total > 0:
-        weights.update({unit: weight / total for unit, weight in moved.items()})
-
-
-def _is_best(best: Solution, bound: float, found: Solution, shares: Mapping[str, float]) -> bool:
-    """Return whether nothing better can be found; of a method without an objective: the first that keeps all."""
-    return _keeps(shares) if best.value is None else best.value * (1 - 1e-12) <= bound
-
-
-def _gap(solution: Solution, bound: float) -> float:
-    if not solution.value:
-        return 0.0
-    return max(0.0, 1 - bound / solution.value) if bound < solution.value * (1 - 1e-12) else 0.0
-
-
-def _keeps(shares: Mapping[str, float]) -> bool:
-    return all(share <= 1 for share in shares.values())
-
-
-def _preferred(best: _Kept | None, found: Solution, shares: Mapping[str, float]) -> _Kept | None:
-    if not _keeps(shares):
-        return best
-    kept = _Kept(found, max(shares.values()))
-    return kept if kept.better(best) else best
-
-
-def _tightened(
-    method: Method, layers: Layers, budgets: Mapping[str, int], weights: Mapping[str, float], best: _Kept | None
-) -> _Kept | None:
-    """Lower the surrogate's budget until all others are kept: as little as possible."""
-    charged = _charged(layers, budgets, weights)
-    low, high = method.smallest_cost(charged), _SCALE + len(layers)
-    for _ in range(_HALVINGS):
-        middle = (low + high) // 2
-        found = _translated(method.solve(charged, middle), layers)
-        shares = _shares(layers, budgets, found)
-        best = _preferred(best, found, shares)
-        low, high = (middle, high) if _keeps(shares) else (low, middle)
-    return _preferred(best, found := _translated(method.solve(charged, low), layers), _shares(layers, budgets, found))
-
-
-def _charged(layers: Layers, budgets: Mapping[str, int], weights: Mapping[str, float]) -> dict[str, LayerCandidates]:
-    """Return the layers with the surrogate's costs; rounding takes at most one of its units from each."""
-    first, *others = budgets
-    factors = {unit: _SCALE * weights[unit] / _positive(budgets[unit]) for unit in budgets}
-
-    def charge(own: Tensor, rest: Mapping[str, Tensor]) -> Tensor:
-        total = factors[first] * own.double()
-        for unit in others:
-            total = total + factors[unit] * rest[unit].double()
-        return total.floor().long()
-
-    def charged(candidate: Candidate) -> Candidate:
-        return replace(candidate, costs=charge(candidate.costs, candidate.others))
-
-    made: dict[str, LayerCandidates] = {}
-    for name, layer in layers.items():
-        dense = charge(torch.tensor(layer.dense_cost), {unit: torch.tensor(layer.others[unit]) for unit in others})
-        made[name] = replace(layer, dense_cost=int(dense), candidates=tuple(map(charged, layer.candidates)))
-    return made
-
-
-def _translated(solution: Solution, layers: Layers) -> Solution:
-    """Return a surrogate's solution with the candidates that its own stand for."""
-
-    def own(name: str, choice: Choice) -> Choice:
-        if choice is None:
-            return None
-        asked = choice[0]
-        same = (
-            one for one in layers[name].candidates if (one.folding, one.num_slices) == (asked.folding, asked.num_slices)
-        )
-        return next(same), choice[1]
-
-    return replace(solution, choices={name: own(name, choice) for name, choice in solution.choices.items()})
-
-
-def cost_in(unit: str, layer: LayerCandidates, choice: Choice, first: bool) -> int:
-    """Return the cost of a layer's choice in a unit.
-
-    Args:
-        unit: one of those that the layer is priced in.
-        layer: its candidates.
-        choice: of them.
-        first: whether it is the unit of ``costs``.
-    """
-    if choice is None:
-        return layer.dense_cost if first else layer.others[unit]
-    candidate, rank = choice
-    return int((candidate.costs if first else candidate.others[unit])[rank])
-
-
-def paid_in(unit: str, layer: LayerCandidates) -> LayerCandidates:
-    """Return a layer with its costs in another unit than the first."""
-    candidates = tuple(replace(one, costs=one.others[unit]) for one in layer.candidates)
-    return replace(layer, dense_cost=layer.others[unit], candidates=candidates)
-
-
-def _shares(layers: Layers, budgets: Mapping[str, int], solution: Solution) -> dict[str, float]:
-    """Return what a solution takes of each budget."""
-    shares: dict[str, float] = {}
-    for position, (unit, budget) in enumerate(budgets.items()):
-        spent = sum(cost_in(unit, layer, solution.choices[name], position == 0) for name, layer in layers.items())
-        shares[unit] = spent / _positive(budget)
-    return shares
-
-
-def _positive(budget: int) -> float:
-    """Return a budget to divide by: of none at all every unit of cost is twice too much."""
-    return max(budget, 0.5)
+def _gap(bound: float, value: float) -> float:
+    return 0.0 if value <= max(bound, 0.0) else min(1.0, 1 - bound / value)

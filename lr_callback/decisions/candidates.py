@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -66,6 +66,27 @@ class LayerCandidates:
     def frontiers(self) -> dict[int, Frontier]:
         """Rank multiple -> the frontier, once :func:`frontier` has found it: each budget asks for it anew."""
         return {}
+
+
+def cost_in(unit: str, layer: LayerCandidates, choice: tuple[Candidate, int] | None, first: bool) -> int:
+    """Return the cost of a layer's choice in a unit.
+
+    Args:
+        unit: one of those that the layer is priced in.
+        layer: its candidates.
+        choice: of them.
+        first: whether it is the unit of ``costs``.
+    """
+    if choice is None:
+        return layer.dense_cost if first else layer.others[unit]
+    candidate, rank = choice
+    return int((candidate.costs if first else candidate.others[unit])[rank])
+
+
+def paid_in(unit: str, layer: LayerCandidates) -> LayerCandidates:
+    """Return a layer with its costs in another unit than the first."""
+    candidates = tuple(replace(one, costs=one.others[unit]) for one in layer.candidates)
+    return replace(layer, dense_cost=layer.others[unit], candidates=candidates)
 
 
 @dataclass(frozen=True)
@@ -168,30 +189,20 @@ def frontier(layer: LayerCandidates, rank_multiple: int = 1) -> Frontier:
         ([20, 60, 100], [0.5, 0.1, 0.0])
     """
     if rank_multiple not in layer.frontiers:
-        layer.frontiers[rank_multiple] = edge_in(layer, rank_multiple, 0.0, lambda candidate: candidate.errors)
+        layer.frontiers[rank_multiple] = _frontier(layer, rank_multiple)
     return layer.frontiers[rank_multiple]
 
 
-def edge_in(
-    layer: LayerCandidates, rank_multiple: int, of_dense: float, of_ranks: Callable[[Candidate], Tensor]
-) -> Frontier:
-    """Keep the choices that no other beats in cost and in another number, which takes the place of the error.
-
-    Args:
-        layer: its candidates.
-        rank_multiple: the rank must be a multiple of it.
-        of_dense: the number of the dense layer.
-        of_ranks: gives those of a candidate, ``(last + 1,)`` float64; of what may not be chosen infinity.
-    """
+def _frontier(layer: LayerCandidates, rank_multiple: int) -> Frontier:
     owners: list[Tensor] = [torch.tensor([[-1, 0]])]
     costs: list[Tensor] = [torch.tensor([layer.dense_cost])]
-    values: list[Tensor] = [torch.tensor([of_dense], dtype=torch.float64)]
+    values: list[Tensor] = [torch.zeros(1, dtype=torch.float64)]
     for index, candidate in enumerate(layer.candidates):
         ranks = torch.arange(1, candidate.last + 1)
         ranks = ranks[ranks % rank_multiple == 0]
         owners.append(torch.stack([torch.full_like(ranks, index), ranks], dim=1))
         costs.append(candidate.costs[ranks])
-        values.append(of_ranks(candidate)[ranks])
+        values.append(candidate.errors[ranks])
     return _lower_edge(layer, torch.cat(owners), torch.cat(costs), torch.cat(values))
 
 

@@ -19,8 +19,7 @@ from torch import nn
 
 from lr_callback.common.table import listed
 from lr_callback.common.written import is_number
-from lr_callback.decisions.budgets import paid_in
-from lr_callback.decisions.candidates import Frontier, LayerCandidates, frontier
+from lr_callback.decisions.candidates import Frontier, LayerCandidates, frontier, paid_in
 from lr_callback.decisions.costs import LayerCost
 from lr_callback.decisions.methods import ALDS, Choice, Method
 from lr_callback.decisions.methods.alds import Error

@@ -9,6 +9,7 @@ from lr_callback.decisions.methods.alds import check_method as check_method
 from lr_callback.decisions.methods.base import Choice as Choice
 from lr_callback.decisions.methods.base import Method as Method
 from lr_callback.decisions.methods.base import Solution as Solution
+from lr_callback.decisions.methods.base import Terms as Terms
 from lr_callback.decisions.methods.base import cost_of as cost_of
 from lr_callback.decisions.methods.price import PCA as PCA
 from lr_callback.decisions.methods.price import LRank as LRank

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from math import fsum, isfinite
+from math import isfinite
 from statistics import median
 from typing import Literal
 
 from lr_callback.common.written import is_number
 from lr_callback.decisions.candidates import Frontier, LayerCandidates, frontier
 from lr_callback.decisions.knapsack import WORK, smallest_sum
-from lr_callback.decisions.methods.base import Choice, Method, Solution, check_at_least_one
+from lr_callback.decisions.methods.base import Choice, Method, Solution, Terms, check_at_least_one
 from lr_callback.decisions.minimax import minimax
 from lr_callback.mathematics.folding import Geometry
 
@@ -109,10 +109,9 @@ class ALDS(Method):
         """Whether there is no ``rank_multiple``."""
         return self.rank_multiple == 1
 
-    @property
-    def chooses_freely(self) -> bool:
-        """Yes."""
-        return True
+    def terms(self, layers: Mapping[str, LayerCandidates]) -> Terms:
+        """Return the largest error, or the sum that the objective is."""
+        return Terms(self.objective != "minimax", self.power, _weights(layers) if self.needs_effects else {})
 
     def slice_counts(self, geometry: Geometry) -> list[int]:
         """Return the numbers of slices that it tries of a layer, ascending."""
@@ -139,26 +138,26 @@ class ALDS(Method):
 
     def solve(self, layers: Mapping[str, LayerCandidates], budget: int) -> Solution:
         """Solve the global problem, and say how far from the optimum the solution can be."""
-        edges, weights = self._frontiers(layers), _weights(layers) if self.needs_effects else {}
-        charged = self._charged(edges, weights)
+        edges, terms = self._frontiers(layers), self.terms(layers)
+        charged = self._charged(edges, terms)
         chosen, gap = OBJECTIVES[self.objective](charged, budget, self.power, WORK)
-        errors = [charged[name].errors[index] for name, index in chosen.items()]
-        value = max(errors, default=0.0) if self.objective == "minimax" else fsum(error**self.power for error in errors)
-        return Solution({name: edges[name].choices[index] for name, index in chosen.items()}, gap, weights, value)
+        value = terms.value({name: edges[name].errors[index] for name, index in chosen.items()})
+        choices = {name: edges[name].choices[index] for name, index in chosen.items()}
+        return Solution(choices, gap, terms.weights, value)
 
     def sketch(self, layers: Mapping[str, LayerCandidates], budgets: Sequence[int]) -> list[dict[str, Choice]]:
         """Solve the global problem for several budgets, over some of the choices of each layer."""
         most = max(_FEWEST, _SKETCHED // max(1, len(layers)))
         edges = {name: edge.thinned(most) for name, edge in self._frontiers(layers).items()}
-        charged = self._charged(edges, _weights(layers) if self.needs_effects else {})
+        charged = self._charged(edges, self.terms(layers))
         chosen = [OBJECTIVES[self.objective](charged, budget, self.power, _SKETCHED)[0] for budget in budgets]
         return [{name: edge.choices[found[name]] for name, edge in edges.items()} for found in chosen]
 
-    def _charged(self, edges: Mapping[str, Frontier], weights: Mapping[str, float]) -> Mapping[str, Frontier]:
+    def _charged(self, edges: Mapping[str, Frontier], terms: Terms) -> Mapping[str, Frontier]:
         """Return the frontiers with errors as the objective counts them."""
-        if not weights:
+        if not terms.weights:
             return edges
-        return {name: _weighed(edge, weights[name] ** (1 / self.power)) for name, edge in edges.items()}
+        return {name: _weighed(edge, terms.factor(name)) for name, edge in edges.items()}
 
     def smallest_cost(self, layers: Mapping[str, LayerCandidates]) -> int:
         """Return the cost of every layer's cheapest choice."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import fsum
 from typing import Any
 
 import torch
@@ -41,6 +42,31 @@ class Solution:
     gap: float = 0.0
     weights: Mapping[str, float] = field(default_factory=dict)
     value: float | None = None
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What the errors of layers are to an objective.
+
+    Args:
+        adds_up: whether they are added up; otherwise the largest counts, then the next largest, and so on.
+        power: that each is raised to in the sum.
+        weights: layer name -> what its error, to the power, is multiplied with in the sum; empty: all count the same.
+    """
+
+    adds_up: bool
+    power: float = 2
+    weights: Mapping[str, float] = field(default_factory=dict)
+
+    def factor(self, name: str) -> float:
+        """Return what a layer's error is multiplied with before it is raised to the power."""
+        return float(self.weights.get(name, 1.0) ** (1 / self.power))
+
+    def value(self, errors: Mapping[str, float]) -> float:
+        """Return the objective of the errors of layers."""
+        if not self.adds_up:
+            return max(errors.values(), default=0.0)
+        return fsum((self.factor(name) * error) ** self.power for name, error in errors.items())
 
 
 class Method(ABC):
@@ -78,10 +104,16 @@ class Method(ABC):
         """Whether every candidate may be chosen at every rank; then the hopeless ones need no error."""
         return True
 
-    @property
-    def chooses_freely(self) -> bool:
-        """Whether each layer may have any choice whatever the others have."""
-        return False
+    def terms(self, layers: Mapping[str, LayerCandidates]) -> Terms | None:
+        """Return what is made as small as possible, if each layer may have any choice whatever the others have.
+
+        Args:
+            layers: name -> candidates.
+
+        Returns:
+            None, which is the default: a rule ties the choices of layers together, or has no objective.
+        """
+        return None
 
     @property
     def needs_effects(self) -> bool:
