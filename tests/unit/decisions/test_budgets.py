@@ -146,6 +146,24 @@ def test_budgets_that_pull_apart_in_a_small_network_are_met_at_the_optimum():
     assert found.worst_error == best < 0.55 and found.gap == 0
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@given(problem=problems())
+@settings(max_examples=20, deadline=None)
+def test_neither_the_order_of_the_layers_nor_the_number_of_threads_changes_a_choice(objective, problem):
+    (layers, budgets), (method, _) = problem, OBJECTIVES[objective]
+    if not any(keeps(layers, choices, budgets) for choices in every_choice(layers)):
+        return
+    threads, found = torch.get_num_threads(), []
+    try:
+        for number, order in ((1, layers), (2, dict(reversed(layers.items())))):
+            torch.set_num_threads(number)
+            found.append(solve_budgets(method, order, budgets))
+            assert torch.get_num_threads() == number
+    finally:
+        torch.set_num_threads(threads)
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("method", [lrc.ALDS(), lrc.LRank()], ids=str)
 @given(problem=problems())
 @settings(max_examples=60, deadline=None)
