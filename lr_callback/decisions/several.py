@@ -29,7 +29,7 @@ _ROUNDS = 160
 """Bounds that are looked at for each unit."""
 _PRICIEST = 2.0**10
 """What all there is of a budget may cost, of the largest sum."""
-_PARTS = tuple(0.125**power for power in (5, 4, 3, 2, 1, 0))
+_PARTS = tuple(0.5**power for power in range(15, -1, -1))
 """Of the distance from the bound, one after the other until something is found."""
 _ROUNDING = 1e-12
 
@@ -81,6 +81,7 @@ def smallest_within(problem: Problem, target: float = inf, known: Tensor | None 
     best = None if best is None or target < inf else improved(problem, best)
     highest = _highest(problem) if best is None else problem.sum(best)
     found, proven = _closest(problem, prices, bound, min(highest, target), (1.0,) if target < inf else _PARTS)
+    found = None if found is None else improved(problem, found)
     if found is None or (best is not None and problem.sum(best) <= problem.sum(found)):
         found = best
     return found, _settled(max(bound, proven), highest if found is None else problem.sum(found), found is None)
