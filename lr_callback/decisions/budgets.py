@@ -29,6 +29,7 @@ from lr_callback.decisions.surrogate import (
     by_survey,
     keeps,
     shares_of,
+    surveyed,
     translated,
 )
 
@@ -73,7 +74,7 @@ def _freely(method: Method, terms: Terms, layers: Layers, budgets: Mapping[str, 
     # What keeps the budgets is looked for by costs alone: errors that are known later refuse nothing.
     start, certain = fitting(choices, limits)
     if start is None:
-        found = None if certain else by_survey(method, layers, budgets)
+        found = None if certain else _fitting_as_surveyed(method, layers, budgets)
         if found is None:
             raise ContradictoryError(NONE_KEEPS if certain else NOT_FOUND)
         return found
@@ -84,6 +85,16 @@ def _freely(method: Method, terms: Terms, layers: Layers, budgets: Mapping[str, 
     made = choices.of(picked)
     errors = {name: float(error) for name, error in zip(choices.layers, choices.errors[picked], strict=True)}
     return Solution({name: made[name] for name in layers}, gap, terms.weights, terms.value(errors))
+
+
+def _fitting_as_surveyed(method: Method, layers: Layers, budgets: Mapping[str, int]) -> Solution | None:
+    """Return what is found to keep the budgets before errors are known, which leave out other choices."""
+    seen = {name: surveyed(layer) for name, layer in layers.items()}
+    choices = list_choices(seen, list(budgets), method.rank_multiple)
+    picked, _ = fitting(choices, torch.tensor(list(budgets.values())))
+    if picked is None:
+        return by_survey(method, layers, budgets)
+    return translated(Solution(choices.of(picked), gap=1.0), layers)
 
 
 def _alone(method: Method, layers: Layers, budgets: Mapping[str, int]) -> Solution | None:

@@ -106,11 +106,13 @@ def _searched(method: Method, layers: Layers, budgets: Mapping[str, int]) -> Sol
 
 def by_survey(method: Method, layers: Layers, budgets: Mapping[str, int]) -> Solution | None:
     """Return what is found for the layers before their errors are known, None if nothing is."""
-    found = _searched(method, {name: _surveyed(layer) for name, layer in layers.items()}, budgets)
+    found = _searched(method, {name: surveyed(layer) for name, layer in layers.items()}, budgets)
     return None if found is None else replace(translated(found, layers), gap=1.0, weights={}, value=None)
 
 
-def _surveyed(layer: LayerCandidates) -> LayerCandidates:
+def surveyed(layer: LayerCandidates) -> LayerCandidates:
+    """Return a layer as it is before its errors are known."""
+
     def falling(candidate: Candidate) -> Candidate:
         errors = torch.linspace(1, 0, candidate.last + 1, dtype=torch.float64)
         return replace(candidate, errors=errors.where(candidate.errors.isfinite(), torch.inf))

@@ -12,10 +12,12 @@ from torch import nn
 
 import lr_callback as lrc
 from lr_callback.analysis.analyze import analyze, survey
+from lr_callback.decisions import budgets as solver
 from lr_callback.decisions import several
 from lr_callback.decisions.budgets import solve_budgets
 from lr_callback.decisions.candidates import Candidate, LayerCandidates, cost_in, frontier
 from lr_callback.decisions.choices import list_choices
+from lr_callback.decisions.leximin import fitting
 from lr_callback.decisions.surrogate import ContradictoryError
 from lr_callback.model.observe import observe
 from lr_callback.model.pricing import Prices
@@ -174,6 +176,25 @@ def test_what_is_accepted_before_errors_are_known_is_not_refused_later(method, p
     except ContradictoryError:
         return
     assert keeps(layers, solve_budgets(method, layers, budgets).choices, budgets)
+
+
+@pytest.mark.parametrize("method", [lrc.ALDS(), lrc.ALDS(objective="sum")], ids=["minimax", "sum"])
+@given(problem=problems())
+@settings(max_examples=30, deadline=None)
+def test_where_nothing_is_certain_what_was_found_by_costs_is_found_again(method, problem):
+    layers, budgets = problem
+    asked = []
+
+    def only_by_costs(choices, limits):
+        asked.append(choices)
+        return fitting(choices, limits) if len(asked) == 2 else (None, False)
+
+    if not any(keeps(layers, choices, budgets) for choices in every_choice(layers)):
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(solver, "fitting", only_by_costs)
+        found = solve_budgets(method, layers, budgets)
+    assert keeps(layers, found.choices, budgets) and found.gap == 1 and found.value is None
 
 
 def unjudged(layer):
