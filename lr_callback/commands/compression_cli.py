@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,7 +17,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lr_callback import __version__
 from lr_callback.callback import LowRankCompression
 from lr_callback.commands.answers import Parser
-from lr_callback.commands.places import is_in_training, refusal_in
+from lr_callback.commands.places import is_in_training, is_of_log_folder, refusal_in
 from lr_callback.commands.run_files import check_there
 from lr_callback.commands.stages import measure_stages
 from lr_callback.files.source import check_kind
@@ -114,7 +115,7 @@ class _Program(CompressionCLI):
                 parser_kwargs={"prog": "lr-callback", "description": _DESCRIPTION},
             )
         except _REFUSALS as error:
-            refused = refusal_in(error)
+            refused = _without_folder(error) if is_of_log_folder(error) else refusal_in(error)
             if refused is None or is_in_training(error):
                 raise
             self._refuse(refused)
@@ -135,10 +136,20 @@ class _Program(CompressionCLI):
         parser.refuse(error, {} if is_listed else None)
 
 
+def _without_folder(error: BaseException) -> BaseException:
+    assert isinstance(error, OSError)
+    return OSError(
+        "--trainer.default_root_dir: the files of a run must have a folder that takes them, found that "
+        f"{error.filename} does not ({error.strerror}). Name another there, or in `trainer.logger`."
+    )
+
+
 def lightning_command(arguments: Sequence[str]) -> None:
     """Run ``lr-callback fit``, and what else LightningCLI does.
 
     Args:
         arguments: of ``lr-callback``; see its ``--help``.
     """
+    # A text that is no cost, as "latncy", is no function either, which the parser would tell when it writes it down.
+    warnings.filterwarnings("ignore", message=r"\s*Unable to serialize instance")
     _Program(arguments)

@@ -224,6 +224,6 @@ def random_input(shape: str) -> Tensor:
 
 def _sizes(shape: str) -> list[int]:
     sizes = [size.strip() for size in shape.strip("[]()").split(",")]
-    if not all(size.isdigit() for size in sizes):
-        raise ValueError(f"--input_shape must be whole numbers, for example 1,3,32,32, got {shape}.")
+    if not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        raise ValueError(f"--input_shape must be whole numbers from 1, for example 1,3,32,32, got {shape}.")
     return [int(size) for size in sizes]

@@ -120,6 +120,13 @@ def is_in_training(error: BaseException) -> bool:
     return any(Path(file).name == "fit_loop.py" and name in _EPOCHS for file, _, name in _frames(error))
 
 
+def is_of_log_folder(error: BaseException) -> bool:
+    """Return whether an error is that a logger or a checkpoint of Lightning found no place for its files."""
+    files = [Path(file) for file, _, _ in _frames(error)]
+    writers = [one for one in files if "loggers" in one.parts or one.name == "model_checkpoint.py"]
+    return isinstance(error, OSError) and any(set(one.parts) & {"lightning", "pytorch_lightning"} for one in writers)
+
+
 def is_exit(error: BaseException) -> bool:
     """Return whether a process is to end, and not because a user's code says so: as its help is shown."""
     return isinstance(error, SystemExit) and raised_in_own_code(error) is None

@@ -130,6 +130,10 @@ def _parameters(class_path: str) -> Sequence[str]:
         return []
 
 
+def _no_value(fault: _Fault, match: re.Match[str]) -> str:
+    return f"{match[1]}: a value must follow, found none; one that begins with a dash as {match[1]}=-1."
+
+
 def _required(fault: _Fault, match: re.Match[str]) -> str:
     return ", ".join(_option(name, fault.options) for name in match[1].split(", ")) + " must be given, got none."
 
@@ -195,6 +199,7 @@ _SAID_OF_THE_LINE: _Rows = (
         _not_in_a_file,
     ),
     (re.compile(r"^the following arguments are required: (.+)"), _required),
+    (re.compile(r"^argument (--[\w.]+): expected one argument"), _no_value),
 )
 """What is said of a whole command line -> its words."""
 _SAID: _Rows = (

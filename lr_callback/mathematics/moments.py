@@ -19,14 +19,18 @@ class SecondMoments(Metric):
     """Second moments ``E[x x^T]`` of the rows of matrices, in groups, as they come, and their means.
 
     Products of one update are in float32 (float64 for float64 rows), about the mean of its rows; sums over updates are
-    in float64. So what varies is seen to single precision, however far from zero it is.
+    in float64. So what varies is seen to single precision, however far from zero it is; in float32, what varies by less
+    than 1e-19 has squares of zero.
 
     Args:
-        size: ``s``, entries of a row.
-        groups: ``g``.
+        size: ``s``, entries of a row, at least 1.
+        groups: ``g``, at least 1.
         diagonal: keep the mean squares ``E[x^2]`` alone.
         kwargs: of :class:`torchmetrics.Metric`; with ``sync_on_compute``, as by default, `compute` adds up the
             processes of a distributed run, which all must call it then.
+
+    Raises:
+        ValueError: If a number is out of range.
 
     Memory: ``8 * g * s^2`` bytes, or ``8 * g * s``.
 
@@ -48,6 +52,9 @@ class SecondMoments(Metric):
     count: Tensor
 
     def __init__(self, size: int, groups: int = 1, diagonal: bool = False, **kwargs: object) -> None:
+        for name, value in {"size": size, "groups": groups}.items():
+            if type(value) is not int or value < 1:
+                raise ValueError(f"SecondMoments: `{name}` must be a whole number of at least 1, got {value!r}.")
         super().__init__(**kwargs)
         shape = (groups, size) if diagonal else (groups, size, size)
         self.add_state("total", torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
@@ -76,8 +83,10 @@ class SecondMoments(Metric):
             rows: ``(g, n, s)``, any floating dtype.
 
         Raises:
+            TypeError: If it is no tensor, or one of no floating dtype. Nothing was added.
             ValueError: If a value is not finite, or the shape is another. Nothing was added.
         """
+        check_rows(rows)
         groups, size = self.total.shape[:2]
         if rows.dim() != 3 or rows.shape[0] != groups or rows.shape[2] != size:
             raise ValueError(
@@ -130,6 +139,20 @@ class SecondMoments(Metric):
         axes.set_ylabel("mean square")
         axes.set_xticks(range(0, squares.shape[1], -(-squares.shape[1] // 10)))
         return figure, axes
+
+
+def check_rows(rows: object) -> None:
+    """Refuse what is no tensor of a floating dtype.
+
+    Raises:
+        TypeError: If it is none.
+    """
+    if not isinstance(rows, Tensor) or not rows.dtype.is_floating_point:
+        found = f"one of {rows.dtype}" if isinstance(rows, Tensor) else f"an object of the type {type(rows).__name__}"
+        raise TypeError(
+            f"SecondMoments: `rows` must be a tensor of a floating dtype, got {found}; convert it, as by "
+            "`torch.as_tensor(rows, dtype=torch.float32)`."
+        )
 
 
 def summed(parts: Sequence[SecondMoments]) -> SecondMoments:

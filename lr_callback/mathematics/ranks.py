@@ -61,9 +61,11 @@ def stable_rank(matrices: Tensor, steps: int | None = None) -> Tensor:
         working = matrices.double()
     else:
         working = matrices.detach().to(torch.promote_types(matrices.dtype, torch.float32))
+    largest = working.detach().abs().amax()
+    if not bool(torch.isfinite(largest)):
+        return torch.full_like(largest, torch.nan, dtype=torch.float64)
+    working = working / largest.where(largest > 0, 1.0)  # squares of large or small entries must be numbers, too
     total = working.square().sum().double()
-    if not bool(torch.isfinite(total)):
-        return torch.full_like(total, torch.nan)
     return total / _largest_squared(working, steps).max() if bool(total) else total
 
 

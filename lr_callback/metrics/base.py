@@ -57,7 +57,7 @@ class OfLayers(Plotted):
     count: Tensor
 
     def __init__(self, setting: str, reduction: Reduction, **kwargs: object) -> None:
-        if reduction not in _REDUCTIONS:
+        if reduction not in list(_REDUCTIONS):  # what cannot be hashed is none, too
             where = type(self).__name__
             raise ValueError(f"{where}: `reduction` must be one of {list(_REDUCTIONS)}, got {reduction!r}.")
         super().__init__(**kwargs)

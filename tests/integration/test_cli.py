@@ -262,12 +262,15 @@ def test_run_without_a_compression_prints_no_comparison(here):
         (["--ckpt_path", "no.ckpt"], "error: --ckpt_path no.ckpt: no such file; name one that ModelCheckpoint wrote"),
         (["--ckpt_path", DIGITS[1]], "error: --ckpt_path .*digits.yaml: must be a checkpoint, .*, found a text; give"),
         (
+            ["--trainer.default_root_dir", f"{DIGITS[1]}/inside", "--trainer.logger", "true"],
+            r"error: --trainer.default_root_dir: the files of a run must have a folder .*yaml/inside.* Name another",
+        ),
+        (
             ["--model.warmup_epochs", "9"],
             "error: ImageClassifier: the cosine schedule needs the trainer's --t",
         ),
     ],
 )
-@pytest.mark.filterwarnings("ignore:.*serialize")
 def test_bad_arguments_are_refused_on_one_line_by_their_names(capsys, here, arguments, text):
     schedule = ["--model.schedule", "cosine"] if "--model.warmup_epochs" in arguments else []
     written = refusal(capsys, here, "fit", *DIGITS, *FLAT, "--compress.epochs", "1", *schedule, *arguments)

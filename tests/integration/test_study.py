@@ -289,6 +289,16 @@ def test_without_matplotlib_the_rows_are_written(tmp_path, monkeypatch):
         (["--keep_ratios", "[1.5]"], TWO, r"--keep_ratios must be numbers in \(0, 1\).* got 1\.5"),
         (["--epochs", "-1"], TWO, "--epochs must be at least 0, got -1"),
         (["--output", __file__], TWO, r"--output must be a folder, found the file .*test_study\.py; choose another"),
+        (
+            ["--output", f"{__file__}/x"],
+            TWO,
+            r"--output must be a folder that can be made, .*test_study\.py/x cannot \(Not",
+        ),
+        (
+            ["--model.init_args.schedule", "cosine", "--model.init_args.warmup_epochs", "1"],
+            TWO,
+            r"error: ImageClassifier: the cosine schedule needs .* above warmup_epochs=1, got 1; set it, or .*\n$",
+        ),
         (["--metric", "speed"], TWO, r"--metric must be one of \['test_loss', 'test_accuracy'\].* got 'speed'"),
         ([], {"both": {"filter_pruning": "l1", "refit": "cut"}}, "`filter_pruning`='l1' is done without the callback"),
         (
@@ -298,7 +308,7 @@ def test_without_matplotlib_the_rows_are_written(tmp_path, monkeypatch):
         ),
         (["--trainer.max_epochs", "3"], TWO, "max_epochs"),
     ],
-    ids=["no method", "ratio", "epochs", "output", "metric", "both", "no Method", "ours"],
+    ids=["no method", "ratio", "epochs", "output", "folder", "training", "metric", "both", "no Method", "ours"],
 )
 def test_bad_input_ends_with_what_to_do(tmp_path, capsys, more, methods, message):
     with pytest.raises(SystemExit) as stopped:

@@ -307,7 +307,9 @@ def test_refused_with_one_message_before_anything_is_measured(saved, refusal, tm
         ([*given, "--batch_size", 0], "--batch_size must be at least 1, got 0"),
         ([*given, "--device", "tpu:9"], "--device must be one that is here, as cpu or cuda, got tpu:9: "),
         ([*given, "--device", "meta"], "--device must be one that is here, as cpu or cuda, got meta: "),
-        ([*given, "--input_shape", "2,x"], "--input_shape must be whole numbers, .*2,x"),
+        ([*given, "--input_shape", "2,x"], "--input_shape must be whole numbers from 1, .*2,x"),
+        ([*given, "--input_shape", "0,7"], "--input_shape must be whole numbers from 1, .*0,7"),
+        ([*given, "--input_shape", "-1,7"], "--input_shape: a value must follow, found none; .* as --input_shape=-1"),
         (
             [*given, "--input_shape", "2,7"],
             r"--input_shape: Known must take it, found that inputs of shape \(2, 7\)",

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from jsonargparse import Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from lr_callback.commands.answers import Parser
+from lr_callback.commands.places import refusal_in
 from lr_callback.commands.study.figure import draw
 from lr_callback.commands.study.files import NAME, Store
 from lr_callback.commands.study.plan import Plan, Run, Treatment
@@ -52,7 +54,13 @@ def study_command(arguments: Sequence[str], write: Callable[[str], None] = write
     with _told_once():
         laboratories = {name: _laboratory(parser, config, plan, store.folder, name) for name in networks}
         metric = _metric(parser, laboratories.values(), chosen.metric)
-        rows = _carry_out(plan, laboratories, store, metric, write)
+        try:
+            rows = _carry_out(plan, laboratories, store, metric, write)
+        except (ValueError, TypeError, OSError, MisconfigurationException) as error:
+            refused = refusal_in(error)
+            if refused is None:  # what goes wrong in a model's own code keeps its traceback
+                raise
+            parser.refuse(refused)
     write(f"\n{summary(rows, metric)}\n")
     _draw(rows, metric, store.folder / NAME, write)
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from lr_callback.commands.study.plan import CONTROL
 from lr_callback.commands.study.rows import Row, Spread, grouped, in_percent, spread
+from lr_callback.observation.drawing import LITERAL
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,6 +37,8 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "*")
 _STYLES = ("-", "--", "-.")
 _TICKS = (1, 2, 3, 5, 7, 10, 15, 20, 30, 40, 50, 60, 70, 80, 90, 100)
 _SHARES = (0, 20, 40, 60, 70, 80, 90, 95, 97, 98, 99, 100)
+_NAMED = "method "
+"""Before a name: matplotlib leaves out of a legend what begins with an underscore."""
 _LEAST_RANGE = 1.8
 """Of the largest fraction kept over the smallest, at least: where one size was asked for, methods differ by hairs."""
 _AXES = {"kept_parameters": "parameters kept (%)", "kept_multiply_adds": "multiply-adds kept (%)"}
@@ -89,12 +92,15 @@ def compose(rows: Sequence[Row], metric: str) -> Figure:
         for panel, axis in zip(panels[line], axes, strict=True):
             _control(panel, made.get((CONTROL, 1.0), []), moment, metric)
             for name, style in styles.items():
-                _line(panel, _points(made, name, axis, moment, metric), {**style, "label": name})
+                _line(panel, _points(made, name, axis, moment, metric), {**style, "label": f"{_NAMED}{name}"})
             _dress(panel, _AXES[axis] if line + 1 == len(moments) else "", in_percent(metric))
-            known |= {label: handle for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+            drawn = zip(*panel.get_legend_handles_labels(), strict=True)
+            known |= {label.removeprefix(_NAMED): handle for handle, label in drawn}
         panels[line][0].set_ylabel(_label(metric, moment, rows))
     names = [*_order(made, styles, axes[0], moments[-1], metric), *(name for name in known if name not in styles)]
-    figure.legend([known[name] for name in names], names, loc="outside right center", frameon=False)
+    shown = figure.legend([known[name] for name in names], names, loc="outside right center", frameon=False)
+    for text in shown.get_texts():
+        text.set(**LITERAL)
     return figure
 
 

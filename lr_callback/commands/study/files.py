@@ -31,7 +31,13 @@ class Store:
     def __init__(self, folder: Path, study: Mapping[str, Any]) -> None:
         if folder.exists() and not folder.is_dir():
             raise NotADirectoryError(f"`output` must be a folder, found the file {folder}; choose another name.")
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise type(error)(
+                f"`output` must be a folder that can be made, found that {folder} cannot ({error.strerror}); name "
+                "another."
+            ) from error
         self.folder, self.study = folder, dict(study)
         self.environments, self.rows = _read(folder / f"{NAME}.json")
         own = environment()

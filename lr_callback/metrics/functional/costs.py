@@ -8,6 +8,9 @@ from torch import Tensor, nn
 from lr_callback.decisions.allocation import Allocation
 from lr_callback.model.held import dense_parameters, held_parameters
 
+_LARGEST = 2**63 - 1
+"""Of torch's whole numbers, in which the metric adds up."""
+
 
 def kept_cost(kept: int | Allocation | nn.Module, dense: int | nn.Module | None = None) -> Tensor:
     """Return the fraction of a dense model's cost that is kept.
@@ -67,6 +70,8 @@ def _cost(given: object, name: str) -> int:
 def _checked(kept: int, dense: int) -> tuple[int, int]:
     if dense <= 0 or kept < 0:
         raise ValueError(f"KeptCost: `dense` must be above 0 and `kept` at least 0, got {dense} and {kept}.")
+    if max(kept, dense) > _LARGEST:
+        raise ValueError(f"KeptCost: costs must be below 2 ** 63, choose a larger unit; got {dense} and {kept}.")
     return kept, dense
 
 

@@ -58,7 +58,7 @@ def relative_layer_error(dense: Tensor | nn.Module, factorized: nn.Module, error
 
 def check_measure(error: str) -> None:
     """Refuse a measure that is not of weights alone."""
-    if error not in MEASURED:
+    if error not in list(MEASURED):  # what cannot be hashed is none, too
         raise ValueError(f"{_WHERE}: `error` must be one of {list(MEASURED)}, got {error!r}.")
 
 

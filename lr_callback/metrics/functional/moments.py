@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lr_callback.mathematics.moments import SecondMoments
+from lr_callback.mathematics.moments import SecondMoments, check_rows
 
 
 def second_moments(rows: Tensor, diagonal: bool = False) -> Tensor:
@@ -19,6 +19,7 @@ def second_moments(rows: Tensor, diagonal: bool = False) -> Tensor:
         there is no row.
 
     Raises:
+        TypeError: If it is no tensor, or one of no floating dtype.
         ValueError: If a value is not finite, or the shape is another.
 
     Example::
@@ -29,6 +30,7 @@ def second_moments(rows: Tensor, diagonal: bool = False) -> Tensor:
         tensor([[5., 1.],
                 [1., 2.]], dtype=torch.float64)
     """
+    check_rows(rows)
     if rows.dim() not in (2, 3):
         raise ValueError(f"SecondMoments: `rows` must have the shape (n, s) or (g, n, s), got {tuple(rows.shape)}.")
     grouped = rows if rows.dim() == 3 else rows.unsqueeze(0)

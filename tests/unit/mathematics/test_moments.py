@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lr_callback.mathematics.moments import SecondMoments
+from lr_callback.metrics.functional import second_moments
 
 
 @given(st.integers(1, 3), st.integers(1, 6), st.lists(st.integers(0, 7), min_size=1, max_size=4), st.integers(0, 99))
@@ -42,6 +43,34 @@ def test_bad_rows_are_refused_and_nothing_is_added(diagonal):
         with pytest.raises(ValueError, match=f"SecondMoments: `rows` {text}"):
             metric.update(rows)
     assert metric.count == 0 and not metric.total.any()
+
+
+@pytest.mark.parametrize(
+    ("rows", "text"),
+    [
+        ([[1.0, 2.0, 3.0]], "an object of the type list"),
+        (torch.zeros(1, 2, 3, dtype=torch.complex64), "one of torch.complex64"),
+        (torch.zeros(1, 2, 3, dtype=torch.long), "one of torch.int64"),
+    ],
+)
+def test_what_are_no_rows_is_refused(rows, text):
+    metric = SecondMoments(3)
+    for function in (metric.update, second_moments):
+        with pytest.raises(
+            TypeError, match=f"SecondMoments: `rows` must be a tensor of a floating dtype, got {text}; con"
+        ):
+            function(rows)
+    assert metric.count == 0
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.5, "a", True])
+def test_sizes_that_are_none_are_refused(value):
+    with pytest.raises(ValueError, match=f"SecondMoments: `size` must be a whole number of at least 1, got {value!r}"):
+        SecondMoments(value)
+    with pytest.raises(
+        ValueError, match=f"SecondMoments: `groups` must be a whole number of at least 1, got {value!r}"
+    ):
+        SecondMoments(3, value)
 
 
 def test_processes_are_added_up():

@@ -43,6 +43,15 @@ def test_of_equal_singular_values_both_are_their_number(rank):
         assert found.item() == pytest.approx(rank, rel=1e-9)
 
 
+@pytest.mark.parametrize("size", [1e200, 1.0, 1e-165, 1e-300])
+def test_neither_depends_on_the_size_of_the_entries(size):
+    matrix = size * torch.diag(torch.tensor([2.0, 1.0, 1.0], dtype=torch.float64))[None]
+    assert stable_rank(matrix).item() == pytest.approx(1.5) == stable_rank(matrix, steps=64).item()
+    assert effective_rank(matrix).item() == pytest.approx(2 * 2**0.5)
+    small = 1e-30 * torch.eye(90)[None]
+    assert stable_rank(small).item() == pytest.approx(90) == stable_rank(small, steps=64).item()
+
+
 @pytest.mark.parametrize("rank_of", [effective_rank, stable_rank, lambda matrices: stable_rank(matrices, 64)])
 def test_of_what_has_none(rank_of):
     assert rank_of(torch.zeros(1, 3, 4)) == 0

@@ -49,6 +49,7 @@ def test_what_is_no_cost_is_refused_and_nothing_is_added():
         ((-1, 5), ValueError, "`dense` must be above 0 and `kept` at least 0, got 5 and -1"),
         ((nn.ReLU(),), ValueError, "`dense` must be above 0 and `kept` at least 0, got 0 and 0"),
         ((0.5, 5), TypeError, "`kept` must be a whole number or a model, or an Allocation alone, got 0.5"),
+        ((2**63, 2**64), ValueError, r"costs must be below 2 \*\* 63, choose a larger unit; got"),
         ((True, 5), TypeError, "`kept` must be a whole number or a model, or an Allocation alone, got True"),
         ((5,), TypeError, "`dense` must be a whole number or a model, whose cost is compared with, got None"),
         ((5, torch.ones(2)), TypeError, "`dense` must be .*, got an object of the type Tensor"),

@@ -57,6 +57,14 @@ def test_a_factor_that_is_no_number_is_seen(pairs):
     assert metric.compute().isnan()
 
 
+@pytest.mark.parametrize("value", [["max"], {"a": 1}, "largest", None], ids=str)
+def test_settings_that_there_are_not_are_refused(value):
+    with pytest.raises(ValueError, match="RelativeLayerError: `reduction` must be one of"):
+        RelativeLayerError(reduction=value)
+    with pytest.raises(ValueError, match="RelativeLayerError: `error` must be one of"):
+        RelativeLayerError(error=value)
+
+
 def test_what_is_no_pair_is_refused_and_nothing_is_added(pairs):
     metric, (dense, made), (_, other) = RelativeLayerError(), pairs[0], pairs[2]
     zero = torch.zeros(64, 64)

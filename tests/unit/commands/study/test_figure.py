@@ -39,7 +39,7 @@ def test_it_has_a_line_of_means_for_each_method_and_the_control_with_its_band():
     pytest.importorskip("matplotlib")
     figure = compose(rows(), "test_accuracy")
     panel = figure.axes[2]
-    lines = {one.get_label(): one.lines[0] for one in panel.containers}
+    lines = {one.get_label().removeprefix("method "): one.lines[0] for one in panel.containers}
     assert set(lines) == {"worse", "better"}
     assert lines["worse"].get_xdata().tolist() == pytest.approx([50, 20])
     assert lines["worse"].get_ydata().tolist() == pytest.approx([26, 11])
@@ -54,6 +54,15 @@ def test_the_legend_stands_in_the_order_of_the_last_points():
     pytest.importorskip("matplotlib")
     (legend,) = compose(rows(), "test_accuracy").legends
     assert [text.get_text() for text in legend.get_texts()] == ["better", "worse", "dense control"]
+
+
+def test_names_are_drawn_as_they_are(tmp_path):
+    pytest.importorskip("matplotlib")
+    names = ["_ALDS", "<b>$x_{$", "[red]", "method "]
+    found = [row("dense", 1.0), *(row(name, 0.5, after=0.9 - place / 10) for place, name in enumerate(names))]
+    (legend,) = compose(found, "test_accuracy").legends
+    assert [text.get_text() for text in legend.get_texts()] == [*names, "dense control"]
+    assert draw(found, "test_accuracy", tmp_path / "study.png").stat().st_size > 1000
 
 
 def test_without_training_or_counted_multiply_adds_there_is_one_panel():
