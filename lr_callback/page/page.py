@@ -34,7 +34,7 @@ def page(facts: Facts) -> str:
         tag("div", *(tag("p", *_with_code(one)) for one in verdict(facts)), class_="note"),
         *_missing(facts),
         _section("Before and after", tables.compared(facts.stages), *_batch(facts)),
-        *([_section("Figures", *map(_figure, facts.pictures))] if facts.pictures else []),
+        *([_section("Figures", tag("div", *map(_figure, facts.pictures), class_="figures"))] if facts.pictures else []),
         _section("Layers", tables.layers(facts.allocation)),
         *([_section("Left out", tables.skipped(facts.allocation))] if facts.allocation.skipped else []),
         _section("How it was made", tables.pairs(facts.origin, "How it was made"), *_arguments(facts)),

@@ -71,6 +71,10 @@ details { margin: 0 0 1rem; }
 summary { cursor: pointer; color: var(--accent); }
 ul { padding-left: 1.2rem; margin: 0 0 1rem; max-width: 56rem; }
 li { margin: .2rem 0; }
+@media screen and (min-width: 62rem) {
+  .figures { display: grid; grid-template-columns: 1fr 1fr; gap: 0 1rem; }
+  .figures > :nth-child(n + 3), .figures > :only-child { grid-column: 1 / -1; }
+}
 @media (max-width: 66rem) {
   th, td { padding: .35rem .5rem; }
   th[scope=row] { min-width: 7.5rem; }
