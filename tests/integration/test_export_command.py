@@ -284,7 +284,7 @@ def test_refused_with_one_message(saved, refusal, monkeypatch, tmp_path):
         ([*parts, "--model", "my_modules.Parts"], "must call one module, .*found 2; .*--input_shape"),
         ([*parts, "--model", "torch.nn.Identity"], "names or shapes differ"),
         ([*given, *model, "--model.width", 16, "--format", "onnx"], r"first: the factors .*Nothing was changed"),
-        ([*given, *model, "--input_shape", "2,x", "--format", "onnx"], "--input_shape must be whole numbers from 1.*2,x"),
+        ([*given, *model, "--input_shape", "2,x", "--format", "onnx"], "--input_shape must be whole .* from 1, .*2,x"),
         (
             [*given, *model, "--input_shape", "2,7", "--format", "onnx"],
             r"--input_shape: Saving must take it, .*\(2, 7\) make a R",
