@@ -124,7 +124,7 @@ class LowRankCompression(Checkpointed):
         when: When = "epochs",
         ramp: bool = False,
         method: Method | None = None,
-        cost: Callable[[nn.Module], float] | str = "parameters",
+        cost: str | Callable[[nn.Module], float] = "parameters",
         include: list[str] | None = None,
         exclude: list[str] | None = None,
         embeddings: bool = False,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shlex
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -150,6 +149,4 @@ def lightning_command(arguments: Sequence[str]) -> None:
     Args:
         arguments: of ``lr-callback``; see its ``--help``.
     """
-    # A text that is no cost, as "latncy", is no function either, which the parser would tell when it writes it down.
-    warnings.filterwarnings("ignore", message=r"\s*Unable to serialize instance")
     _Program(arguments)

@@ -170,6 +170,12 @@ def _no_path(fault: _Fault, _: re.Match[str]) -> str:
     )
 
 
+def _several(fault: _Fault, match: re.Match[str]) -> str:
+    return (
+        f"{fault.option} must name one class, got {fault.found}, which several are called: {match[1]}; name its path."
+    )
+
+
 def _no_subclass(fault: _Fault, match: re.Match[str]) -> str:
     return f"{fault.option} must name a {match[2]}, found {match[1] or fault.found}, which is another class; name one."
 
@@ -207,6 +213,7 @@ _SAID: _Rows = (
     (re.compile(r"arguments are required: (.+)"), _required_by_a_class),
     (re.compile(r"module '([^']+)' has no attribute '([^']+)'"), _no_attribute),
     (re.compile(r"No module named '([^']+)'"), _no_module),
+    (re.compile(r"Multiple subclasses with name .+: (.+)\."), _several),
     (re.compile(r"Expected a dot import path string|Unexpected import path format"), _no_path),
     (re.compile(r"Import path (?:(\S+) )?does not correspond to a subclass of (\w+)"), _no_subclass),
     (re.compile(r"File does not exist: '(.+)'"), _no_file),

@@ -586,8 +586,8 @@ def test_each_part_of_a_cut_that_takes_time_is_shown_in_the_trainers_bar(tmp_pat
     trainer.fit(Network(), DataLoader(Augmented(), batch_size=32))
     found = capsys.readouterr().out
     for what, unit in [("calibration", "2/8"), ("importance", "2/3"), ("effects", "8/9"), ("refit", "body.4")]:
-        assert re.search(rf"Low-rank {what}:[^\r]*{unit}", found), what
-    assert re.search(r"Low-rank BatchNorm:[^\r]*2/3", found)
+        assert re.search(rf"Low-rank {what}\|[^\r]*{unit}", found), what
+    assert re.search(r"Low-rank BatchNorm\|[^\r]*2/3", found)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """What is said of wrong command lines: of a real parser, so that its own words are those that are matched."""
 
+import sys
+from types import ModuleType
 from typing import Any, Literal
 
 import pytest
@@ -48,8 +50,8 @@ IMAGES = ["--model", f"{ImageClassifier.__module__}.ImageClassifier"]
         (["--include", "layer1.*"], """--include must be a list, as '["layer1.*"]', got layer1.*."""),
         (["--seeds", "1"], "--seeds must be a list, as '[1]', got 1."),
         (["--overrides", "conv1"], "--overrides must be names and values, as '{name: value}', got conv1."),
-        (["--model", "Net"],
-         "--model must name a class by the path that it is imported by, as my_module.MyClass, got Net."),
+        (["--model", "NoNet"],
+         "--model must name a class by the path that it is imported by, as my_module.MyClass, got NoNet."),
         (["--model", "gone.Net"],
          "--model gone.Net: no module 'gone' is found from here; name the class by the path that your program "
          "imports it by, in the folder in which it does."),
@@ -73,6 +75,19 @@ def test_a_wrong_command_line_is_told_in_plain_words(parser, capsys, arguments, 
         parser.parse_args(arguments)
     assert stopped.value.code == 2
     assert capsys.readouterr().err.splitlines()[-1] == f"error: {text}"
+
+
+def test_a_name_that_several_classes_have_is_told_with_their_paths(parser, capsys, monkeypatch):
+    for name in ("one_place", "other_place"):
+        module = ModuleType(name)
+        module.Twice = type("Twice", (nn.Module,), {"__module__": name})
+        monkeypatch.setitem(sys.modules, name, module)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--model", "Twice"])
+    told = (
+        "error: --model must name one class, got Twice, which several are called: one_place.Twice, other_place.Twice; "
+    )
+    assert capsys.readouterr().err.splitlines()[-1] == f"{told}name its path."
 
 
 def test_a_class_whose_imports_are_missing(parser, capsys, tmp_path, monkeypatch):
