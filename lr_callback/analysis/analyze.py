@@ -12,8 +12,8 @@ from lr_callback.common.processes import Processes
 from lr_callback.decisions.allocation import Allocation
 from lr_callback.decisions.analysed import Analysis
 from lr_callback.decisions.candidates import LayerCandidates
-from lr_callback.decisions.costs import ACTIVATION_MEMORY, LATENCY, OBSERVED, LayerCost, Unit, spoken
-from lr_callback.decisions.goals import NOT_ALONE, Goal, check_goal, one_goal, units_of
+from lr_callback.decisions.costs import ACTIVATION_MEMORY, LATENCY, OBSERVED, LayerCost, Unit
+from lr_callback.decisions.goals import Goal, check_goal, one_goal, units_of
 from lr_callback.decisions.methods import Method, check_method
 from lr_callback.mathematics.folding import Geometry
 from lr_callback.mathematics.importance import Importance, checked_importance, warn_of_unknown
@@ -26,6 +26,8 @@ from lr_callback.model.pricing import (
     first_costs,
     layer_costs,
     leave_out_unused,
+    listed_prices,
+    model_costs,
     no_gain,
     wanted_times,
 )
@@ -188,14 +190,14 @@ def analyze(
         ValueError: See :func:`allocate`.
         RuntimeError: If another process failed.
     """
-    method, processes, paid = check_method(method), processes or Processes(), _listed(prices)
+    method, processes, paid = check_method(method), processes or Processes(), listed_prices(prices)
 
     def priced() -> tuple[Found, Mapping[str, Units], dict[str, Override], dict[str, int]]:
         checked_importance(method.error, importance, method.needs_effects)
         found = find_layers(model, include, exclude)
         leave_out_unused(found, used)
         own = overridden(read_overrides(overrides), model, found)
-        return found, layer_costs(found, paid, True, embeddings), own, _totals(model, paid)
+        return found, layer_costs(found, paid, True, embeddings), own, model_costs(model, paid)
 
     found, units, pins, totals = processes.agree(priced)
     costs, others = first_costs(units), _others(units)
@@ -212,29 +214,6 @@ def analyze(
 
 Units = Mapping[str, LayerCost]
 """Unit -> the costs of a layer in it, the first one first."""
-
-
-def _listed(prices: Prices | Sequence[Prices] | None) -> list[Prices]:
-    listed = [prices or Prices()] if prices is None or isinstance(prices, Prices) else list(prices)
-    if listed[0].unit == ACTIVATION_MEMORY:
-        raise ValueError(NOT_ALONE)
-    return listed
-
-
-def _totals(model: nn.Module, prices: Sequence[Prices]) -> dict[str, int]:
-    """Return what the model costs in each unit, all layers dense.
-
-    Raises:
-        ValueError: If that is nothing in one of several that are counted on a run.
-    """
-    totals = {one.unit: one.of_model(model) for one in prices}
-    nothing = [unit for unit, dense in totals.items() if dense == 0 and unit in OBSERVED]
-    if nothing and len(totals) > 1:
-        raise ValueError(
-            f"`budget`: a run of the network on its example input must take {spoken(nothing[0])} for a fraction of "
-            "them to be kept, and takes none. Leave this unit out, or give an example of at least one row."
-        )
-    return totals
 
 
 def _others(units: Mapping[str, Units]) -> dict[str, Units]:
@@ -265,14 +244,14 @@ def survey(
     Takes what :func:`analyze` takes and raises what it raises; the errors in the result have no meaning. A layer whose
     weights are all zero counts as one that can be factorized: it will have been trained by the time it matters.
     """
-    method, paid = check_method(method), _listed(prices)
+    method, paid = check_method(method), listed_prices(prices)
     found = find_layers(model, include, exclude)
     pins = overridden(read_overrides(overrides), model, found)
     units = layer_costs(found, paid, False, embeddings)
     costs, others = first_costs(units), _others(units)
     methods = _methods(method, costs, pins)
     layers = {name: methods[name].priced(own, others[name]) for name, own in costs.items()}
-    return _analysis(model, method, _totals(model, paid), found, costs, layers, pins, known=False)
+    return _analysis(model, method, model_costs(model, paid), found, costs, layers, pins, known=False)
 
 
 def _analysis(

@@ -54,10 +54,11 @@ def analyze_command(arguments: Sequence[str]) -> None:
         arguments: of ``lr-callback analyze``; see its ``--help``.
     """
     parser = _parser()
-    chosen = parser.instantiate_classes(parser.parse_args(list(arguments)))
-    if chosen.model is None:
+    config = parser.parse_args(list(arguments))
+    if config.model is None:
         parser.error("--model must name a model, for example --model lr_callback.recipes.CifarResNet; got none.")
     try:
+        chosen = parser.instantiate_classes(config)
         if chosen.json is not None:
             check_writable("--json", Path(chosen.json), [".json"])
         goal, found = _analysed(chosen)

@@ -21,8 +21,9 @@ from lr_callback.commands.run_files import check_there
 from lr_callback.commands.stages import measure_stages
 from lr_callback.files.source import check_kind
 from lr_callback.observation.report import comparison, write
+from lr_callback.units.latency import NoisyClockError
 
-_REFUSALS = (ValueError, TypeError, OSError, ModuleNotFoundError, MisconfigurationException)
+_REFUSALS = (ValueError, TypeError, OSError, ModuleNotFoundError, MisconfigurationException, NoisyClockError)
 _IS_NO_FILE = re.compile(r"best|last|hpc|registry.*|\w+://.*")
 """What Lightning looks up itself, or elsewhere."""
 _DESCRIPTION = (

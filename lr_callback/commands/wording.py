@@ -14,7 +14,7 @@ from lr_callback.common.table import on_one_line
 _KEY = re.compile(r'Parser key "([^"]+)"(?: element \d+)?')
 _CLASS = re.compile(r"Problem with given class_path '([^']+)'")
 _FOUND = (re.compile(r"Got value: (.+)"), re.compile(r"Given value: (.+)"))
-_TYPE = re.compile(r"Expected an? (?:<class '(?:\w+\.)*(\w+)'>|typing\.Literal\[([^\]]*)\])")
+_TYPE = re.compile(r"Expected (?:an? )?(?:<class '(?:\w+\.)*(\w+)'>|typing\.Literal\[([^\]]*)\])")
 _NOISE = (
     "Does not validate",
     "Subtypes:",
@@ -22,6 +22,7 @@ _NOISE = (
     "Given value",
     "- Expected a path but",
     "- Expected a <class 'None",
+    "- Expected <class 'None",
 )
 _TYPES = {
     "bool": "true or false",
@@ -81,7 +82,7 @@ def plain(text: str, options: Collection[str]) -> str:
         match = pattern.search(text)
         if match:
             return words(fault, match)
-    lines = [line for line in map(str.strip, text.splitlines()) if not line.startswith(_NOISE)]
+    lines = [line.removeprefix("- ") for line in map(str.strip, text.splitlines()) if not line.startswith(_NOISE)]
     told = _KEY.sub(lambda match: f"--{match[1]}", " ".join(lines))
     return on_one_line(told, most=len(told))
 

@@ -73,7 +73,7 @@ def _table(layer: LayerCandidates, units: Sequence[str], rank_multiple: int) -> 
 
 def _rows(layer: LayerCandidates, units: Sequence[str], rank_multiple: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     for index, candidate in enumerate(layer.candidates):
-        ranks = torch.arange(rank_multiple, candidate.last + 1, rank_multiple)
+        ranks = torch.arange(0, candidate.last + 1, rank_multiple)[1:]
         ranks = ranks[candidate.errors[ranks].isfinite()]
         costs = torch.stack([candidate.costs[ranks], *(candidate.others[unit][ranks] for unit in units[1:])])
         yield candidate.errors[ranks], costs, torch.stack([torch.full_like(ranks, index), ranks], dim=1)

@@ -61,6 +61,8 @@ def stable_rank(matrices: Tensor, steps: int | None = None) -> Tensor:
         working = matrices.double()
     else:
         working = matrices.detach().to(torch.promote_types(matrices.dtype, torch.float32))
+    if not working.numel():
+        return working.new_zeros((), dtype=torch.float64)
     largest = working.detach().abs().amax()
     if not bool(torch.isfinite(largest)):
         return torch.full_like(largest, torch.nan, dtype=torch.float64)

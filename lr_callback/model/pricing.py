@@ -10,7 +10,8 @@ from typing import TypeVar
 
 from torch import nn
 
-from lr_callback.decisions.costs import ACTIVATION_MEMORY, LATENCY, OBSERVED, LayerCost, Unit, check_cost
+from lr_callback.decisions.costs import ACTIVATION_MEMORY, LATENCY, OBSERVED, LayerCost, Unit, check_cost, spoken
+from lr_callback.decisions.goals import NOT_ALONE
 from lr_callback.decisions.methods import Method
 from lr_callback.layers.layer_types import layer_cost, layer_type
 from lr_callback.mathematics.folding import Geometry
@@ -166,6 +167,34 @@ def _counted(part: Part | None, what: str, how: str) -> Part:
 def _own(asked: Unit) -> OwnCost:
     assert not isinstance(asked, str)
     return asked if isinstance(asked, OwnCost) else OwnCost(asked)
+
+
+def listed_prices(prices: Prices | Sequence[Prices] | None) -> list[Prices]:
+    """Return the units in which is paid, the first one first; by default parameters.
+
+    Raises:
+        ValueError: If the first is activation memory, in which factorized layers save nothing.
+    """
+    listed = [prices or Prices()] if prices is None or isinstance(prices, Prices) else list(prices)
+    if listed[0].unit == ACTIVATION_MEMORY:
+        raise ValueError(NOT_ALONE)
+    return listed
+
+
+def model_costs(model: nn.Module, prices: Sequence[Prices]) -> dict[str, int]:
+    """Return what the model costs in each unit, all layers dense.
+
+    Raises:
+        ValueError: If that is nothing in one of several that are counted on a run.
+    """
+    totals = {one.unit: one.of_model(model) for one in prices}
+    nothing = [unit for unit, dense in totals.items() if dense == 0 and unit in OBSERVED]
+    if nothing and len(totals) > 1:
+        raise ValueError(
+            f"`budget`: a run of the network on its example input must take {spoken(nothing[0])} for a fraction of "
+            "them to be kept, and takes none. Leave this unit out, or give an example of at least one row."
+        )
+    return totals
 
 
 def dense_again(model: nn.Module, skipped: Mapping[str, str]) -> dict[str, tuple[int, ...]]:

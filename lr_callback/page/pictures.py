@@ -61,7 +61,8 @@ def beside(name: str) -> str:
         >>> beside("encoder.layers.11.mlp.dense_out"), beside("21 other layers, everything else")
         ('...rs.11.mlp.dense_out', '21 other layers,\neverything else')
     """
-    return "\n".join(shorten(line, _LETTERS) for line in fill(name, _LETTERS, break_long_words=False).splitlines())
+    lines = fill(name, _LETTERS, break_long_words=False, break_on_hyphens=False).splitlines()
+    return "\n".join(shorten(line, _LETTERS) for line in lines)
 
 
 def _tradeoff(curves: Curves) -> Picture:

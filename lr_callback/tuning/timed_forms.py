@@ -51,7 +51,7 @@ def timed_forms(
     bench = Bench(device)
 
     def forget() -> None:
-        bench.forget(name for of, layer in layers.items() for name in bench.suspects(layer, inputs[of]))
+        bench.forget([name for of, layer in layers.items() for name in bench.suspects(layer, inputs[of])])
 
     def take() -> Found:
         bench.begin()
@@ -59,7 +59,8 @@ def timed_forms(
         chosen = {layers[name]: of.chosen for name, of in forms.items()}
         whole, doubt = _timed_whole(bench, model, place, example, chosen)
         own = sum(of.times[AS_BUILT].nanoseconds for of in forms.values())
-        doubts = [excess(own, whole[AS_BUILT].nanoseconds), doubt]
+        calls = sum(len(inputs[name]) for name in forms)
+        doubts = [excess(own, whole[AS_BUILT].nanoseconds, calls), doubt]
         return forms, whole, [one for one in doubts if one.is_one]
 
     try:

@@ -277,6 +277,17 @@ def test_bad_arguments_are_refused_on_one_line_by_their_names(capsys, here, argu
     assert re.search(text, written) and "Traceback" not in written
 
 
+def test_a_clock_that_is_too_noisy_is_told_on_one_line(capsys, here, monkeypatch, own_cache):
+    trust = sys.modules["lr_callback.units.latency.trust"]
+    monkeypatch.setattr(trust, "waiting", lambda device: 50_000_000)  # as where other programs take the processors
+    monkeypatch.setattr(trust, "PATIENCE", 0.1)
+    arguments = ["--compress.epochs", "0", "--compress.cost", "latency", "--compress.method", "lr_callback.ALDS"]
+    written = refusal(capsys, here, "fit", *DIGITS, *FLAT, *arguments)
+    assert re.search(
+        r"error: Latency: the clock is too noisy to choose by: .* threads waited 50 ms .*instead\.\n$", written
+    )
+
+
 def test_a_wrong_value_of_a_listed_callback_is_not_named_as_one_of_the_command_line(capsys, here, tmp_path):
     config = without_compress(tmp_path, keep_ratio=1.5)
     assert "error: `keep_ratio` must be a number in (0, 1]" in refusal(capsys, here, "fit", *config, *FLAT)
@@ -451,6 +462,14 @@ def test_analyze_takes_any_goal(here, tmp_path, arguments, options, reachable):
     ("arguments", "text"),
     [
         ([], "--model must name a model"),
+        (
+            ["--model=torch.nn.Flatten", "--method=lr_callback.ALDS", "--method.power=0.5"],
+            "error: `power` must be a number of at least 1, got 0.5.",
+        ),
+        (
+            ["--model=torch.nn.Flatten", "--method=lr_callback.ALDS", "--method.slices=[4]", "--method.max_slices=2"],
+            "error: `slices` must have a number up to `max_slices`, got [4] and 2. Raise `max_slices` to 4",
+        ),
         (["--model=lr_callback.recipes.CifarResNet", "--cost=latncy"], "--cost must be one of ['parameters', "),
         (
             ["--model=lr_callback.recipes.CifarResNet", "--cost=multiply_adds"],

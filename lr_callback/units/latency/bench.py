@@ -94,7 +94,7 @@ class Bench:
     def _dense(self, layer: nn.Module, call: LayerInput) -> Timing:
         return timed(self._run(layer, call, None), self.device)
 
-    def forget(self, names: Iterable[str]) -> None:
+    def forget(self, names: Sequence[str]) -> None:
         """Let the times of some layers be unknown."""
         self._dense_watch = None
         for name in names:

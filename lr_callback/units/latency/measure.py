@@ -159,6 +159,7 @@ class _Taken:
         share: of the layers in them, as they stand, measured in turns.
         now: nanoseconds of one run at the end.
         spread: of repeated runs.
+        calls: of the layers in a run.
     """
 
     layers: Mapping[str, LayerTimes]
@@ -167,6 +168,7 @@ class _Taken:
     share: float
     now: int
     spread: float
+    calls: int
 
     @property
     def doubts(self) -> list[Doubt]:
@@ -175,7 +177,7 @@ class _Taken:
         alone = drift("the layers take {} one by one, and {} in turns with the model", self.before, own)
         # One run may be slow by chance, but none is twice as fast as the model is.
         later = drift("the model takes {} at first, and {} at the end", self.whole, min(self.now, self.whole))
-        return [one for one in (excess(own, self.whole), alone, later) if one.is_one]
+        return [one for one in (excess(own, self.whole, self.calls), alone, later) if one.is_one]
 
 
 def _forget(
@@ -204,7 +206,8 @@ def _round(
         found[name] = _times(bench, layer, inputs.get(name, ()), wanted.get(name))
     whole, share = timed_whole(bench, model, layers, inputs, run)
     before = sum(_standing(bench, layer, inputs.get(name, ())) for name, layer in layers.items())
-    return _Taken(found, before, whole, share, once(run, bench.device), bench.spread)
+    calls = sum(len(inputs.get(name, ())) for name in layers)
+    return _Taken(found, before, whole, share, once(run, bench.device), bench.spread, calls)
 
 
 def check_clock(device: torch.device) -> None:

@@ -26,6 +26,8 @@ SPREAD_SAID, SPREAD_REFUSED = 0.15, 2.0
 """Spread of repeated runs that is warned of, and that is too much to decide by."""
 EXCESS_SAID = 0.25
 """Part of the model's time by which that of its layers is more, from which on it is a contradiction."""
+_CALL = 20_000
+"""Nanoseconds by which the call of a layer by itself, with what it is made under, may take longer, at most."""
 DRIFT_SAID = 1.0
 """Part of a time by which another of the same is more, from which on the two are of different machines, so to speak."""
 ROUNDS = 3
@@ -75,12 +77,13 @@ def compared(larger: float, smaller: float) -> float:
     return larger / max(1.0, smaller) - 1
 
 
-def excess(own: float, whole: float) -> Doubt:
+def excess(own: float, whole: float, calls: int = 0) -> Doubt:
     """Doubt a model's time that is less than its layers': these are a part of it. Much more is none: all else is in it.
 
     Args:
         own: nanoseconds of the layers, all calls together.
         whole: nanoseconds of the model.
+        calls: of the layers; each by itself takes some microseconds more than inside of the model.
 
     Example::
 
@@ -88,7 +91,7 @@ def excess(own: float, whole: float) -> Doubt:
         'the layers take 30 ms by themselves, and the whole model 10 ms, though they are a part of it'
     """
     text = f"the layers take {_milliseconds(own)} by themselves, and the whole model {_milliseconds(whole)}, though "
-    return Doubt(f"{text}they are a part of it", compared(own, whole), EXCESS_SAID)
+    return Doubt(f"{text}they are a part of it", compared(own - calls * _CALL, whole), EXCESS_SAID)
 
 
 def drift(what: str, first: float, then: float) -> Doubt:

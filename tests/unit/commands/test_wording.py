@@ -48,6 +48,7 @@ IMAGES = ["--model", f"{ImageClassifier.__module__}.ImageClassifier"]
         (["--quiet", "maybe"], "--quiet must be true or false, got maybe."),
         (["--refit", "x"], "--refit must be one of 'cut', 'dense', got x."),
         (["--include", "layer1.*"], """--include must be a list, as '["layer1.*"]', got layer1.*."""),
+        (["--include", "a"], """--include must be a list, as '["a"]', got a."""),
         (["--seeds", "1"], "--seeds must be a list, as '[1]', got 1."),
         (["--overrides", "conv1"], "--overrides must be names and values, as '{name: value}', got conv1."),
         (["--model", "NoNet"],

@@ -453,6 +453,20 @@ def test_activation_memory_goes_down_to_the_dense_network_s_whatever_the_method(
     assert analysis.allocate({"parameters": 1.0, "activation_memory": 1.0}).factorized == {}
 
 
+@pytest.mark.parametrize("objective", ["minimax", "sum"])
+@pytest.mark.parametrize("multiple", [1, 3, 8, 16, 100])
+def test_layers_too_small_for_a_multiple_of_ranks_stay_dense(objective, multiple):
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 12), nn.ReLU(), nn.Linear(12, 10))
+    method, budget = lrc.ALDS(objective=objective, rank_multiple=multiple), {"parameters": 0.6, "bytes": 0.6}
+    if multiple == 100:
+        with pytest.raises(ValueError, match="the budget must be at least"):
+            lrc.allocate(model, budget=budget, method=method)
+        return
+    found, alone = lrc.allocate(model, budget=budget, method=method), lrc.allocate(model, 0.6, method=method)
+    assert found.layers == alone.layers and found.gap == 0
+    assert all(one.rank * one.num_slices % multiple == 0 for one in found.factorized.values())
+
+
 @pytest.mark.parametrize("look", [analyze, survey])
 @pytest.mark.parametrize("units", [("parameters", "multiply_adds"), ("multiply_adds", "parameters")])
 def test_an_override_of_a_layer_that_costs_nothing_in_a_unit_is_a_share_of_one_in_which_it_does(look, units):

@@ -54,7 +54,7 @@ def test_neither_depends_on_the_size_of_the_entries(size):
 
 @pytest.mark.parametrize("rank_of", [effective_rank, stable_rank, lambda matrices: stable_rank(matrices, 64)])
 def test_of_what_has_none(rank_of):
-    assert rank_of(torch.zeros(1, 3, 4)) == 0
+    assert rank_of(torch.zeros(1, 3, 4)) == 0 == rank_of(torch.zeros(1, 0, 4)) == rank_of(torch.zeros(0, 3, 4))
     assert rank_of(torch.ones(1, 100, 200)).item() == pytest.approx(1, rel=1e-5)
     for bad in (torch.nan, torch.inf):
         assert rank_of(torch.full((1, 70, 80), bad)).isnan()

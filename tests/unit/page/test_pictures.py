@@ -7,9 +7,13 @@ import pytest
 from torch import nn
 
 import lr_callback as lrc
-from lr_callback.page.pictures import pictures_of
+from lr_callback.page.pictures import beside, pictures_of
 
 pytest.importorskip("matplotlib", reason="needs matplotlib")
+
+
+def test_a_name_with_hyphens_stays_on_its_line():
+    assert beside("backbone.text-encoder.layer-11.mlp-block.dense-out") == "...mlp-block.dense-out"
 
 
 @pytest.fixture(scope="module")
