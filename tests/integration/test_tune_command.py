@@ -148,6 +148,7 @@ MODEL = ["--model", "my_modules.Known"]
 def test_layers_that_take_longer_than_the_whole_model_are_told_of(saved, command, timed_as, monkeypatch):
     _, checkpoint = saved(Known, "last.ckpt")
     monkeypatch.setattr(trust, "EXCESS_SAID", 0.25)
+    monkeypatch.setattr(trust, "_CALL", 0)  # the times are of a thousandth of a call's
     timed_as(BUILT, 1_250)
     with pytest.warns(UserWarning, match="the layers take 0.002 ms by themselves, and the whole model 0.00125 ms"):
         command("--checkpoint", checkpoint, *MODEL)
@@ -156,6 +157,7 @@ def test_layers_that_take_longer_than_the_whole_model_are_told_of(saved, command
 def test_times_that_tell_nothing_write_nothing(saved, command, timed_as, monkeypatch, tmp_path, capsys):
     _, checkpoint = saved(Known, "last.ckpt")
     monkeypatch.setattr(trust, "EXCESS_SAID", 0.25)
+    monkeypatch.setattr(trust, "_CALL", 0)  # the times are of a thousandth of a call's
     monkeypatch.setattr(trust, "SPREAD_REFUSED", 2.0)
     timed_as(BUILT, 100)
     with pytest.raises(SystemExit):

@@ -81,12 +81,12 @@ def test_a_wrong_command_line_is_told_in_plain_words(parser, capsys, arguments, 
 def test_a_name_that_several_classes_have_is_told_with_their_paths(parser, capsys, monkeypatch):
     for name in ("one_place", "other_place"):
         module = ModuleType(name)
-        module.Twice = type("Twice", (nn.Module,), {"__module__": name})
+        module.InTwo = type("InTwo", (nn.Module,), {"__module__": name})
         monkeypatch.setitem(sys.modules, name, module)
     with pytest.raises(SystemExit):
-        parser.parse_args(["--model", "Twice"])
+        parser.parse_args(["--model", "InTwo"])
     told = (
-        "error: --model must name one class, got Twice, which several are called: one_place.Twice, other_place.Twice; "
+        "error: --model must name one class, got InTwo, which several are called: one_place.InTwo, other_place.InTwo; "
     )
     assert capsys.readouterr().err.splitlines()[-1] == f"{told}name its path."
 
