@@ -18,8 +18,7 @@ from lr_callback.decisions.allocation import Allocation
 from lr_callback.files.formats import FORMATS, Order, check_format
 from lr_callback.files.values import check_has_values
 from lr_callback.layers import FactorizedLayer
-from lr_callback.layers.layer_types import saved_cost
-from lr_callback.model.held import held_bytes
+from lr_callback.model.held import dense_bytes, held_bytes
 
 _TOLERANCES = {torch.float64: 1e-8, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Dtype -> the largest difference of outputs that reordered sums explain, relative to the largest output."""
@@ -36,7 +35,8 @@ class Exported:
         path: of the file.
         file_bytes: its size: weights, graph and all else.
         weight_bytes: of the model's parameters and persistent buffers, as it was exported.
-        saved_bytes: how much less these are than those of the model with all layers dense.
+        dense_weight_bytes: what these would take if all layers were dense; what the file would is known once it is
+            written.
         difference: the largest of the file's outputs to the model's, relative to the largest output.
         imports: modules with classes of the outputs, which must be imported before the file is read.
     """
@@ -45,14 +45,14 @@ class Exported:
     path: Path
     file_bytes: int
     weight_bytes: int
-    saved_bytes: int
+    dense_weight_bytes: int
     difference: float
     imports: tuple[str, ...] = ()
 
     @property
-    def dense_weight_bytes(self) -> int:
-        """What the weights would take if all layers were dense; what the file would is known once it is written."""
-        return self.weight_bytes + self.saved_bytes
+    def saved_bytes(self) -> int:
+        """How much less the weights take than those of the model with all layers dense."""
+        return self.dense_weight_bytes - self.weight_bytes
 
     @property
     def reload(self) -> str:
@@ -133,7 +133,7 @@ def export(
             FORMATS[format].write(Order(model, example, dynamic_batch, notes), part)
             difference = _checked(format, part, calls, _tolerance(model, example))
         imports = _imports(calls) if FORMATS[format].keeps_classes else ()
-        sizes = part.stat().st_size, held_bytes(model), _saved_bytes(model)
+        sizes = part.stat().st_size, held_bytes(model), dense_bytes(model)
         done = Exported(format, path, *sizes, difference, imports)
         part.replace(path)
     return done
@@ -182,11 +182,6 @@ def _fitting(model: nn.Module, allocation: Allocation) -> Allocation:
             "written."
         )
     return allocation
-
-
-def _saved_bytes(model: nn.Module) -> int:
-    layers = [layer for layer in model.modules() if isinstance(layer, FactorizedLayer)]
-    return sum(saved_cost(layer, in_bytes=True) for layer in layers)
 
 
 def _calls(model: nn.Module, example: Example | None, dynamic_batch: bool) -> list[tuple[Example, object]]:

@@ -42,11 +42,11 @@ def _tells_singular_values(curves: Curves) -> bool:
 
 
 def _kept(allocation: Allocation) -> Picture:
-    rows = len(plot_allocation(allocation)[1].get_yticks())
-    figure = new_figure((_WIDTH, 1.1 + 0.24 * rows))
+    figure = new_figure((_WIDTH, _WIDTH))
     _, axes = plot_allocation(allocation, ax=figure.subplots())
     names = [label.get_text() for label in axes.get_yticklabels()]
-    axes.set_yticks(range(rows), [beside(name) for name in names])
+    figure.set_size_inches(_WIDTH, 1.1 + 0.24 * len(names))
+    axes.set_yticks(range(len(names)), [beside(name) for name in names])
     axes.legend().remove()  # beside the title there is no room for it
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False, fontsize=8)
     told = f"A bar for each layer: {spoken(allocation.unit)} of the dense layer, and on it what is kept"
