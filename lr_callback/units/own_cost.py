@@ -27,8 +27,8 @@ from lr_callback.mathematics.folding import Geometry
 
 _LARGEST = 2**53
 """Up to here every whole number is a float, too."""
-_FORM = ("kernel_in_encoder", 1, 1)
-"""Folding, number of slices and rank of a form that every layer can have."""
+_FORM = ("kernel_in_encoder", 1)
+"""Folding and number of slices of forms that every layer can have."""
 
 
 class OwnCost:
@@ -107,8 +107,11 @@ class OwnCost:
                 now = costs[name].at(layer.folding, layer.num_slices, layer.rank)
                 total += dense[name] - now
         self._check_sums({name: cost.module for name, cost in costs.items()}, dense, "layers")
-        made = {name: Forms(cost.module, *_FORM[:2]).at(_FORM[2]) for name, cost in costs.items()}
-        self._check_sums(made, {name: cost.at(*_FORM) for name, cost in costs.items()}, "layers of rank 1")
+        full = {name: cost.geometry.full_rank(*_FORM) for name, cost in costs.items()}
+        for ranks, what in ((dict.fromkeys(full, 1), "rank 1"), (_halves(full), "half their rank")):
+            made = {name: Forms(cost.module, *_FORM).at(ranks[name]) for name, cost in costs.items()}
+            own = {name: cost.at(*_FORM, ranks[name]) for name, cost in costs.items()}
+            self._check_sums(made, own, f"layers of {what}")
         if total < sum(dense.values()):
             raise ValueError(
                 f"cost={self.name}: a model must cost at least what its layers cost together, {sum(dense.values()):,} "
@@ -250,6 +253,10 @@ def _problem(value: object) -> str | None:
     if value != int(value):
         return "a whole number of units, choose a smaller unit"
     return None if value < _LARGEST else "less than 2 ** 53 units, choose a larger unit"
+
+
+def _halves(ranks: Mapping[str, int]) -> dict[str, int]:
+    return {name: -(-rank // 2) for name, rank in ranks.items()}
 
 
 def _settings(dense: nn.Module) -> str | None:

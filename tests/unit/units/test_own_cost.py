@@ -50,6 +50,11 @@ def size(module):
     return sum(parameter.numel() for parameter in module.parameters())
 
 
+def _widths(module):
+    """Return the ranks that a module has in it."""
+    return [one.rank for one in module.modules() if isinstance(one, FactorizedLayer)]
+
+
 def test_equal_layers_are_asked_once_and_never_for_values():
     asked = []
 
@@ -131,9 +136,13 @@ def test_whole_floats_are_costs():
             lambda module: size(module) + 500 * any(isinstance(one, FactorizedLayer) for one in module.modules()),
             r"layers of rank 1 must cost together what each of them does, 1,384 for 0 and 2, got 884 for nn.ModuleList",
         ),
+        (
+            lambda module: size(module) + sum(_widths(module)) // 40,
+            r"layers of half their rank must cost together what each of them does, 8,320 for 0 and 2, got 8,321",
+        ),
         (lambda module: 0, r"the model must cost more than 0, to keep a fraction of it, got 0"),
     ],
-    ids=["constant", "square", "largest", "model", "factorized", "nothing"],
+    ids=["constant", "square", "largest", "model", "factorized", "middle", "nothing"],
 )
 def test_a_cost_that_does_not_add_up_is_refused_with_the_layers(function, text):
     with pytest.raises(ValueError, match=text):
