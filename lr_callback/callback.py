@@ -33,6 +33,7 @@ from lr_callback.host.schedule import Schedule, When
 from lr_callback.host.scope import Scope
 from lr_callback.host.snapshots import publish, write_part
 from lr_callback.host.strategies import check_same_weights, check_strategy, processes_of, same_on_all
+from lr_callback.host.timed import RunTimes
 from lr_callback.host.trainer import check_optimizers, is_smoke_test, lacks
 from lr_callback.model.find import factorized_in
 from lr_callback.observation.gallery import Gallery
@@ -246,7 +247,7 @@ class LowRankCompression(Checkpointed):
             ValueError: If the budget cannot be met or a weight is not finite.
             MisconfigurationException: If multiply-adds are to be counted and no input is known.
         """
-        started, processes = perf_counter(), processes_of(trainer)
+        processes = processes_of(trainer)
         with held(), ExitStack() as undo:
             for noted in map(vars, (self, self._counting, self._distilling, self._logged)):
                 undo.callback(noted.update, dict(noted))
@@ -254,6 +255,7 @@ class LowRankCompression(Checkpointed):
             if not factorized_in(pl_module):
                 self._snapshot(trainer, "dense", again=False)
             self._counting.observe_example(trainer, pl_module, self.scope.to_time)
+            times, started = RunTimes(trainer, pl_module), perf_counter()
             scope, calls, importance = self.repairing.measure(trainer, pl_module, self.scope)
             analysis = scope.analyze(trainer, pl_module, self._counting.prices, importance)
             check_same_weights(trainer, pl_module)
@@ -267,7 +269,7 @@ class LowRankCompression(Checkpointed):
             seconds = processes.first(lambda: perf_counter() - started)
             part = write_part(trainer, "cut", undo) if self.snapshots else None
             told = (allocation, self._counting.observation, seconds, self.show_table, curves, self._gallery)
-            known = self._logged.before(trainer, self._accuracy.measured)
+            known = {**self._logged.before(trainer, self._accuracy.measured), **times.after()}
             processes.agree(lambda: tell(trainer, pl_module, *told, known))
             self._record = self._record.after(allocation, self.schedule.passed(trainer), curves)
             undo.pop_all()

@@ -116,8 +116,14 @@ def _is_on_purpose(error: BaseException) -> bool:
 
 
 def is_in_training(error: BaseException) -> bool:
-    """Return whether an error was raised when the epochs of a training had begun."""
-    return any(Path(file).name == "fit_loop.py" and name in _EPOCHS for file, _, name in _frames(error))
+    """Return whether an error was raised when a training was under way.
+
+    What the callback refuses at the end of the first batch, on which it counts, is not: no more than that is lost.
+    """
+    frames = [(Path(file).name, name) for file, _, name in _frames(error)]
+    return ("callback.py", "on_train_batch_end") not in frames and any(
+        file == "fit_loop.py" and name in _EPOCHS for file, name in frames
+    )
 
 
 def is_of_log_folder(error: BaseException) -> bool:

@@ -8,10 +8,9 @@ from contextlib import AbstractContextManager, nullcontext
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from lr_callback.common.table import on_one_line
 from lr_callback.decisions.costs import ACTIVATION_MEMORY, LATENCY, OBSERVED, Unit, check_cost
 from lr_callback.host.strategies import processes_of
-from lr_callback.host.trainer import observe_example
+from lr_callback.host.trainer import observe_example, why
 from lr_callback.model.observe import Observation, Timed
 from lr_callback.model.pricing import Prices
 from lr_callback.model.probe import Probe
@@ -175,12 +174,10 @@ def _glance(trainer: Trainer, pl_module: LightningModule) -> Observation | None:
     try:
         return observe_example(trainer, pl_module)
     except (ValueError, NotImplementedError) as error:  # the latter of an example on the meta device
-        cause = error.__cause__  # what the network raised, if that is why
-        told = error if cause is None else f"it raised {type(cause).__name__}: {on_one_line(cause)}"
         rank_zero_warn(
             "LowRankCompression: how many multiply-adds can be kept is not said before the training: the network must "
-            f"run on its `example_input_array`, and {told}. The compression is not affected. Give what its forward "
-            "takes, or none."
+            f"run on its `example_input_array`, and {why(error)}. The compression is not affected. Give what its "
+            "forward takes, or none."
         )
         return None
 

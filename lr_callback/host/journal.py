@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from lightning.pytorch import LightningModule, Trainer
 
+from lr_callback.common.table import wrap
 from lr_callback.decisions.allocation import Allocation
 from lr_callback.decisions.costs import LATENCY
 from lr_callback.decisions.curves import Curves
@@ -14,6 +15,9 @@ from lr_callback.model.observe import Observation
 from lr_callback.observation.gallery import Gallery
 from lr_callback.observation.metrics import compression_metrics
 from lr_callback.observation.report import show
+
+TIMES = ("milliseconds_before", "milliseconds_after")
+"""Names of the times of a run before and after a compression."""
 
 
 def tell(
@@ -25,7 +29,7 @@ def tell(
     show_table: bool,
     curves: Curves,
     gallery: Gallery,
-    accuracies: Mapping[str, float],
+    known: Mapping[str, float],
 ) -> None:
     """Log the metrics of a compression, give loggers its figures, and print its table.
 
@@ -38,7 +42,7 @@ def tell(
         show_table: whether to print.
         curves: of the allocation.
         gallery: of the run.
-        accuracies: of the network, by the names that they are logged by, those that are known.
+        known: accuracies and times of the network, by the names that they are logged by, those that are known.
     """
     parameters = (held_parameters(pl_module), dense_parameters(pl_module))
     metrics = compression_metrics(
@@ -46,7 +50,7 @@ def tell(
         parameters,
         _multiply_adds(pl_module, observation),
         seconds,
-        {**accuracies, **_milliseconds(allocation)},
+        {**known, **_milliseconds(allocation)},
     )
     metrics.to(pl_module.device)
     for name, metric in metrics.items():
@@ -57,7 +61,15 @@ def tell(
         logged = [name.removeprefix("compression/") for name in values]
         gallery.show(trainer.loggers, allocation, curves, logged_step(trainer), logged)
     if show_table:
-        show(trainer, f"Low-rank compression at the start of epoch {trainer.current_epoch}\n{allocation}")
+        title = f"Low-rank compression at the start of epoch {trainer.current_epoch}"
+        show(trainer, f"{title}\n{allocation}{_times_told(known)}")
+
+
+def _times_told(known: Mapping[str, float]) -> str:
+    if not known.keys() >= set(TIMES):
+        return ""
+    before, after = (f"{known[name]:,.2f} ms" for name in TIMES)
+    return "\n" + wrap(f"A run on the example input takes {after}, and took {before} before.")
 
 
 def log_multiply_adds(trainer: Trainer, pl_module: LightningModule, observation: Observation | None) -> None:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Any, TypeAlias
 
 from lightning.fabric.utilities import move_data_to_device
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from lr_callback.common.table import listed
+from lr_callback.common.table import listed, on_one_line
 from lr_callback.decisions.allocation import Allocation
 from lr_callback.edits.optimizers import optimizers_in, with_inner
 from lr_callback.edits.projection import OptimizerState, can_project
 from lr_callback.model.find import factorized_in
-from lr_callback.model.observe import Observation, Timed, observe
+from lr_callback.model.observe import Observation, Timed, observe, run_on
 from lr_callback.units.latency import Progress
+
+Within: TypeAlias = Callable[[], AbstractContextManager[object]]
 
 
 def is_smoke_test(trainer: Trainer) -> bool:
@@ -113,14 +116,33 @@ def observe_example(
         MisconfigurationException: If the module has none.
         ValueError: If the module cannot be run on it.
     """
-    example = pl_module.example_input_array
-    if example is None:
+    if pl_module.example_input_array is None:
         raise MisconfigurationException(
             "LowRankCompression: multiply_adds, latency or activation_memory at epoch 0 (where fast_dev_run "
             "compresses, too) must know an input before the first batch, and the module's `example_input_array` is not "
             "set. Set it, or compress at epoch 1 or later."
         )
-    moved = move_data_to_device(example, pl_module.device)
-    given = trainer.precision_plugin.convert_input(moved)
-    within = trainer.precision_plugin.forward_context
-    return observe(pl_module, given, timed_for, progress, activations, "example_input_array", within)
+    given, named, within = _example_of(trainer, pl_module)
+    return observe(pl_module, given, timed_for, progress, activations, named, within)
+
+
+def run_of_example(trainer: Trainer, pl_module: LightningModule) -> Callable[[], object]:
+    """Return a run of the module on its own example input, as :func:`observe_example` makes one.
+
+    Raises:
+        ValueError: If it cannot be run; when it is called, if the module raises anything.
+    """
+    return run_on(pl_module, *_example_of(trainer, pl_module))
+
+
+def _example_of(trainer: Trainer, pl_module: LightningModule) -> tuple[object, str, Within]:
+    """Return the example where and as the run has its batches, what it is called, and what a run is made in."""
+    moved = move_data_to_device(pl_module.example_input_array, pl_module.device)
+    plugin = trainer.precision_plugin
+    return plugin.convert_input(moved), "example_input_array", plugin.forward_context
+
+
+def why(error: Exception) -> str:
+    """Return what became of a run on the example that failed, as the end of a sentence."""
+    cause = error.__cause__  # what the network raised, if that is why
+    return str(error) if cause is None else f"it raised {type(cause).__name__}: {on_one_line(cause)}"

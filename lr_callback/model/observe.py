@@ -132,6 +132,21 @@ def observe(
         >>> observe(nn.Linear(6, 5), torch.zeros(2, 6)).dense_multiply_adds
         60
     """
+    run = run_on(model, example_input, named, within)
+    return observe_run(model, run, timed_for, progress, (example_input,) * activations)
+
+
+def run_on(
+    model: nn.Module,
+    example_input: object,
+    named: str = "example_input",
+    within: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> Callable[[], object]:
+    """Return a run of a model on an example, which says where it fails; for the arguments see :func:`observe`.
+
+    Raises:
+        ValueError: If the model has no values, or there is no example; when it is called, if the model raises anything.
+    """
     check_can_run(model)
     way_out = "give what its forward takes, or keep parameters or bytes, which need no run"
     call = _call_of(model, example_input)
@@ -140,8 +155,7 @@ def observe(
         with within():
             return call()
 
-    run = told(model, inside, f"`{named}`: {type(model).__name__} must run on it", way_out)
-    return observe_run(model, run, timed_for, progress, (example_input,) * activations)
+    return told(model, inside, f"`{named}`: {type(model).__name__} must run on it", way_out)
 
 
 def _call_of(model: nn.Module, example_input: object) -> Callable[[], object]:

@@ -24,7 +24,7 @@ CHARTS: Mapping[str, tuple[str, ...]] = {
     "error of the layers": ("worst_error", "mean_error"),
     "layers factorized": ("layers_factorized",),
     "accuracy, of the validations before and after": ("accuracy_before", "accuracy_after"),
-    "milliseconds of one run": ("milliseconds",),
+    "milliseconds of one run": ("milliseconds_before", "milliseconds_after", "milliseconds"),
     "seconds that it took": ("seconds",),
 }
 """The layout of charts: title -> names of metrics; a chart of which a run logs none is left out."""

@@ -277,6 +277,23 @@ def test_bad_arguments_are_refused_on_one_line_by_their_names(capsys, here, argu
     assert re.search(text, written) and "Traceback" not in written
 
 
+def test_a_budget_that_waits_for_the_first_batch_is_refused_on_one_line(capsys, here, tmp_path, monkeypatch):
+    (tmp_path / "own_blind.py").write_text(
+        "from lr_callback.recipes import ImageClassifier\n\n\nclass Blind(ImageClassifier):\n"
+        "    def __init__(self, network):\n        super().__init__(network)\n"
+        "        self.example_input_array = None\n"
+    )
+    config = yaml.safe_load((CONFIGS / "digits.yaml").read_text(encoding="utf-8"))
+    network = config["model"]["init_args"]["network"]
+    config["model"] = {"class_path": "own_blind.Blind", "init_args": {"network": network}}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    arguments = ["--compress.cost", "multiply_adds", "--compress.keep_ratio", "0.01", "--compress.epochs", "1"]
+    written = refusal(capsys, here, "fit", "--config", tmp_path / "own.yaml", *FLAT[:2], *arguments)
+    assert re.search(r"error: --compress.keep_ratio=0.01: the budget must be at least .* Reachable: .*\n$", written)
+    assert "Traceback" not in written
+
+
 def test_a_clock_that_is_too_noisy_is_told_on_one_line(capsys, here, monkeypatch, own_cache):
     trust = sys.modules["lr_callback.units.latency.trust"]
     monkeypatch.setattr(trust, "waiting", lambda device: 50_000_000)  # as where other programs take the processors

@@ -88,3 +88,75 @@ def test_none_is_logged_where_it_cannot_be_told(tmp_path, names):
 
 def test_none_is_logged_without_a_validation(tmp_path):
     assert logged(tmp_path, ["val_acc"], limit=0) == {}
+
+
+TIMES = ["compression/milliseconds_before", "compression/milliseconds_after"]
+
+
+class Shown(Graded):
+    """One that says what it takes, and draws random numbers."""
+
+    def __init__(self, example, mistake=False):
+        super().__init__(["val_acc"])
+        self.network.insert(1, nn.Dropout())
+        self.example_input_array, self.mistake = example, mistake
+
+    def forward(self, rows):
+        if self.mistake and isinstance(self.network[0], lrc.layers.FactorizedLinear):
+            raise RuntimeError("not when it is cut")
+        return self.network(rows)
+
+
+def times(tmp_path, module, ratio=0.6, epochs=2, **options):
+    """Run four epochs; return name -> {step: value} of all times that were logged, and the Trainer."""
+    logger = CSVLogger(tmp_path, name="times")
+    torch.manual_seed(0)
+    loader = DataLoader(TensorDataset(torch.randn(32, 16), torch.randint(4, (32,))), batch_size=8)
+    callback = lrc.LowRankCompression(ratio, epochs, method=lrc.ALDS(), refit=None, **options)
+    quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(
+        max_epochs=4, accelerator="cpu", logger=logger, callbacks=[callback], log_every_n_steps=1, **quiet
+    )
+    trainer.fit(module, loader, loader)
+    return logger.log_dir, trainer
+
+
+def test_times_are_of_runs_on_the_example_on_both_sides(tmp_path, read_metrics, messages):
+    module = Shown(torch.zeros(4, 16))
+    folder, trainer = times(tmp_path, module, [0.8, 0.6], [1, 3])
+    logged = read_metrics(folder)
+    assert [sorted(logged[name]) for name in TIMES] == [[4, 12]] * 2
+    assert all(0 < value < 1000 for name in TIMES for value in logged[name].values())
+    assert all(trainer.callback_metrics[name] == pytest.approx(logged[name][12]) for name in TIMES)
+    said = [text.splitlines()[-1] for text in messages if text.startswith("Low-rank compression at the start")]
+    assert len(said) == 2
+    for line, step in zip(said, (4, 12), strict=True):
+        before, after = (f"{logged[name][step]:.2f} ms" for name in TIMES)
+        assert line == f"A run on the example input takes {after}, and took {before} before."
+
+
+@pytest.mark.filterwarnings("ignore:.*how many multiply-adds can be kept is not said")
+@pytest.mark.parametrize("example", [None, torch.zeros(4, 5)], ids=["none", "of another size"])
+def test_without_an_example_that_it_can_be_run_on_no_times_are_logged(tmp_path, read_metrics, messages, example):
+    folder, _ = times(tmp_path, Shown(example))
+    assert not {*TIMES} & {*read_metrics(folder)}
+    assert not any("A run on the example" in text for text in messages)
+
+
+def test_runs_that_are_timed_change_nothing_of_a_training(tmp_path):
+    torch.manual_seed(1)
+    timed = Shown(torch.zeros(4, 16))
+    torch.manual_seed(1)
+    other = Shown(None)
+    times(tmp_path, timed)
+    times(tmp_path, other)
+    for one, two in zip(timed.state_dict().values(), other.state_dict().values(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_a_network_that_cannot_be_run_after_a_compression_is_compressed_all_the_same(tmp_path, read_metrics):
+    text = r"what a run takes is not logged: .*, and now it raised RuntimeError: not when it is cut\. The training goes"
+    with pytest.warns(UserWarning, match=text):
+        folder, _ = times(tmp_path, Shown(torch.zeros(4, 16), mistake=True))
+    logged = read_metrics(folder)
+    assert logged["compression/kept_parameters"][8] < 0.61 and not {*TIMES} & {*logged}

@@ -1,0 +1,62 @@
+"""Timed: what a run of a network on its example input takes, right before a compression and right after it."""
+
+from __future__ import annotations
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
+from lr_callback.common.untouched import as_written, untouched
+from lr_callback.host.journal import TIMES
+from lr_callback.host.strategies import processes_of
+from lr_callback.host.trainer import run_of_example, why
+from lr_callback.units.latency import timed
+
+_SECONDS, _LEAST = 0.2, 2
+"""How long runs are timed at most, but that many in any case."""
+
+
+class RunTimes:
+    """The times of a run in eval mode, in the run's precision, on its device, as written where it is compiled.
+
+    Measured where the module has an ``example_input_array`` that it can be run on.
+
+    Args:
+        trainer: of the run.
+        pl_module: before a compression.
+    """
+
+    def __init__(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._trainer, self._module = trainer, pl_module
+        self._before: float | None = None
+        self._before = self._measure()
+
+    def after(self) -> dict[str, float]:
+        """Return both times, in milliseconds, by the names that they are logged by; none where there are none."""
+        if self._before is None:
+            return {}
+        after = self._measure()
+        return {} if after is None else dict(zip(TIMES, (self._before, after), strict=True))
+
+    def _measure(self) -> float | None:
+        """Return what the first process measures: all of them run, and may talk to each other."""
+        if self._module.example_input_array is None:
+            return None
+        return processes_of(self._trainer).gather(self._milliseconds)[0]
+
+    def _milliseconds(self) -> float | None:
+        with untouched(self._module), as_written():
+            try:
+                run = run_of_example(self._trainer, self._module)
+                run()
+            except (ValueError, NotImplementedError) as error:
+                if self._before is not None:  # else it was said before the training
+                    self._warn(error)
+                return None
+            return timed(run, self._module.device, _SECONDS, _LEAST).nanoseconds / 1e6
+
+    def _warn(self, error: Exception) -> None:
+        rank_zero_warn(
+            "LowRankCompression: what a run takes is not logged: the network ran on its `example_input_array` before "
+            f"the compression, and now {why(error)}. The training goes on with the compressed network. Let its forward "
+            "take factorized layers, or exclude those that it looks into."
+        )
