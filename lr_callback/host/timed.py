@@ -9,10 +9,10 @@ from lr_callback.common.untouched import as_written, untouched
 from lr_callback.host.journal import TIMES
 from lr_callback.host.strategies import processes_of
 from lr_callback.host.trainer import run_of_example, why
-from lr_callback.units.latency import timed
+from lr_callback.units.latency import timed_runs
 
-_SECONDS, _LEAST = 0.2, 2
-"""How long runs are timed at most, but that many in any case."""
+_RUNS = 5
+"""On each process: as many on all, for a network that talks to its copies there."""
 
 
 class RunTimes:
@@ -38,7 +38,7 @@ class RunTimes:
         return {} if after is None else dict(zip(TIMES, (self._before, after), strict=True))
 
     def _measure(self) -> float | None:
-        """Return what the first process measures: all of them run, and may talk to each other."""
+        """Return what the first process measures; all of them run."""
         if self._module.example_input_array is None:
             return None
         return processes_of(self._trainer).gather(self._milliseconds)[0]
@@ -47,12 +47,11 @@ class RunTimes:
         with untouched(self._module), as_written():
             try:
                 run = run_of_example(self._trainer, self._module)
-                run()
+                return timed_runs(run, self._module.device, _RUNS).nanoseconds / 1e6
             except (ValueError, NotImplementedError) as error:
                 if self._before is not None:  # else it was said before the training
                     self._warn(error)
                 return None
-            return timed(run, self._module.device, _SECONDS, _LEAST).nanoseconds / 1e6
 
     def _warn(self, error: Exception) -> None:
         rank_zero_warn(

@@ -5,7 +5,7 @@ from lr_callback.units.latency.curves import Curve, LayerTimes, MeasuredCost
 from lr_callback.units.latency.files import device_facts
 from lr_callback.units.latency.inputs import LayerInput
 from lr_callback.units.latency.measure import Latencies, Progress, Wanted, check_clock, measure
-from lr_callback.units.latency.timing import Stopwatch, Timing, timed, timed_in_turns
+from lr_callback.units.latency.timing import Stopwatch, Timing, timed, timed_in_turns, timed_runs
 from lr_callback.units.latency.trust import Doubt, NoisyClockError, compared, drift, excess, told
 
 __all__ = [
@@ -29,5 +29,6 @@ __all__ = [
     "measure",
     "timed",
     "timed_in_turns",
+    "timed_runs",
     "told",
 ]

@@ -33,14 +33,13 @@ class Timing:
     spread: float
 
 
-def timed(run: Callable[[], object], device: torch.device, seconds: float = 0.1, least: int = _LEAST_BLOCKS) -> Timing:
+def timed(run: Callable[[], object], device: torch.device, seconds: float = 0.1) -> Timing:
     """Measure how long a call takes, the work that it leaves to the device included.
 
     Args:
         run: the call; it is made some times beforehand.
         device: that it works on.
-        seconds: how long to measure at most, where runs differ.
-        least: runs that are made in any case, two at least.
+        seconds: how long to measure at most, where runs differ; five runs are made in any case.
 
     Example::
 
@@ -54,7 +53,20 @@ def timed(run: Callable[[], object], device: torch.device, seconds: float = 0.1,
         taken = watch.block()
         return taken, taken * watch.calls
 
-    return _repeated(block, seconds, least)
+    return _repeated(block, seconds)
+
+
+def timed_runs(run: Callable[[], object], device: torch.device, count: int) -> Timing:
+    """Measure each of so many runs, two at least, after one beforehand: every process of a run makes as many.
+
+    Example::
+
+        >>> numbers = torch.ones(64)
+        >>> timed_runs(numbers.sum, numbers.device, count=2).nanoseconds > 0
+        True
+    """
+    _elapsed(run, device, 1)
+    return of_runs([_elapsed(run, device, 1) for _ in range(count)])
 
 
 def timed_beside(run: Callable[[], object], other: Stopwatch, device: torch.device, seconds: float = 0.1) -> Timing:
@@ -107,11 +119,13 @@ def timed_in_turns(runs: Sequence[Callable[[], object]], device: torch.device, s
     return [of_runs(values) for values in of_each()]
 
 
-def _repeated(take: Callable[[], tuple[float, float]], seconds: float, least: int = _LEAST_BLOCKS) -> Timing:
+def _repeated(take: Callable[[], tuple[float, float]], seconds: float) -> Timing:
     """Take values, each with the nanoseconds that it took, until they agree or the time is over."""
     values: list[float] = []
     total = 0.0
-    while len(values) < least or (len(values) < _MOST_BLOCKS and total < 1e9 * seconds and _spread(values) > _STEADY):
+    while len(values) < _LEAST_BLOCKS or (
+        len(values) < _MOST_BLOCKS and total < 1e9 * seconds and _spread(values) > _STEADY
+    ):
         value, taken = take()
         values.append(value)
         total += taken
