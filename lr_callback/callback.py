@@ -255,8 +255,9 @@ class LowRankCompression(Checkpointed):
             if not factorized_in(pl_module):
                 self._snapshot(trainer, "dense", again=False)
             self._counting.observe_example(trainer, pl_module, self.scope.to_time)
-            times, started = RunTimes(trainer, pl_module), perf_counter()
+            started = perf_counter()
             scope, calls, importance = self.repairing.measure(trainer, pl_module, self.scope)
+            times = RunTimes(trainer, pl_module, calls)
             analysis = scope.analyze(trainer, pl_module, self._counting.prices, importance)
             check_same_weights(trainer, pl_module)
             repair = partial(self.repairing.repair, trainer, pl_module, calls, importance)
@@ -266,11 +267,11 @@ class LowRankCompression(Checkpointed):
             self._distilling.keep(trainer, pl_module)
             options = (averages, self.reset_monitors, self.optimizer_state, self._record.start, importance)
             report = cut(trainer, pl_module, allocation, undo, *options, partial(repair, undo))
-            seconds = processes.first(lambda: perf_counter() - started)
+            seconds = processes.first(lambda: perf_counter() - started - times.seconds)
             part = write_part(trainer, "cut", undo) if self.snapshots else None
             told = (allocation, self._counting.observation, seconds, self.show_table, curves, self._gallery)
             known = {**self._logged.before(trainer, self._accuracy.measured), **times.after()}
-            processes.agree(lambda: tell(trainer, pl_module, *told, known))
+            processes.agree(lambda: tell(trainer, pl_module, *told, known, times.sentence))
             self._record = self._record.after(allocation, self.schedule.passed(trainer), curves)
             undo.pop_all()
             self._record = self._record.with_files(publish(trainer, part))

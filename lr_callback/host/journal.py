@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lr_callback.common.table import wrap
 from lr_callback.decisions.allocation import Allocation
 from lr_callback.decisions.costs import LATENCY
 from lr_callback.decisions.curves import Curves
@@ -15,9 +14,6 @@ from lr_callback.model.observe import Observation
 from lr_callback.observation.gallery import Gallery
 from lr_callback.observation.metrics import compression_metrics
 from lr_callback.observation.report import show
-
-TIMES = ("milliseconds_before", "milliseconds_after")
-"""Names of the times of a run before and after a compression."""
 
 
 def tell(
@@ -30,6 +26,7 @@ def tell(
     curves: Curves,
     gallery: Gallery,
     known: Mapping[str, float],
+    note: str,
 ) -> None:
     """Log the metrics of a compression, give loggers its figures, and print its table.
 
@@ -43,6 +40,7 @@ def tell(
         curves: of the allocation.
         gallery: of the run.
         known: accuracies and times of the network, by the names that they are logged by, those that are known.
+        note: printed below the table; may be empty.
     """
     parameters = (held_parameters(pl_module), dense_parameters(pl_module))
     metrics = compression_metrics(
@@ -62,14 +60,7 @@ def tell(
         gallery.show(trainer.loggers, allocation, curves, logged_step(trainer), logged)
     if show_table:
         title = f"Low-rank compression at the start of epoch {trainer.current_epoch}"
-        show(trainer, f"{title}\n{allocation}{_times_told(known)}")
-
-
-def _times_told(known: Mapping[str, float]) -> str:
-    if not known.keys() >= set(TIMES):
-        return ""
-    before, after = (f"{known[name]:,.2f} ms" for name in TIMES)
-    return "\n" + wrap(f"A run on the example input takes {after}, and took {before} before.")
+        show(trainer, "\n".join(filter(None, (title, str(allocation), note))))
 
 
 def log_multiply_adds(trainer: Trainer, pl_module: LightningModule, observation: Observation | None) -> None:

@@ -1,61 +1,103 @@
-"""Timed: what a run of a network on its example input takes, right before a compression and right after it."""
+"""Timed: what a run of a network takes, right before a compression and right after it."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from time import perf_counter
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
+from lr_callback.common.table import wrap
 from lr_callback.common.untouched import as_written, untouched
-from lr_callback.host.journal import TIMES
 from lr_callback.host.strategies import processes_of
 from lr_callback.host.trainer import run_of_example, why
+from lr_callback.model.probe import Probe
+from lr_callback.model.running import told
 from lr_callback.units.latency import timed_runs
 
 _RUNS = 5
 """On each process: as many on all, for a network that talks to its copies there."""
 
+Made = Callable[[], Callable[[], object]]
+"""Makes a run, or says why there is none."""
+
 
 class RunTimes:
     """The times of a run in eval mode, in the run's precision, on its device, as written where it is compiled.
 
-    Measured where the module has an ``example_input_array`` that it can be run on.
+    It is on the module's ``example_input_array``; where there is none, or the module cannot be run on it, on the first
+    of the batches that the compression is calibrated with; where there are none either, nothing is timed.
 
     Args:
         trainer: of the run.
         pl_module: before a compression.
+        calls: of the network on batches, if it is calibrated.
+
+    Attributes:
+        seconds: that the timing has taken so far.
     """
 
-    def __init__(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._trainer, self._module = trainer, pl_module
+    def __init__(self, trainer: Trainer, pl_module: LightningModule, calls: Sequence[Probe]) -> None:
+        self._trainer, self._module, self.seconds = trainer, pl_module, 0.0
         self._before: float | None = None
-        self._before = self._measure()
+        self._after: float | None = None
+        said = ""
+        for self._what, self._made in _runs(trainer, pl_module, calls):
+            self._before, said = self._measure()
+            if self._before is not None:
+                return
+        if said:
+            way_out = "The compression is not affected. Give what its forward takes."
+            _warn(f"the network must run on {self._what}, and {said}. {way_out}")
 
     def after(self) -> dict[str, float]:
         """Return both times, in milliseconds, by the names that they are logged by; none where there are none."""
         if self._before is None:
             return {}
-        after = self._measure()
-        return {} if after is None else dict(zip(TIMES, (self._before, after), strict=True))
+        self._after, said = self._measure()
+        if self._after is None:
+            _warn(
+                f"the network ran on {self._what} before the compression, and now {said}. The training goes on with "
+                "the compressed network. Let its forward take factorized layers, or exclude those that it looks into."
+            )
+            return {}
+        return {"milliseconds_before": self._before, "milliseconds_after": self._after}
 
-    def _measure(self) -> float | None:
-        """Return what the first process measures; all of them run."""
-        if self._module.example_input_array is None:
-            return None
-        return processes_of(self._trainer).gather(self._milliseconds)[0]
+    @property
+    def sentence(self) -> str:
+        """What a person is told; empty where there are no times."""
+        if self._before is None or self._after is None:
+            return ""
+        return wrap(f"A run on {self._what} takes {self._after:,.2f} ms, and took {self._before:,.2f} ms before.")
 
-    def _milliseconds(self) -> float | None:
+    def _measure(self) -> tuple[float | None, str]:
+        """Return what the first process measures, or why it cannot; all of them run."""
+        started = perf_counter()
+        found = processes_of(self._trainer).gather(self._milliseconds, long=True)[0]
+        self.seconds += perf_counter() - started
+        return found
+
+    def _milliseconds(self) -> tuple[float | None, str]:
         with untouched(self._module), as_written():
             try:
-                run = run_of_example(self._trainer, self._module)
-                return timed_runs(run, self._module.device, _RUNS).nanoseconds / 1e6
-            except (ValueError, NotImplementedError) as error:
-                if self._before is not None:  # else it was said before the training
-                    self._warn(error)
-                return None
+                return timed_runs(self._made(), self._module.device, _RUNS).nanoseconds / 1e6, ""
+            except (ValueError, NotImplementedError) as error:  # the latter of an example on the meta device
+                return None, why(error)
 
-    def _warn(self, error: Exception) -> None:
-        rank_zero_warn(
-            "LowRankCompression: what a run takes is not logged: the network ran on its `example_input_array` before "
-            f"the compression, and now {why(error)}. The training goes on with the compressed network. Let its forward "
-            "take factorized layers, or exclude those that it looks into."
-        )
+
+def _runs(trainer: Trainer, pl_module: LightningModule, calls: Sequence[Probe]) -> Iterator[tuple[str, Made]]:
+    """Give what the network can be run on, as it is called in a sentence, and what makes the run; the best first."""
+    if pl_module.example_input_array is not None:
+        yield "the `example_input_array`", lambda: run_of_example(trainer, pl_module)
+    if calls:
+        yield "a calibration batch", lambda: _repeated(pl_module, next(one for one in calls if one.seen))
+
+
+def _repeated(pl_module: LightningModule, probe: Probe) -> Callable[[], object]:
+    way_out = "let them be made in eval mode"
+    return told(pl_module, probe.repeat, "the network's calls of the batch must be possible again", way_out)
+
+
+def _warn(text: str) -> None:
+    rank_zero_warn(f"LowRankCompression: what a run takes is not logged: {text}")

@@ -1,5 +1,7 @@
 """Accuracies that a run's own validations log stand in its loggers as those before and after a compression."""
 
+import signal
+
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -9,6 +11,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import lr_callback as lrc
+from lr_callback.host.timed import RunTimes
+from lr_callback.model.find import factorized_in
 
 BEFORE, AFTER = "compression/accuracy_before", "compression/accuracy_after"
 pytestmark = pytest.mark.filterwarnings("ignore:.*there is no last checkpoint available")
@@ -100,8 +104,12 @@ class Shown(Graded):
         super().__init__(["val_acc"])
         self.network.insert(1, nn.Dropout())
         self.example_input_array, self.mistake = example, mistake
+        self.runs, self.interrupted_at = 0, None
 
     def forward(self, rows):
+        self.runs += 1
+        if self.runs == self.interrupted_at:
+            signal.raise_signal(signal.SIGINT)
         if self.mistake and isinstance(self.network[0], lrc.layers.FactorizedLinear):
             raise RuntimeError("not when it is cut")
         return self.network(rows)
@@ -112,7 +120,7 @@ def times(tmp_path, module, ratio=0.6, epochs=2, **options):
     logger = CSVLogger(tmp_path, name="times")
     torch.manual_seed(0)
     loader = DataLoader(TensorDataset(torch.randn(32, 16), torch.randint(4, (32,))), batch_size=8)
-    callback = lrc.LowRankCompression(ratio, epochs, method=lrc.ALDS(), refit=None, **options)
+    callback = lrc.LowRankCompression(ratio, epochs, **({"method": lrc.ALDS(), "refit": None} | options))
     quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = Trainer(
         max_epochs=4, accelerator="cpu", logger=logger, callbacks=[callback], log_every_n_steps=1, **quiet
@@ -121,9 +129,23 @@ def times(tmp_path, module, ratio=0.6, epochs=2, **options):
     return logger.log_dir, trainer
 
 
-def test_times_are_of_runs_on_the_example_on_both_sides(tmp_path, read_metrics, messages):
-    module = Shown(torch.zeros(4, 16))
-    folder, trainer = times(tmp_path, module, [0.8, 0.6], [1, 3])
+WITH_CALIBRATION = {"method": lrc.ALDS("activation")}
+BAD_EXAMPLE = "ignore:.*how many multiply-adds can be kept is not said"
+
+
+@pytest.mark.filterwarnings(BAD_EXAMPLE)
+@pytest.mark.parametrize(
+    ("example", "options", "what"),
+    [
+        (torch.zeros(4, 16), {}, "the `example_input_array`"),
+        (torch.zeros(4, 16), WITH_CALIBRATION, "the `example_input_array`"),
+        (None, WITH_CALIBRATION, "a calibration batch"),
+        (torch.zeros(4, 5), WITH_CALIBRATION, "a calibration batch"),
+    ],
+    ids=["example", "example and batches", "batches", "an example of another size and batches"],
+)
+def test_times_are_of_runs_on_both_sides(tmp_path, read_metrics, messages, example, options, what):
+    folder, trainer = times(tmp_path, Shown(example), [0.8, 0.6], [1, 3], **options)
     logged = read_metrics(folder)
     assert [sorted(logged[name]) for name in TIMES] == [[4, 12]] * 2
     assert all(0 < value < 1000 for name in TIMES for value in logged[name].values())
@@ -132,26 +154,53 @@ def test_times_are_of_runs_on_the_example_on_both_sides(tmp_path, read_metrics, 
     assert len(said) == 2
     for line, step in zip(said, (4, 12), strict=True):
         before, after = (f"{logged[name][step]:.2f} ms" for name in TIMES)
-        assert line == f"A run on the example input takes {after}, and took {before} before."
+        assert line == f"A run on {what} takes {after}, and took {before} before."
 
 
-@pytest.mark.filterwarnings("ignore:.*how many multiply-adds can be kept is not said")
-@pytest.mark.parametrize("example", [None, torch.zeros(4, 5)], ids=["none", "of another size"])
-def test_without_an_example_that_it_can_be_run_on_no_times_are_logged(tmp_path, read_metrics, messages, example):
-    folder, _ = times(tmp_path, Shown(example))
+def test_with_neither_an_example_nor_batches_no_times_are_logged(tmp_path, read_metrics, messages):
+    folder, _ = times(tmp_path, Shown(None))
     assert not {*TIMES} & {*read_metrics(folder)}
-    assert not any("A run on the example" in text for text in messages)
+    assert not any("A run on" in text for text in messages)
 
 
-def test_runs_that_are_timed_change_nothing_of_a_training(tmp_path):
-    torch.manual_seed(1)
-    timed = Shown(torch.zeros(4, 16))
-    torch.manual_seed(1)
-    other = Shown(None)
-    times(tmp_path, timed)
-    times(tmp_path, other)
-    for one, two in zip(timed.state_dict().values(), other.state_dict().values(), strict=True):
+@pytest.mark.parametrize("show_table", [True, False])
+@pytest.mark.filterwarnings(BAD_EXAMPLE)
+def test_an_example_that_it_cannot_be_run_on_is_said(tmp_path, read_metrics, messages, show_table):
+    text = (
+        r"^LowRankCompression: what a run takes is not logged: the network must run on the `example_input_array`, and "
+        r"it raised RuntimeError: mat1 and mat2 .*\. The compression is not affected\. Give what its forward takes\.$"
+    )
+    with pytest.warns(UserWarning, match=text):
+        folder, _ = times(tmp_path, Shown(torch.zeros(4, 5)), show_table=show_table)
+    assert not {*TIMES} & {*read_metrics(folder)}
+    assert not any("A run on" in one for one in messages)
+
+
+@pytest.mark.parametrize(("example", "options"), [(torch.zeros(4, 16), {}), (None, WITH_CALIBRATION)])
+def test_runs_that_are_timed_change_nothing_of_a_training(tmp_path, monkeypatch, example, options):
+    found = []
+    for timed in (True, False):
+        if not timed:
+            monkeypatch.setattr(RunTimes, "_measure", lambda self: (None, ""))
+        torch.manual_seed(1)
+        found.append(Shown(example))
+        _, trainer = times(tmp_path, found[-1], **options)
+        assert (TIMES[0] in trainer.callback_metrics) == timed
+    for one, two in zip(*(module.state_dict().values() for module in found), strict=True):
         assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("run", [1, 7], ids=["before", "after"])
+def test_an_interrupt_is_heeded_while_runs_are_timed(tmp_path, run):
+    module = Shown(torch.zeros(4, 16))
+    module.interrupted_at, handler = run, signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit):
+            times(tmp_path, module, show_table=False)
+    finally:
+        signal.signal(signal.SIGINT, handler)  # which Lightning ignores from then on
+    assert module.runs == run  # no more of them were waited for
+    assert not factorized_in(module)
 
 
 def test_a_network_that_cannot_be_run_after_a_compression_is_compressed_all_the_same(tmp_path, read_metrics):

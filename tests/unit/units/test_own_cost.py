@@ -50,7 +50,7 @@ def size(module):
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _widths(module):
+def _ranks(module):
     """Return the ranks that a module has in it."""
     return [one.rank for one in module.modules() if isinstance(one, FactorizedLayer)]
 
@@ -137,7 +137,7 @@ def test_whole_floats_are_costs():
             r"layers of rank 1 must cost together what each of them does, 1,384 for 0 and 2, got 884 for nn.ModuleList",
         ),
         (
-            lambda module: size(module) + sum(_widths(module)) // 40,
+            lambda module: size(module) + sum(_ranks(module)) // 40,
             r"layers of half their rank must cost together what each of them does, 8,320 for 0 and 2, got 8,321",
         ),
         (lambda module: 0, r"the model must cost more than 0, to keep a fraction of it, got 0"),
