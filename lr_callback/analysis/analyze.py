@@ -266,11 +266,11 @@ def _analysis(
 ) -> Analysis:
     """Put an analysis together; layers without a candidate are skipped."""
     chosen = pinned(pins, layers, costs, found.skipped, method.rank_multiple, known)
-    useless = {name for name, layer in layers.items() if not layer.candidates}
+    useless = [name for name, layer in layers.items() if not layer.candidates]
     found.skipped.update({name: no_gain(costs[name].geometry, method, LATENCY in totals) for name in useless})
     layers = {name: layer for name, layer in layers.items() if name not in useless}
     if not layers:
-        raise NothingToFactorizeError(_nothing(found))
+        raise NothingToFactorizeError(_nothing(found.skipped, is_timed=LATENCY in totals))
     (unit, dense), *others = totals.items()
     return Analysis(
         method=method,
@@ -285,9 +285,15 @@ def _analysis(
     )
 
 
-def _nothing(found: Found) -> str:
-    reasons = "; ".join(f"{name or '(the model)'}: {reason}" for name, reason in found.skipped.items())
+def _nothing(skipped: Mapping[str, str], is_timed: bool) -> str:
+    reasons = [f"{name or '(the model)'}: {reason}" for name, reason in skipped.items()]
+    kept = "; ".join(reasons[:_REASONS] + ([f"and {more} more"] if (more := len(reasons) - _REASONS) > 0 else []))
+    way_out = " Ask for a budget in another unit, or measure on a larger batch." if is_timed else ""
     return (
         "Nothing to factorize: the model must have a Linear, convolution or Conv1D layer that is worth it. "
-        f"Skipped: {reasons or 'no layer with a weight was found'}."
+        f"Skipped: {kept or 'no layer with a weight was found'}.{way_out}"
     )
+
+
+_REASONS = 20
+"""Layers that an error names at most."""

@@ -83,6 +83,13 @@ def test_nothing_to_factorize_lists_what_was_skipped_and_why():
         lrc.allocate(nn.ReLU())
 
 
+def test_of_many_layers_the_first_ones_are_told_in_the_order_of_the_model():
+    with pytest.raises(ValueError) as caught:
+        lrc.allocate(nn.Sequential(*[nn.Linear(1, 1) for _ in range(500)]))
+    reasons = "; ".join(f"{place}: too small: no rank costs less than the dense layer" for place in range(20))
+    assert str(caught.value).endswith(f" Skipped: {reasons}; and 480 more.")
+
+
 @pytest.mark.parametrize("argument", ["include", "exclude"])
 def test_a_pattern_that_matches_nothing_is_refused(model, argument):
     with pytest.raises(ValueError, match=rf"`{argument}`.*'head' matches none of: 0, 4, 2"):

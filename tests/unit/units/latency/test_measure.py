@@ -175,6 +175,12 @@ def test_only_what_is_faster_is_factorized():
     assert "16 -> 13 microseconds (78.8% kept, 80.0% asked)" in allocation.summary()
 
 
+def test_where_nothing_is_faster_it_is_said_what_to_do():
+    with pytest.raises(ValueError, match=r"Nothing to factorize: .*2: no form of it was measured to be") as caught:
+        analyze(network(), METHOD, prices=Prices("latency", known(**MADE_UP)), include=["2"])
+    assert str(caught.value).endswith(". Ask for a budget in another unit, or measure on a larger batch.")
+
+
 def test_what_is_slower_is_not_chosen_for_the_sake_of_parameters_either():
     prices = [Prices("parameters"), Prices("latency", known(**MADE_UP))]
     allocation = analyze(network(), METHOD, prices=prices).allocate({"parameters": 0.6, "latency": 0.9})
