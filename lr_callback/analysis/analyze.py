@@ -9,6 +9,7 @@ from torch import nn
 
 from lr_callback.analysis.layerwise import candidates_of
 from lr_callback.common.processes import Processes
+from lr_callback.common.table import listed, printable, readable
 from lr_callback.decisions.allocation import Allocation
 from lr_callback.decisions.analysed import Analysis
 from lr_callback.decisions.candidates import LayerCandidates
@@ -286,14 +287,12 @@ def _analysis(
 
 
 def _nothing(skipped: Mapping[str, str], is_timed: bool) -> str:
-    reasons = [f"{name or '(the model)'}: {reason}" for name, reason in skipped.items()]
-    kept = "; ".join(reasons[:_REASONS] + ([f"and {more} more"] if (more := len(reasons) - _REASONS) > 0 else []))
+    names: dict[str, list[str]] = {}
+    for name, reason in skipped.items():
+        names.setdefault(reason, []).append(printable(readable(name)) or "(the model)")
+    told = "; ".join(f"{listed(those, 5)}: {reason}" for reason, those in names.items())
     way_out = " Ask for a budget in another unit, or measure on a larger batch." if is_timed else ""
     return (
         "Nothing to factorize: the model must have a Linear, convolution or Conv1D layer that is worth it. "
-        f"Skipped: {kept or 'no layer with a weight was found'}.{way_out}"
+        f"Skipped: {told or 'no layer with a weight was found'}.{way_out}"
     )
-
-
-_REASONS = 20
-"""Layers that an error names at most."""

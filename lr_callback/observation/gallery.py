@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from lightning.pytorch.loggers import Logger
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
-from lr_callback.common.table import printable, readable, wrap
+from lr_callback.common.table import on_one_line, printable, readable, wrap
 from lr_callback.decisions.allocation import Allocation
 from lr_callback.decisions.curves import Curves
 from lr_callback.observation.boards import Arguments, Board, board_of
@@ -94,8 +94,8 @@ class Gallery:
             if self._is_new(name, type(error).__name__):
                 rank_zero_warn(
                     f"LowRankCompression: some of the figures and texts are left out of {name}, "
-                    f"{type(error).__name__}: {error} The training goes on. `figures=False` leaves out all of them, "
-                    "and this warning."
+                    f"{type(error).__name__}: {on_one_line(error).rstrip('.')}. The training goes on. `figures=False` "
+                    "leaves out all of them, and this warning."
                 )
 
     def _say_no_figures(self, logger: Logger) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from time import monotonic
 from typing import Protocol, TypeVar
 
@@ -26,6 +27,9 @@ FIRST_LINE, NEXT_LINES = 5.0, 10.0
 """Seconds that a step takes before there is a plain line of it, and from one line to the next."""
 
 _LONGEST_NAME = 18
+_ROOM_FOR_NAMES = 100
+"""Columns from which on there is room for names beside Rich's own columns."""
+
 _FORM = "{desc}|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 """Of a line of tqdm. In its own form percent and rate leave a bar of one character in 80 columns, and cut the name."""
 
@@ -76,11 +80,25 @@ def _line(trainer: Trainer, title: str, unit: str, plain: bool) -> _Line | None:
     bar = trainer.progress_bar_callback
     if bar is not None and not is_disabled(bar):
         rich = started_rich(bar)
-        if rich is not None and (rich.console.is_terminal or rich.console.is_jupyter):
-            return _RichLine(bar, rich, title)
-        if rich is None and _is_moving():
+        own = _own_rich(bar, trainer) if rich is None else None
+        shown = rich or own
+        if shown is not None and (shown.console.is_terminal or shown.console.is_jupyter):
+            return _RichLine(bar, shown, title, is_own=shown is own)
+        if shown is None and _is_moving():
             return _TqdmLine(title, unit)
     return _PlainLines(trainer, title, unit) if plain else None
+
+
+def _own_rich(bar: ProgressBar, trainer: Trainer) -> RichProgress | None:
+    """Return a display that looks like Lightning's, for what is done before the training, when that is not there."""
+    columns = getattr(bar, "configure_columns", None)
+    if columns is None or all(kind.__name__ != "RichProgressBar" for kind in type(bar).__mro__):
+        return None
+    console = import_module("rich").get_console()
+    made: RichProgress = import_module("rich.progress").Progress(
+        *columns(trainer), console=console, auto_refresh=False, transient=True
+    )
+    return made
 
 
 def _is_moving() -> bool:
@@ -89,32 +107,45 @@ def _is_moving() -> bool:
 
 
 class _RichLine:
-    """A task of Lightning's Rich display, drawn as it draws its own; hidden in the end, as it hides its own.
+    """A task of a Rich display, drawn as Lightning draws its own; hidden in the end, as it hides its own.
 
     A task that was taken out would shift the places by which Lightning finds the others.
 
     Args:
         bar: that draws.
-        rich: its display.
+        rich: the display.
         title: of the line.
+        is_own: whether nothing else is on it, and it is on the screen for this line alone.
     """
 
-    def __init__(self, bar: ProgressBar, rich: RichProgress, title: str) -> None:
-        self._rich, self._title = rich, title
-        self._draw: Callable[[], object] = getattr(bar, "refresh", rich.refresh)  # at its own rate, if it has one
+    def __init__(self, bar: ProgressBar, rich: RichProgress, title: str, is_own: bool) -> None:
+        self._rich, self._title, self._is_own = rich, title, is_own
+        # Lightning's at its own rate, if it has one.
+        self._draw: Callable[[], object] = rich.refresh if is_own else getattr(bar, "refresh", rich.refresh)
         self._task: int | None = None
 
     def advance(self, done: int, total: int, name: str) -> None:
         """Draw it, the first time where nothing was: how many there are is not known before."""
         if self._task is None:
             self._task = self._rich.add_task(self._title, total=total)
-        self._rich.update(self._task, completed=done, total=total)
+            if self._is_own:
+                self._rich.start()
+        self._rich.update(self._task, completed=done, total=total, description=self._described(name))
         self._draw()
+
+    def _described(self, name: str) -> str:
+        """Return the title, with the name where there is room for it."""
+        if not name or self._rich.console.width < _ROOM_FOR_NAMES:
+            return self._title
+        # A bracket is escaped: it begins markup.
+        return f"{self._title} {_padded(name)}".replace("[", "\\[")
 
     def close(self, finished: bool) -> None:
         """Hide it."""
         if self._task is not None:
             self._rich.update(self._task, visible=False, refresh=True)
+            if self._is_own:
+                self._rich.stop()
 
 
 class _TqdmLine:
@@ -135,14 +166,17 @@ class _TqdmLine:
         if self._line is None:
             self._line = Tqdm(total=total, **self._options)
         self._line.total, self._line.n = total, done
-        shown = shorten(printable(readable(name)), _LONGEST_NAME)
-        # Names of one width, so that the bar keeps its own.
-        self._line.set_postfix_str(shown.ljust(_LONGEST_NAME) if name else "")
+        self._line.set_postfix_str(_padded(name) if name else "")
 
     def close(self, finished: bool) -> None:
         """Wipe it."""
         if self._line is not None:
             self._line.close()
+
+
+def _padded(name: str) -> str:
+    """Return a layer's name in the width that all have, so that a bar keeps its own."""
+    return shorten(printable(readable(name)), _LONGEST_NAME).ljust(_LONGEST_NAME)
 
 
 class _PlainLines:

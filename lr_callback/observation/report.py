@@ -37,6 +37,7 @@ class _RichConsole(Protocol):
 
     is_terminal: bool
     is_jupyter: bool
+    width: int
 
     def print(self, text: str, *, markup: bool, emoji: bool, highlight: bool, soft_wrap: bool) -> None:
         """Print a text above what moves."""
@@ -55,6 +56,12 @@ class RichProgress(Protocol):
 
     def refresh(self) -> None:
         """Draw."""
+
+    def start(self) -> None:
+        """Show it on the screen."""
+
+    def stop(self) -> None:
+        """Take it from the screen."""
 
 
 def started_rich(bar: ProgressBar) -> RichProgress | None:

@@ -102,6 +102,21 @@ def test_a_line_of_rich_has_room_for_bar_and_count_in_80_columns(fit, new_module
     assert max(map(len, lines)) <= 80
 
 
+@pytest.mark.parametrize(("columns", "name"), [(80, ""), (120, r" net\.\[bold\]a\\x1b\[2 +")])
+def test_before_the_training_a_line_looks_like_rich_too_and_is_gone_in_the_end(screen, monkeypatch, columns, name):
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[RichProgressBar()])
+    with screen:
+        monkeypatch.setenv("COLUMNS", str(columns))  # where Rich looks first
+        with progress_line(trainer, "latency") as progress:
+            for done in range(4):
+                progress(done, 4, "net.[bold]a\x1b[2")
+        assert trainer.progress_bar_callback.progress is None  # it was another display
+        print("next")
+    assert re.search(rf"Low-rank latency{name} ?[━╸╺ ]+ 3/4 ", screen.text)
+    assert "Low-rank" not in screen.text.rpartition("\x1b[2K")[2]  # wiped
+    assert max(map(len, re.split(r"[\r\n]+", screen.text))) <= columns + len("\x1b[1A\x1b[2K")
+
+
 @BARS
 def test_a_line_is_gone_after_an_error_too(fit, new_module, screen, bar):
     class Broken(new_module):
