@@ -44,18 +44,19 @@ class RunTimes:
         self._after: float | None = None
         said = ""
         for self._what, self._made in _runs(trainer, pl_module, calls):
-            self._before, said = self._measure()
+            self._before, said = self._measure(interruptible=True)
             if self._before is not None:
                 return
         if said:
-            way_out = "The compression is not affected. Give what its forward takes."
+            way_out = "The compression is not affected. Let it run on that in eval mode."
             _warn(f"the network must run on {self._what}, and {said}. {way_out}")
 
     def after(self) -> dict[str, float]:
         """Return both times, in milliseconds, by the names that they are logged by; none where there are none."""
         if self._before is None:
             return {}
-        self._after, said = self._measure()
+        # Signals wait: a handler that saves a checkpoint would find layers that the record does not know yet.
+        self._after, said = self._measure(interruptible=False)
         if self._after is None:
             _warn(
                 f"the network ran on {self._what} before the compression, and now {said}. The training goes on with "
@@ -71,10 +72,10 @@ class RunTimes:
             return ""
         return wrap(f"A run on {self._what} takes {self._after:,.2f} ms, and took {self._before:,.2f} ms before.")
 
-    def _measure(self) -> tuple[float | None, str]:
+    def _measure(self, interruptible: bool) -> tuple[float | None, str]:
         """Return what the first process measures, or why it cannot; all of them run."""
         started = perf_counter()
-        found = processes_of(self._trainer).gather(self._milliseconds, long=True)[0]
+        found = processes_of(self._trainer).gather(self._milliseconds, long=interruptible)[0]
         self.seconds += perf_counter() - started
         return found
 

@@ -168,7 +168,8 @@ def test_with_neither_an_example_nor_batches_no_times_are_logged(tmp_path, read_
 def test_an_example_that_it_cannot_be_run_on_is_said(tmp_path, read_metrics, messages, show_table):
     text = (
         r"^LowRankCompression: what a run takes is not logged: the network must run on the `example_input_array`, and "
-        r"it raised RuntimeError: mat1 and mat2 .*\. The compression is not affected\. Give what its forward takes\.$"
+        r"it raised RuntimeError: mat1 and mat2 .*\. The compression is not affected\. Let it run on that in eval "
+        r"mode\.$"
     )
     with pytest.warns(UserWarning, match=text):
         folder, _ = times(tmp_path, Shown(torch.zeros(4, 5)), show_table=show_table)
@@ -181,7 +182,7 @@ def test_runs_that_are_timed_change_nothing_of_a_training(tmp_path, monkeypatch,
     found = []
     for timed in (True, False):
         if not timed:
-            monkeypatch.setattr(RunTimes, "_measure", lambda self: (None, ""))
+            monkeypatch.setattr(RunTimes, "_measure", lambda self, interruptible: (None, ""))
         torch.manual_seed(1)
         found.append(Shown(example))
         _, trainer = times(tmp_path, found[-1], **options)
@@ -190,8 +191,8 @@ def test_runs_that_are_timed_change_nothing_of_a_training(tmp_path, monkeypatch,
         assert torch.equal(one, two)
 
 
-@pytest.mark.parametrize("run", [1, 7], ids=["before", "after"])
-def test_an_interrupt_is_heeded_while_runs_are_timed(tmp_path, run):
+@pytest.mark.parametrize(("run", "runs", "is_cut"), [(1, 1, False), (7, 12, True)], ids=["before", "after"])
+def test_an_interrupt_while_runs_are_timed_ends_them_before_the_cut_and_waits_after_it(tmp_path, run, runs, is_cut):
     module = Shown(torch.zeros(4, 16))
     module.interrupted_at, handler = run, signal.getsignal(signal.SIGINT)
     try:
@@ -199,8 +200,8 @@ def test_an_interrupt_is_heeded_while_runs_are_timed(tmp_path, run):
             times(tmp_path, module, show_table=False)
     finally:
         signal.signal(signal.SIGINT, handler)  # which Lightning ignores from then on
-    assert module.runs == run  # no more of them were waited for
-    assert not factorized_in(module)
+    assert module.runs == runs
+    assert bool(factorized_in(module)) == is_cut
 
 
 def test_a_network_that_cannot_be_run_after_a_compression_is_compressed_all_the_same(tmp_path, read_metrics):

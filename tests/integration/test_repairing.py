@@ -19,6 +19,7 @@ from torchmetrics import MeanMetric
 
 import lr_callback as lrc
 from lr_callback.host.calibration import calibration_calls
+from lr_callback.host.repairing import Repairing
 from lr_callback.repair.lockstep import this_walk
 
 pytestmark = pytest.mark.filterwarnings("ignore:The calibration batches are few")
@@ -230,25 +231,31 @@ def test_a_run_that_is_resumed_before_the_cut_is_the_same_run(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:LowRankCompression. a cut costs more accuracy")
-def test_a_failure_in_the_repair_leaves_the_run_as_it_was(tmp_path):
-    kept = {}
+def test_a_failure_in_the_repair_leaves_the_run_as_it_was(tmp_path, monkeypatch):
+    kept, repair = {"calls": 0}, Repairing.repair
+
+    def begun(self, trainer, pl_module, *arguments):
+        pl_module.head.register_forward_hook(fail)
+        return repair(self, trainer, pl_module, *arguments)
+
+    def fail(layer, inputs, outputs):
+        kept["calls"] += 1
+        if kept["calls"] > 5:
+            raise RuntimeError("the network has failed")
+
+    monkeypatch.setattr(Repairing, "repair", begun)
 
     class Failing(lrc.LowRankCompression):
         def compress(self, trainer, pl_module, keep_ratio):
             kept["before"] = {name: value.clone() for name, value in pl_module.state_dict().items()}
             kept["types"] = [type(one) for one in pl_module.modules()]
-            pl_module.head.register_forward_hook(self.fail)
             return super().compress(trainer, pl_module, keep_ratio)
-
-        def fail(self, layer, inputs, outputs):
-            kept["calls"] = kept.get("calls", 0) + 1
-            if kept["calls"] > 5:
-                raise RuntimeError("the network has failed")
 
     module = Network()
     trainer = trainer_of(Failing(0.5, 1, refit="cut", recalibrate_batchnorm=True), max_epochs=2)
     with pytest.raises(RuntimeError, match="the network has failed"):
         trainer.fit(module, DataLoader(Augmented(), batch_size=32))
+    assert kept["calls"] == 6
     assert [type(one) for one in module.modules()] == kept["types"]
     assert all(torch.equal(value, kept["before"][name]) for name, value in module.state_dict().items())
     assert "log" not in vars(module)
