@@ -10,7 +10,7 @@ from math import floor
 from lr_callback.decisions.allocation import Allocation
 from lr_callback.decisions.budgets import solve_budgets
 from lr_callback.decisions.candidates import LayerCandidates, cost_in, paid_in
-from lr_callback.decisions.costs import amount, spoken
+from lr_callback.decisions.costs import LATENCY, amount, spoken
 from lr_callback.decisions.curves import Curves, Point
 from lr_callback.decisions.factorization import Factorization, Spending
 from lr_callback.decisions.goals import MAX_ACCURACY_DROP, MAX_ERROR, Goal, check_goal, drop_of
@@ -173,11 +173,14 @@ class Analysis:
             return solve_budgets(self.method, self.free, left)
         except ContradictoryError as error:
             asked = ", ".join(f"{ratio:g} of {spoken(unit)}" for unit, ratio in ratios.items())
-            least = ", ".join(f"{self.smallest_in(unit) / self._dense(unit):.4f} of {spoken(unit)}" for unit in ratios)
-            raise ValueError(
-                f"`budget`: {asked}: {error}. Raise one of them; with the same layers each alone can go down to "
-                f"{least}."
-            ) from error
+            raise ValueError(f"`budget`: {asked}: {error}. Raise one of them; {self._reach()}") from error
+
+    def _reach(self) -> str:
+        """Return the end of a sentence: how far down each of several budgets can go."""
+        costs = self.dense_costs.items()
+        least = ", ".join(f"{self.smallest_in(unit) / dense:.4f} of {spoken(unit)}" for unit, dense in costs)
+        why = " Layers of which no form was measured to be faster stay dense." if LATENCY in self.dense_costs else ""
+        return f"with the same layers each alone can go down to {least}.{why}"
 
     def _within(self, max_error: float) -> Allocation:
         solution = Solution(self.method.within(self.free, max_error))
@@ -219,11 +222,12 @@ class Analysis:
         overridden = " or that `overrides` are for" if self.pinned else ""
         asked = f"`budget`: {keep_ratio:g} of {spoken(self.unit)}" if by_unit else f"`keep_ratio`={keep_ratio}"
         least, got, fixed = (amount(self.unit, cost) for cost in (self.smallest_cost, budget, self.fixed_cost))
+        reach = f"Reachable: {'a fraction' if by_unit else 'keep_ratio'} from {self.reachable[0]:.4f} to 1."
         return (
             f"{asked}: the budget must be at least {least}, got {got}. {fixed} are in layers that are not factorized"
             f"{overridden}, and the cheapest form of the others takes "
-            f"{amount(self.unit, self.smallest_cost - self.fixed_cost)}. Reachable: "
-            f"{'a fraction' if by_unit else 'keep_ratio'} from {self.reachable[0]:.4f} to 1."
+            f"{amount(self.unit, self.smallest_cost - self.fixed_cost)}. "
+            f"{f'Raise it; {self._reach()}' if self.others else reach}"
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from lightning.pytorch import LightningModule, Trainer
 
@@ -26,7 +26,7 @@ def tell(
     curves: Curves,
     gallery: Gallery,
     known: Mapping[str, float],
-    note: str,
+    note: Callable[[float | None], str],
 ) -> None:
     """Log the metrics of a compression, give loggers its figures, and print its table.
 
@@ -40,15 +40,16 @@ def tell(
         curves: of the allocation.
         gallery: of the run.
         known: accuracies and times of the network, by the names that they are logged by, those that are known.
-        note: printed below the table; may be empty.
+        note: makes what is printed below the table, of the milliseconds that were predicted; may be empty.
     """
     parameters = (held_parameters(pl_module), dense_parameters(pl_module))
+    predicted = _predicted(allocation)
     metrics = compression_metrics(
         allocation,
         parameters,
         _multiply_adds(pl_module, observation),
         seconds,
-        {**known, **_milliseconds(allocation)},
+        {**known, **({} if predicted is None else {"milliseconds": predicted})},
     )
     metrics.to(pl_module.device)
     for name, metric in metrics.items():
@@ -60,7 +61,7 @@ def tell(
         gallery.show(trainer.loggers, allocation, curves, logged_step(trainer), logged)
     if show_table:
         title = f"Low-rank compression at the start of epoch {trainer.current_epoch}"
-        show(trainer, "\n".join(filter(None, (title, str(allocation), note))))
+        show(trainer, "\n".join(filter(None, (title, str(allocation), note(predicted)))))
 
 
 def log_multiply_adds(trainer: Trainer, pl_module: LightningModule, observation: Observation | None) -> None:
@@ -72,10 +73,10 @@ def log_multiply_adds(trainer: Trainer, pl_module: LightningModule, observation:
         log_now(trainer, {name: value})
 
 
-def _milliseconds(allocation: Allocation) -> dict[str, float]:
-    """Return the time of one run of the model, where it is among the costs."""
+def _predicted(allocation: Allocation) -> float | None:
+    """Return the milliseconds of one run of the model, where time is among the costs."""
     own = {allocation.unit: allocation.cost} | {unit: one.cost for unit, one in allocation.others.items()}
-    return {"milliseconds": own[LATENCY] / 1e6} if LATENCY in own else {}
+    return own[LATENCY] / 1e6 if LATENCY in own else None
 
 
 def _multiply_adds(pl_module: LightningModule, observation: Observation | None) -> tuple[int, int] | None:

@@ -14,10 +14,19 @@ from lr_callback.host.strategies import processes_of
 from lr_callback.host.trainer import run_of_example, why
 from lr_callback.model.probe import Probe
 from lr_callback.model.running import told
-from lr_callback.units.latency import timed_runs
+from lr_callback.units.latency import folder, timed_runs
 
 _RUNS = 5
 """On each process: as many on all, for a network that talks to its copies there."""
+
+_FAR = 1.5
+"""Times that a prediction may be off by, until it is said what may be the reason."""
+
+_TOO_LITTLE = (
+    "That is far off: either the machine was busy, now or when the layers were measured, or memory that is freed is "
+    "not kept (docs/SPEED.md), or the times in {} are not of these layers. Measure again without these files while "
+    "nothing else runs."
+)
 
 Made = Callable[[], Callable[[], object]]
 """Makes a run, or says why there is none."""
@@ -65,12 +74,19 @@ class RunTimes:
             return {}
         return {"milliseconds_before": self._before, "milliseconds_after": self._after}
 
-    @property
-    def sentence(self) -> str:
-        """What a person is told; empty where there are no times."""
+    def sentence(self, predicted: float | None = None) -> str:
+        """Return what a person is told; empty where there are no times.
+
+        Args:
+            predicted: milliseconds that measured times of layers say, where time is a budget.
+        """
         if self._before is None or self._after is None:
             return ""
-        return wrap(f"A run on {self._what} takes {self._after:,.2f} ms, and took {self._before:,.2f} ms before.")
+        text = f"A run on {self._what} takes {self._after:,.2f} ms, and took {self._before:,.2f} ms before"
+        if predicted is None:
+            return wrap(f"{text}.")
+        text = f"{text}; {predicted:,.2f} ms were predicted."
+        return wrap(text if self._after <= _FAR * predicted else f"{text} {_TOO_LITTLE.format(folder())}")
 
     def _measure(self, interruptible: bool) -> tuple[float | None, str]:
         """Return what the first process measures, or why it cannot; all of them run."""

@@ -21,6 +21,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
 ]
 METHOD = lrc.ALDS(slices=[1])
+TIMES = ("", "_before", "_after")
 SILENT = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
 
 
@@ -81,6 +82,31 @@ def test_the_slow_layer_is_made_faster_and_the_budget_holds(tmp_path):
     assert found.unit == "latency" and found.cost <= found.budget < found.dense_cost
     assert all(layer.cost < layer.dense_cost for layer in found.factorized.values())
     assert "microseconds" in found.summary()
+
+
+@pytest.mark.parametrize("share", [1.0, 0.01], ids=["measured", "of other layers"])
+def test_the_time_that_was_predicted_stands_beside_the_measured_one(tmp_path, messages, share):
+    module = Wide()
+    module.example_input_array = torch.zeros(128, 64)
+    run(compression(), tmp_path, copy.deepcopy(module))
+    (file,) = folder().rglob("*.json")
+    written = json.loads(file.read_text("utf-8"))
+    for forms in written["times"].values():
+        forms.update({form: [max(1, int(share * time[0])), time[1]] for form, time in forms.items() if "/" in form})
+    file.write_text(json.dumps(written), encoding="utf-8")
+    messages.clear()
+    callback = compression(0.6)
+    trainer, _ = run(callback, tmp_path, module)
+    logged = {name: f"{trainer.callback_metrics[f'compression/milliseconds{name}']:.2f} ms" for name in TIMES}
+    (table,) = (text for text in messages if text.startswith("Low-rank compression at"))
+    said = " ".join(table.rpartition("\nA run on")[2].split())
+    assert said.startswith(
+        f"the `example_input_array` takes {logged['_after']}, and took {logged['_before']} before; {logged['']} were "
+        "predicted."
+    )
+    if share < 1:
+        assert "That is far off: either the machine was busy, now or when" in said
+        assert str(folder()).replace(" ", "") in said.replace(" ", "")
 
 
 class Steps(Callback):

@@ -2,7 +2,7 @@
 
 from lr_callback.units.latency.bench import Bench
 from lr_callback.units.latency.curves import Curve, LayerTimes, MeasuredCost
-from lr_callback.units.latency.files import device_facts
+from lr_callback.units.latency.files import device_facts, folder
 from lr_callback.units.latency.inputs import LayerInput
 from lr_callback.units.latency.measure import Latencies, Progress, Wanted, check_clock, measure
 from lr_callback.units.latency.timing import Stopwatch, Timing, timed, timed_in_turns, timed_runs
@@ -26,6 +26,7 @@ __all__ = [
     "device_facts",
     "drift",
     "excess",
+    "folder",
     "measure",
     "timed",
     "timed_in_turns",

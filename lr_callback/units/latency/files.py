@@ -105,15 +105,15 @@ class Times:
         """Return whether a time is steady enough to be kept for the next run."""
         return timing.spread <= STEADY
 
+    def _steady(self, forms: Mapping[str, Timing]) -> dict[str, Timing]:
+        return {form: time for form, time in forms.items() if self.keeps(time)}
+
     def save(self) -> None:
         """Write what is new, together with what other runs have written since; warn where it cannot be written.
 
         What was measured while runs differed by more than a quarter is of use now, and measured again by the next run.
         """
-        steady = {
-            layer: {form: time for form, time in forms.items() if self.keeps(time)}
-            for layer, forms in self._new.items()
-        }
+        steady = {layer: self._steady(forms) for layer, forms in self._new.items()}
         if not any(steady.values()) and not self._forgotten:
             return
         try:
@@ -151,9 +151,10 @@ class Times:
             return {}
         if written["device"] != self._facts:
             raise ValueError(_other_device(self.path, written["device"], self._facts))
-        return {
+        known = {
             layer: {form: Timing(*time) for form, time in forms.items()} for layer, forms in written["times"].items()
         }
+        return {layer: self._steady(forms) for layer, forms in known.items()}
 
 
 @contextmanager

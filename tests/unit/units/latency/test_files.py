@@ -132,6 +132,19 @@ def test_times_of_a_noisy_moment_are_of_use_now_and_not_later():
     assert Times(CPU).get("noisy", "dense") is None
 
 
+def test_a_time_in_the_file_that_is_not_steady_is_not_known():
+    file = kept("right").path
+    kept("other")
+    written = json.loads(file.read_text("utf-8"))
+    written["times"]["other"]["dense"][1] = 5.0
+    file.write_text(json.dumps(written), encoding="utf-8")
+    again = Times(CPU)
+    assert (again.get("right", "dense"), again.get("other", "dense")) == (TIME, None)
+    again.put("new", "dense", TIME)
+    again.save()
+    assert "dense" not in json.loads(file.read_text("utf-8"))["times"]["other"]
+
+
 def test_what_is_forgotten_is_gone_from_the_file():
     kept("right")
     kept("wrong")

@@ -186,7 +186,12 @@ def test_what_is_slower_is_not_chosen_for_the_sake_of_parameters_either():
     allocation = analyze(network(), METHOD, prices=prices).allocate({"parameters": 0.6, "latency": 0.9})
     assert set(allocation.factorized) == {"0"}
     assert allocation.layers["0"].rank in (16, 32, 48, 64)
-    with pytest.raises(ValueError, match="the budget must be at least"):
+    text = (
+        r"`budget`: 0\.1 of parameters: the budget must be at least .*\. Raise it; with the same layers each alone can "
+        r"go down to 0\.\d+ of parameters, 0\.7125 of latency\. Layers of which no form was measured to be faster stay "
+        r"dense\.$"
+    )
+    with pytest.raises(ValueError, match=text):
         analyze(network(), METHOD, prices=prices).allocate({"parameters": 0.1, "latency": 0.9})
 
 
