@@ -66,7 +66,7 @@ class LowRankCompression(Checkpointed):
             by what comes into the layers and what they do to the outputs; where that cannot be measured ``ALDS()``,
             with a warning.
         cost: ``parameters``, ``bytes`` of the state dict's tensors, ``multiply_adds`` or ``latency`` of a run on the
-            module's ``example_input_array``, without one on the first training batch; or your own: a function, or the
+            module's ``example_input_array``, without one on a training batch; or your own: a function, or the
             path to import one by, that says what any module costs (:mod:`lr_callback.units.own_cost`).
         include: patterns of layers; only these are factorized. By default all. A glob pattern of names (``layer1.*``),
             a type (``type:Linear``), ``place:first`` or ``place:last`` (:mod:`lr_callback.model.patterns`).
@@ -208,7 +208,7 @@ class LowRankCompression(Checkpointed):
         if self.learning_rate_rewind:
             self._record = replace(self._record, start=start_of(trainer, self._record.start))
         self._counting.check_known(pl_module, self.scope.to_time)
-        if 0 in self.events or is_smoke_test(trainer) or pl_module.example_input_array is not None:
+        if pl_module.example_input_array is not None:
             self._counting.observe_example(trainer, pl_module, self.scope.to_time)
         self._check_goals(trainer, pl_module)
 
@@ -217,10 +217,12 @@ class LowRankCompression(Checkpointed):
         check_goals(trainer, pl_module, self.scope, self._counting, goals, self.show_table)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse from now on a state dict of another structure, and begin an epoch that is to begin."""
+        """Refuse from now on a state dict of another structure, and begin an epoch that is to begin; check budgets."""
         hold_structure(pl_module)
         self._distilling.begin(trainer, pl_module, self.allocation is not None)
         self._resuming.begin(trainer)
+        if self._counting.look_ahead(trainer, pl_module, self.scope.to_time):
+            self._check_goals(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let the module take any structure again."""
@@ -278,7 +280,7 @@ class LowRankCompression(Checkpointed):
         return report
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
-        """Count the multiply-adds of the first batch; log the distillation."""
+        """Count the multiply-adds of the first batch, where it was not done before; log the distillation."""
         self._distilling.log(pl_module)
         if not self._counting.count(trainer, pl_module, self.scope.to_time):
             return

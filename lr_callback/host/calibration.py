@@ -33,7 +33,7 @@ WAYS_OUT = "Set refit=None and recalibrate_batchnorm=False, and choose an error 
 """What to do where calibration cannot be had."""
 
 
-def calibration_calls(trainer: Trainer, pl_module: LightningModule, count: int) -> list[Probe]:
+def calibration_calls(trainer: Trainer, pl_module: LightningModule, count: int, copies: bool = True) -> list[Probe]:
     """Return the calls of the network on some training batches, to be repeated.
 
     Which batches these are, and their augmentation, depends on the epoch alone: a resumed run takes the same ones.
@@ -42,6 +42,7 @@ def calibration_calls(trainer: Trainer, pl_module: LightningModule, count: int) 
         trainer: at the start of an epoch.
         pl_module: whose ``training_step`` is run.
         count: number of batches, at most; those of one epoch, if it has fewer.
+        copies: see :class:`~lr_callback.model.probe.Probe`.
 
     Memory: the inputs of the network for all of these batches, on its device.
 
@@ -59,7 +60,7 @@ def calibration_calls(trainer: Trainer, pl_module: LightningModule, count: int) 
                 break
             if progress is not None:
                 progress(index, count, "")
-            probe = Probe(pl_module, copies=True)
+            probe = Probe(pl_module, copies=copies)
             probe.start()
             try:
                 with as_written(), trainer.precision_plugin.train_step_context():

@@ -1,4 +1,4 @@
-"""Counting: what a run's network does and takes, on its example input, or on the first batch that it trains on."""
+"""Counting: what a run's network does and takes, on its example input, or on a batch of its training."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lr_callback.decisions.costs import ACTIVATION_MEMORY, LATENCY, OBSERVED, Unit, check_cost
+from lr_callback.host.calibration import calibration_calls
 from lr_callback.host.strategies import processes_of
 from lr_callback.host.trainer import observe_example, why
 from lr_callback.model.observe import Observation, Timed
@@ -73,6 +74,33 @@ class Counting:
             with self._progress(trainer) as progress:
                 options = (self._timed(pl_module, to_time), progress, self._kept)
                 self.observation = _of_the_first(trainer, lambda: observe_example(trainer, pl_module, *options))
+
+    def look_ahead(self, trainer: Trainer, pl_module: LightningModule, to_time: ToTime) -> bool:
+        """Count on a training batch before there is a step, where budgets wait for one; return whether that was done.
+
+        It comes from a copy of the loader. Where none can be had, the first batch that is trained on is counted on:
+        whatever stands in the way is told of then, if it still does.
+
+        Args:
+            trainer: when its loader is there.
+            pl_module: whose ``training_step`` is run, as for a calibration.
+            to_time: see :meth:`observe_example`.
+        """
+        if not self.is_due:
+            return False
+        probes: list[Probe] = []
+
+        def attempt() -> bool:
+            try:
+                probes.extend(calibration_calls(trainer, pl_module, 1, copies=False))
+            except Exception:
+                return False
+            return True
+
+        if not all(processes_of(trainer).gather(attempt, long=True)):
+            return False
+        self._probe = probes[0]
+        return self.count(trainer, pl_module, to_time)
 
     def glance(self, trainer: Trainer, pl_module: LightningModule) -> Observation | None:
         """Return what is known of a run; else what the module's example input shows, which decides nothing.

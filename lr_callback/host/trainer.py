@@ -119,8 +119,9 @@ def observe_example(
     if pl_module.example_input_array is None:
         raise MisconfigurationException(
             "LowRankCompression: multiply_adds, latency or activation_memory at epoch 0 (where fast_dev_run "
-            "compresses, too) must know an input before the first batch, and the module's `example_input_array` is not "
-            "set. Set it, or compress at epoch 1 or later."
+            "compresses, too) must know an input before the first batch: the module's `example_input_array` is not "
+            "set, and its `training_step` could not be run beforehand on a batch of a copy of the loader. Set it, or "
+            "compress at epoch 1 or later."
         )
     given, named, within = _example_of(trainer, pl_module)
     return observe(pl_module, given, timed_for, progress, activations, named, within)

@@ -102,9 +102,30 @@ def test_budget_out_of_reach_is_refused_before_the_first_step_with_the_range(fit
     assert refused(fit, module, LowRankCompression(ratios, [1, 2]), ValueError, match) == 0
 
 
-def test_budget_in_multiply_adds_out_of_reach_is_refused_after_the_first_batch(fit, new_module):
-    compression = LowRankCompression(0.001, 2, cost="multiply_adds")
-    assert refused(fit, new_module(), compression, ValueError, r"at least [\d,]+ multiply-adds, got") == 1
+@pytest.mark.parametrize("epoch", [0, 2])
+def test_budget_in_multiply_adds_out_of_reach_is_refused_before_the_first_step_without_an_example(
+    fit, new_module, epoch
+):
+    compression = LowRankCompression(0.001, epoch, cost="multiply_adds")
+    assert refused(fit, new_module(), compression, ValueError, r"at least [\d,]+ multiply-adds, got") == 0
+
+
+def only_trained(new_module):
+    """Return a module whose step cannot be run before the training."""
+
+    class OnlyTrained(new_module):
+        def training_step(self, batch, batch_idx):
+            if not self.training:
+                raise RuntimeError("no eval mode")
+            return super().training_step(batch, batch_idx)
+
+    return OnlyTrained()
+
+
+def test_without_an_example_and_a_batch_beforehand_it_is_refused_after_the_first_one(fit, new_module):
+    compression = LowRankCompression(0.001, 2, cost="multiply_adds", method=ALDS(), refit=None)
+    match = r"at least [\d,]+ multiply-adds, got"
+    assert refused(fit, only_trained(new_module), compression, ValueError, match) == 1
 
 
 @pytest.mark.parametrize("epoch", [0, 2])
@@ -204,13 +225,27 @@ def test_error_in_the_first_batch_leaves_no_hooks_behind(fit, new_module):
     assert all(not one._forward_hooks and not one._forward_pre_hooks for one in module.modules())
 
 
-@pytest.mark.parametrize("settings", [{"max_epochs": 1}, {"fast_dev_run": True}])
-def test_multiply_adds_in_the_first_epoch_need_an_example_input(fit, new_module, settings):
+FIRST = pytest.mark.parametrize("settings", [{"max_epochs": 1}, {"fast_dev_run": True}])
+
+
+@FIRST
+def test_multiply_adds_in_the_first_epoch_are_of_a_batch_from_a_copy_of_the_loader(fit, new_module, settings):
+    compression, steps = LowRankCompression(0.5, 0, cost="multiply_adds"), Steps()
+    fit(new_module(), compression, steps, **settings)
+    found = compression.allocation
+    assert found.unit == "multiply_adds" and found.cost <= found.budget < found.dense_cost
+    assert steps.count == (1 if "fast_dev_run" in settings else 4)
+
+
+@FIRST
+def test_multiply_adds_in_the_first_epoch_need_an_example_input_or_a_batch(fit, new_module, settings):
     compression = LowRankCompression(0.5, 0, cost="multiply_adds")
-    with pytest.raises(
-        MisconfigurationException, match=r"`example_input_array` is not set\. Set it, or compress at epoch 1"
-    ):
-        fit(new_module(), compression, **settings)
+    match = (
+        r"`example_input_array` is not set, and its `training_step` could not be run beforehand on a batch of a copy "
+        r"of the loader\. Set it, or compress at epoch 1"
+    )
+    with pytest.raises(MisconfigurationException, match=match):
+        fit(only_trained(new_module), compression, **settings)
 
 
 def test_two_of_these_callbacks_in_one_trainer_are_refused_by_lightning():

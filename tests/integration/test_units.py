@@ -68,6 +68,23 @@ def test_an_example_is_run_in_the_precision_of_the_steps(run, precision):
     assert casts == {torch.bfloat16 if precision == "bf16-mixed" else None}
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_a_batch_that_is_looked_at_beforehand_changes_nothing_of_a_training(run, same, epochs):
+    """With an example of the batches' shape there is none; all else is alike."""
+
+    def trained(rows):
+        torch.manual_seed(3)
+        callback = lrc.LowRankCompression(0.5, cost="multiply_adds", epochs=epochs, method=lrc.ALDS(), refit=None)
+        trainer, module = run(callback, rows=rows)
+        return callback.allocation, dict(module.state_dict()), trainer.optimizers[0].state_dict(), torch.rand(1)
+
+    allocation, *others = trained(64)
+    of_batch, *of_others = trained(None)
+    assert allocation == of_batch
+    assert same(others, of_others)
+
+
 @pytest.mark.situation("Goals", "a cost of one's own", "works")
 def test_a_cost_of_ones_own_is_kept_in_a_run(run):
     callback = lrc.LowRankCompression(0.5, cost=lines, epochs=1, method=lrc.ALDS(slices=[1, 2]), refit=None)
