@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _COMPILED = ("forward", "training_step", "validation_step", "test_step", "predict_step")
@@ -50,6 +51,22 @@ def _hooks_of_others(pl_module: LightningModule) -> dict[int, object]:
     own = set(pl_module.modules())
     hooks = [hook for module in own for name in _HOOKS for hook in vars(module).get(name, {}).values()]
     return {id(hook): hook for hook in hooks if getattr(hook, "__self__", None) not in own}
+
+
+def surely_repeats(loader: CombinedLoader) -> bool:
+    """Return whether going through some batches of a copy can take nothing from a run.
+
+    A stream may go on where it was; a sampler that nobody here knows, likewise.
+    """
+    return all(isinstance(one, DataLoader) and _has_places(one) for one in loader.flattened)
+
+
+def _has_places(loader: DataLoader[Any]) -> bool:
+    """Return whether a loader takes samples by their places, and chooses these by samplers of torch or Lightning."""
+    inner = getattr(loader.batch_sampler, "sampler", None)
+    own = [one for one in (loader.sampler, loader.batch_sampler, inner) if one is not None]
+    known = {type(one).__module__.partition(".")[0] for one in own} <= {"torch", "lightning", "pytorch_lightning"}
+    return known and not isinstance(loader.dataset, IterableDataset)
 
 
 def copied_loader(loader: CombinedLoader, stack: ExitStack, what: str, way_out: str) -> CombinedLoader:

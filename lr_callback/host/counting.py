@@ -10,6 +10,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lr_callback.decisions.costs import ACTIVATION_MEMORY, LATENCY, OBSERVED, Unit, check_cost
 from lr_callback.host.calibration import calibration_calls
+from lr_callback.host.copies import surely_repeats
 from lr_callback.host.strategies import processes_of
 from lr_callback.host.trainer import observe_example, why
 from lr_callback.model.observe import Observation, Timed
@@ -78,15 +79,16 @@ class Counting:
     def look_ahead(self, trainer: Trainer, pl_module: LightningModule, to_time: ToTime) -> bool:
         """Count on a training batch before there is a step, where budgets wait for one; return whether that was done.
 
-        It comes from a copy of the loader. Where none can be had, the first batch that is trained on is counted on:
-        whatever stands in the way is told of then, if it still does.
+        It comes from a copy of the loader. Where none can be had, or a stream might lose it, the first batch that is
+        trained on is counted on: whatever stands in the way is told of then, if it still does.
 
         Args:
             trainer: when its loader is there.
             pl_module: whose ``training_step`` is run, as for a calibration.
             to_time: see :meth:`observe_example`.
         """
-        if not self.is_due:
+        loader = trainer.fit_loop._combined_loader
+        if not self.is_due or loader is None or not surely_repeats(loader):
             return False
         probes: list[Probe] = []
 

@@ -120,8 +120,8 @@ def observe_example(
         raise MisconfigurationException(
             "LowRankCompression: multiply_adds, latency or activation_memory at epoch 0 (where fast_dev_run "
             "compresses, too) must know an input before the first batch: the module's `example_input_array` is not "
-            "set, and its `training_step` could not be run beforehand on a batch of a copy of the loader. Set it, or "
-            "compress at epoch 1 or later."
+            "set, and no batch could be had beforehand: the loader is a stream, or has a sampler of its own, or "
+            "`training_step` cannot be run in eval mode. Set it, or compress at epoch 1 or later."
         )
     given, named, within = _example_of(trainer, pl_module)
     return observe(pl_module, given, timed_for, progress, activations, named, within)

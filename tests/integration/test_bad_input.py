@@ -9,6 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler, TensorDataset
 
 import lr_callback as lrc
 from lr_callback import ALDS, LowRankCompression
@@ -241,11 +242,51 @@ def test_multiply_adds_in_the_first_epoch_are_of_a_batch_from_a_copy_of_the_load
 def test_multiply_adds_in_the_first_epoch_need_an_example_input_or_a_batch(fit, new_module, settings):
     compression = LowRankCompression(0.5, 0, cost="multiply_adds")
     match = (
-        r"`example_input_array` is not set, and its `training_step` could not be run beforehand on a batch of a copy "
-        r"of the loader\. Set it, or compress at epoch 1"
+        r"`example_input_array` is not set, and no batch could be had beforehand: the loader is a stream, or .*\. "
+        r"Set it, or compress at epoch 1 or later\."
     )
     with pytest.raises(MisconfigurationException, match=match):
         fit(only_trained(new_module), compression, **settings)
+
+
+class Stream(IterableDataset):
+    """Goes on where it was, as what reads from a socket."""
+
+    def __init__(self):
+        self.left = iter([(torch.randn(1, 8, 8), place % 10) for place in range(64)])
+
+    def __iter__(self):
+        return self.left
+
+
+class Ordered(Sampler):
+    """Goes on where it was."""
+
+    def __init__(self):
+        self.left = iter(range(64))
+
+    def __iter__(self):
+        return self.left
+
+
+IMAGES = TensorDataset(torch.randn(64, 1, 8, 8), torch.arange(64) % 10)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: DataLoader(Stream(), batch_size=16),
+        lambda: DataLoader(IMAGES, batch_size=16, sampler=Ordered()),
+        lambda: DataLoader(IMAGES, batch_sampler=BatchSampler(Ordered(), 16, drop_last=False)),
+    ],
+    ids=["stream", "sampler", "sampler of batches"],
+)
+def test_of_a_stream_no_batch_is_lost(new_trainer, new_module, loader, tmp_path, make):
+    compression, steps = LowRankCompression(0.5, 1, cost="multiply_adds", method=ALDS(), refit=None), Steps()
+    trainer = new_trainer(tmp_path, compression, steps, max_epochs=2)
+    trainer.fit(new_module(), make(), loader())
+    assert steps.count == 4
+    assert compression.allocation.unit == "multiply_adds"
 
 
 def test_two_of_these_callbacks_in_one_trainer_are_refused_by_lightning():
