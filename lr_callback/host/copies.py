@@ -104,7 +104,7 @@ def _copy(loader: object, stack: ExitStack, what: str, way_out: str) -> object:
 
 
 def _check_repeats(loader: object, what: str, way_out: str) -> None:
-    if isinstance(loader, Iterator):
+    if isinstance(loader, Iterator) or (isinstance(loader, IterableDataset) and iter(loader) is iter(loader)):
         raise MisconfigurationException(
             f"LowRankCompression: {what} once more, and a {type(loader).__name__} can be gone through only once. Give "
             f"the Trainer a loader that makes a new iterator each time. {way_out}"

@@ -514,14 +514,31 @@ class Endless(IterableDataset):
         return torch.randn(3, 6, 6), self.given % 4
 
 
-def test_a_data_set_that_is_its_own_iterator_is_not_gone_through(tmp_path):
+class Held(IterableDataset):
+    """A data set that gives the same iterator each time."""
+
+    def __init__(self):
+        self.endless = Endless()
+
+    def __iter__(self):
+        return self.endless
+
+    @property
+    def given(self):
+        return self.endless.given
+
+
+@pytest.mark.parametrize("kind", [Endless, Held])
+def test_a_data_set_that_is_its_own_iterator_or_has_one_is_not_gone_through(tmp_path, kind):
     taken = []
     for options in ({"method": None, "refit": "auto"}, {}):
-        data = Endless()
+        data = kind()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             fit(tmp_path, loader=DataLoader(data, batch_size=8), limit=3, **options)
-        told = [str(one.message) for one in caught if "Endless can be gone through only once" in str(one.message)]
+        told = [
+            str(one.message) for one in caught if f"{kind.__name__} can be gone through only once" in str(one.message)
+        ]
         assert len(told) == bool(options)
         taken.append(data.given)
     assert taken[0] == taken[1]
